@@ -1,0 +1,189 @@
+"""The Lightning callback: when windows begin and end, and where the numbers go."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from typing_extensions import override
+
+from lightning_bnmonitor.report import METRICS, Report
+from lightning_bnmonitor.tracker import BatchNormTracker, CaptureMode, as_patterns, check_capture
+
+_MAX_LAYERS_LOGGED = 100
+
+
+class BatchNormMonitor(Callback):
+    r"""Monitors how far the running statistics of every BatchNorm layer are from the exact statistics of its inputs.
+
+    A window is one epoch unless told otherwise. It ends after its last training batch, before validation; what
+    validation, the sanity check, testing and prediction compute does not count. Training with the monitor is
+    bit-identical to training without it. At the end of ``fit`` the report of the last window is printed.
+
+    Args:
+        every_n_epochs: Epochs in a window. Neither this nor ``every_n_train_batches`` means one.
+        every_n_train_batches: Training batches in a window, instead of epochs.
+        include: ``fnmatch`` patterns of the names of layers to monitor; None for all.
+        exclude: ``fnmatch`` patterns of the names of layers to leave out.
+        capture: ``"auto"``, or ``"pass"`` to make a pass over every input: see
+            :class:`~lightning_bnmonitor.BatchNormTracker`.
+        per_layer: Whether to log scalars for each layer; ``"auto"``: up to 100 layers.
+        log_key_prefix: What the logged names begin with.
+
+    **Logged Metrics**, once a window, to every logger of the Trainer, at the step of Lightning's own epoch-end values.
+    The first five are also in ``trainer.callback_metrics`` (for ``ModelCheckpoint`` and ``EarlyStopping``) from the end
+    of the first window on. A layer's value is the RMS over its channels (``log_var_ratio``: the mean absolute value).
+
+    - ``bn/eval_error_max``, ``bn/eval_error_p90``, ``bn/eval_error_median``: over the layers, the RMS error of the
+      normalised activation that ``eval()`` makes, in its own standard deviations. 0.1 is worth a warning, 0.25 an
+      alert.
+    - ``bn/act_rmse_max``: the largest RMS error of the normalised activation against the whole window.
+    - ``bn/mean_shift_max``: the largest distance of the running mean, in population standard deviations.
+    - ``bn.eval_error/<layer>``, ``bn.act_rmse/<layer>``, ``bn.mean_shift/<layer>``: the same for each layer.
+    - ``bn.log_var_ratio/<layer>``: log of the running variance over the population variance.
+
+    Layers that were not called in a window or have no running statistics enter no metric.
+
+    Raises:
+        ValueError: If an ``every_n_*`` is not a positive integer or both are given, if ``capture`` or ``per_layer`` is
+            unknown; when ``fit`` starts, if a pattern matches no BatchNorm layer.
+        TypeError: If ``include`` or ``exclude`` is neither None nor strings.
+
+    Example::
+
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_bnmonitor import BatchNormMonitor
+        >>> trainer = Trainer(callbacks=[BatchNormMonitor()])
+    """
+
+    def __init__(
+        self,
+        every_n_epochs: int | None = None,
+        every_n_train_batches: int | None = None,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        capture: CaptureMode = "auto",
+        per_layer: bool | str = "auto",
+        log_key_prefix: str = "bn",
+    ) -> None:
+        for name, value in (("every_n_epochs", every_n_epochs), ("every_n_train_batches", every_n_train_batches)):
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"`{name}` must be a positive integer or None, got {value!r}.")
+        if every_n_epochs is not None and every_n_train_batches is not None:
+            raise ValueError(
+                "`every_n_epochs` and `every_n_train_batches` exclude each other, got "
+                f"{every_n_epochs} and {every_n_train_batches}: leave one of them None."
+            )
+        if per_layer not in (True, False, "auto"):
+            raise ValueError(f'`per_layer` must be True, False or "auto", got {per_layer!r}.')
+        check_capture(capture)
+        self._every_n_epochs = every_n_epochs or 1
+        self._every_n_train_batches = every_n_train_batches
+        self._include = as_patterns("include", include)
+        self._exclude = as_patterns("exclude", exclude)
+        self._capture = capture
+        self._per_layer = per_layer
+        self._log_key_prefix = log_key_prefix
+        self._tracker: BatchNormTracker | None = None
+        self._report: Report | None = None
+        self._num_batches = 0  # training batches in the window that is open
+
+    def report(self) -> Report:
+        """The report of the last finished window; before the first one has ended, of the window so far.
+
+        Empty before ``fit``.
+        """
+        if self._report is not None:
+            return self._report
+        return self._tracker.report() if self._tracker is not None else Report([])
+
+    @override
+    def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._detach()  # a fit that was interrupted may not have
+        self._report = None
+        self._num_batches = 0
+        tracker = BatchNormTracker(pl_module, self._include, self._exclude, self._capture)
+        self._tracker = tracker.attach()
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Epochs are counted as ModelCheckpoint counts them, so that equal periods fall together.
+        if self._every_n_train_batches is None and trainer.current_epoch % self._every_n_epochs == 0:
+            self._begin_window()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        assert self._tracker is not None
+        self._tracker.step()
+        self._num_batches += 1
+        if self._every_n_train_batches is not None:
+            if self._num_batches == self._every_n_train_batches:
+                self._end_window(trainer)
+                self._begin_window()
+        elif trainer.is_last_batch and self._is_last_epoch_of_window(trainer):
+            self._end_window(trainer)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Not every epoch ends with a batch known to be its last: `max_steps`, `on_train_batch_start` returning -1.
+        if self._every_n_train_batches is None and self._is_last_epoch_of_window(trainer):
+            self._end_window(trainer, batches_over=1)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._end_window(trainer, batches_over=1)
+
+    @override
+    def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if trainer.is_global_zero:
+            print(f"\nBatchNorm: running statistics against the exact ones of the last window\n\n{self.report()}")
+
+    @override
+    def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
+        self._detach()
+
+    @override
+    def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        self._detach()
+
+    def _is_last_epoch_of_window(self, trainer: Trainer) -> bool:
+        return (trainer.current_epoch + 1) % self._every_n_epochs == 0
+
+    def _begin_window(self) -> None:
+        assert self._tracker is not None
+        self._tracker.reset()
+        self._num_batches = 0
+
+    def _end_window(self, trainer: Trainer, batches_over: int = 0) -> None:
+        """Report and log the window if there is anything in it, at the step of its last batch: so many batches ago."""
+        if self._tracker is None or self._num_batches == 0:
+            return
+        self._num_batches = 0
+        self._report = self._tracker.report()
+        prefix = self._log_key_prefix
+        summary = {f"{prefix}/{name}": value for name, value in self._report.summary().items()}
+        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in summary.items()})
+        metrics = {**summary, **self._layer_metrics(self._report)}
+        # Not `self.log`: it costs milliseconds a key, and is late for a callback that runs in validation.
+        step = max(trainer.fit_loop.epoch_loop._batches_that_stepped - batches_over, 0)
+        for logger in trainer.loggers if metrics else ():
+            logger.log_metrics(metrics, step=step)
+
+    def _layer_metrics(self, report: Report) -> dict[str, float]:
+        if self._per_layer is False or (self._per_layer == "auto" and len(report) > _MAX_LAYERS_LOGGED):
+            return {}
+        return {
+            f"{self._log_key_prefix}.{metric}/{name}": summary[metric]
+            for metric in METRICS
+            for name, summary in report.layer_summaries().items()
+            if not math.isnan(summary[metric])
+        }
+
+    def _detach(self) -> None:
+        if self._tracker is not None:
+            self._tracker.detach()

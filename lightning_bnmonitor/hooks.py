@@ -1,0 +1,198 @@
+"""What sits on a model while it is monitored, how it gets there and how it is all removed again.
+
+Forward hooks only. They change nothing, and copies of the model (deep copies, pickles) carry inert ones.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any, ClassVar
+
+import torch
+import torch._dynamo
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from lightning_bnmonitor.capture import BatchMoments, pass_moments, saved_moments, traced_moments
+
+
+class Gate:
+    """Whether calls count: while the root module is in training mode and nobody has paused."""
+
+    def __init__(self, root: nn.Module) -> None:
+        self.root = weakref.ref(getattr(root, "_orig_mod", root))  # a compiled module has no mode of its own
+        self.paused = 0
+
+
+class _Hook:
+    """A hook whose copies do nothing: a copied model is not monitored, and a pickled one does not carry the tracker."""
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> InertHook:
+        return InertHook()
+
+    def __reduce__(self) -> tuple[type[InertHook], tuple[()]]:
+        return InertHook, ()
+
+
+class InertHook:
+    """What copies of a monitored model carry in the place of our hooks."""
+
+    def __call__(self, *_: Any) -> None:
+        """Do nothing."""
+
+
+class LayerHook(_Hook):
+    """Takes the batch moments of one BatchNorm layer.
+
+    Args:
+        gate: Tells whether a call counts.
+        receive: Called with the layer, the batch moments and whether the call updated the layer's buffers.
+    """
+
+    def __init__(self, gate: Gate, receive: Callable[[_BatchNorm, BatchMoments, bool], None]) -> None:
+        self.gate = gate
+        self.receive = receive
+        self.by_pass = False
+        # A compiled graph may not append to a list (that recompiles at every call), but it may leave a tuple behind
+        # that it found empty.
+        self.traced: tuple[tuple[BatchMoments, bool], ...] = ()
+
+    def __call__(self, module: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+        """The forward hook."""
+        root = self.gate.root()
+        if root is not None and not root.training:
+            return
+        updating = module.training and module.track_running_stats and module.running_mean is not None
+        x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        if torch.compiler.is_compiling():
+            self.traced += ((traced_moments(x), updating),)
+            return
+        # Within a backward pass: activation checkpointing recomputes a call that was counted when it was made.
+        if self.gate.paused or torch._C._current_graph_task_id() != -1:
+            return
+        moments = None if self.by_pass else saved_moments(module, output)
+        if moments is None:
+            moments = pass_moments(x)
+        if moments is not None:
+            self.receive(module, moments, updating)
+
+
+class _DrainHook(_Hook):
+    """Runs eagerly after each call of a compiled module, so that the next one finds its tuples empty again."""
+
+    def __init__(self, drain: Callable[[], None]) -> None:
+        self.drain = drain
+
+    def __call__(self, *_: Any) -> None:
+        self.drain()
+
+
+class _DrainedCall:
+    """The same for ``module.compile()``, which compiles the module's hooks too."""
+
+    def __init__(self, compiled: Callable[..., Any], drain: Callable[[], None]) -> None:
+        self.compiled = compiled
+        self.drain = drain
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self.compiled(*args, **kwargs)
+        finally:
+            self.drain()
+
+
+class Attachment:
+    """All that one tracker has put on a model, from its creation until :meth:`remove`.
+
+    Args:
+        model: The root.
+        hooks: The BatchNorm layers and their hooks.
+        drain: Called after each call of a compiled module in ``model``.
+        after_step: Called after each step of any ``torch.optim`` optimizer.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        hooks: Mapping[_BatchNorm, LayerHook],
+        drain: Callable[[], None],
+        after_step: Callable[[], None],
+    ) -> None:
+        self._handles: list[Any] = []
+        self._drained: list[tuple[weakref.ref[nn.Module], _DrainedCall]] = []
+        _HookGuards.acquire()
+        if torch._dynamo.convert_frame.input_codes.seen:
+            # What was compiled before, from this model or from another of the same class, does not look for our hooks.
+            torch._dynamo.reset()
+        for layer, hook in hooks.items():
+            self._handles.append(layer.register_forward_hook(hook, with_kwargs=True))
+        for module in model.modules():
+            if isinstance(module, torch._dynamo.OptimizedModule) or "forward" in _compiled_callables(module):
+                self._handles.append(module.register_forward_hook(_DrainHook(drain)))
+            if module._compiled_call_impl is not None:
+                call = _DrainedCall(module._compiled_call_impl, drain)
+                module._compiled_call_impl = call
+                self._drained.append((weakref.ref(module), call))
+        self._handles.append(register_optimizer_step_post_hook(_after_step(after_step)))
+
+    def remove(self) -> None:
+        """Remove everything. Harmless when repeated."""
+        if not self._handles:
+            return
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for reference, call in self._drained:
+            module = reference()
+            if module is not None and module._compiled_call_impl is call:
+                module._compiled_call_impl = call.compiled
+        self._drained.clear()
+        _HookGuards.release()
+
+
+class _HookGuards:
+    """Makes compiled code look for changed hooks while anything is attached.
+
+    By default it does not: hooks registered again, and those of a model that was compiled after an unmonitored one of
+    the same class, would record nothing, silently.
+    """
+
+    users: ClassVar[int] = 0
+    previous: ClassVar[bool]
+
+    @classmethod
+    def acquire(cls) -> None:
+        if cls.users == 0:
+            cls.previous = torch._dynamo.config.skip_nnmodule_hook_guards
+            torch._dynamo.config.skip_nnmodule_hook_guards = False
+        cls.users += 1
+
+    @classmethod
+    def release(cls) -> None:
+        cls.users -= 1
+        if cls.users == 0:
+            torch._dynamo.config.skip_nnmodule_hook_guards = cls.previous
+
+
+def _after_step(callback: Callable[[], None]) -> Callable[..., None]:
+    def after_step(*_: Any) -> None:
+        if not torch.compiler.is_compiling():
+            callback()
+
+    return after_step
+
+
+def _compiled_callables(module: nn.Module) -> list[str]:
+    """Names under which a module holds compiled code: itself, by ``module.compile()``, or as methods replaced by it."""
+
+    def names() -> Iterator[str]:
+        if isinstance(module, torch._dynamo.OptimizedModule):
+            yield "forward"
+            return
+        for name, value in vars(module).items():
+            if value is not None and (name == "_compiled_call_impl" or hasattr(value, "_torchdynamo_orig_callable")):
+                yield name
+
+    return list(names())

@@ -1,0 +1,154 @@
+"""The layers that are monitored: how they are found and named, and what is kept of each between two updates."""
+
+from __future__ import annotations
+
+import itertools
+import logging
+import re
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from copy import copy
+from fnmatch import fnmatchcase
+from typing import Any
+
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+
+from lightning_bnmonitor.capture import PATHS, BatchMoments, Path
+from lightning_bnmonitor.hooks import Gate, LayerHook
+from lightning_bnmonitor.window import Batch, Window
+
+log = logging.getLogger(__name__)
+
+STASH_LIMIT = 32
+"""Calls of a layer that may wait for the next update."""
+ROOT = "(root)"
+"""Name of a layer that is itself the monitored model."""
+_SAVED = ("calls", "tracked_before", "tracked_calls", "updates_per_call", "channels_last", "first_call")
+_call_counter = itertools.count()
+_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+
+
+class TrackedLayer:
+    """One BatchNorm layer: its hook, its calls since the last update, and how it has been called in this window.
+
+    Args:
+        name: Its name in the report.
+        module: The layer. (The layer alone: a reference to the model would keep that alive.)
+        gate: Tells its hook whether a call counts.
+        flush: Called before a call that would make more than :data:`STASH_LIMIT` wait.
+    """
+
+    def __init__(self, name: str, module: _BatchNorm, gate: Gate, flush: Callable[[], None]) -> None:
+        self.name = name
+        self.module = module
+        self.hook = LayerHook(gate, self.receive)
+        self.flush = flush
+        self.stash: list[Batch] = []
+        self.window: Window | None = None  # where its channels are accumulated, from its first update on
+        self.index = -1
+        self.first_call = -1  # the earlier it was called for the first time, the smaller
+        self.channels_last = False
+        self.updates_per_call = 1
+        self.begin_window(0)
+
+    def begin_window(self, num_batches_tracked: int) -> None:
+        """Count calls from 0, on buffers that were updated so many times before."""
+        self.calls: dict[Path, int] = dict.fromkeys(PATHS, 0)
+        self.tracked_before = num_batches_tracked
+        self.tracked_calls = 0
+
+    @property
+    def num_calls(self) -> int:
+        """Counted calls in this window."""
+        return sum(self.calls.values())
+
+    @property
+    def running_stats(self) -> tuple[Tensor, ...]:
+        """Running mean and variance, ``(C,)`` each; nothing if the layer has none, or (a lazy one) not yet."""
+        mean, var = self.module.running_mean, self.module.running_var
+        return () if mean is None or var is None or is_lazy(mean) else (mean, var)
+
+    def receive(self, module: _BatchNorm, moments: BatchMoments, updating: bool) -> None:
+        """Take the moments of one call; ``updating`` tells whether BatchNorm counted it in ``num_batches_tracked``."""
+        if len(self.stash) >= STASH_LIMIT:
+            self.flush()
+        if self.first_call < 0:
+            self.first_call = next(_call_counter)
+        momentum = self._effective_momentum(module.momentum) if updating else 0.0
+        self.stash.append(Batch(moments.num_samples, moments.mean, moments.spread, moments.eps, momentum))
+        self.calls[moments.path] += 1
+        self.tracked_calls += updating
+        self.channels_last |= moments.channels_last
+
+    def updates_of_a_call(self, num_batches_tracked: int) -> float:
+        """Updates of the buffers for each call that was to update them, NaN before the first."""
+        if self.tracked_calls == 0:
+            return float("nan")
+        return (num_batches_tracked - self.tracked_before) / self.tracked_calls
+
+    def forget(self) -> None:
+        """Drop what waits for an update, and the place in the window."""
+        self.stash, self.window, self.index, self.hook.traced = [], None, -1, ()
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`restore` needs, in primitives."""
+        return {field: getattr(self, field) for field in _SAVED} | {"by_pass": self.hook.by_pass}
+
+    def restore(self, state: Mapping[str, Any]) -> None:
+        """Go on as the layer whose :meth:`state` this is."""
+        for field in _SAVED:
+            setattr(self, field, copy(state[field]))
+        self.hook.by_pass = state["by_pass"]
+
+    def _effective_momentum(self, momentum: float | None) -> float:
+        """Weight of the call in the buffers right after it, if it updates them ``updates_per_call`` times."""
+        updates = self.updates_per_call
+        if momentum is None:  # a cumulative average: its k-th update has weight 1/k
+            return updates / (self.tracked_before + (self.tracked_calls + 1) * updates)
+        return momentum if updates == 1 else 1 - (1 - momentum) ** updates
+
+
+def find_layers(
+    model: nn.Module, include: Sequence[str] | None, exclude: Sequence[str] | None
+) -> dict[str, _BatchNorm]:
+    """The BatchNorm layers of a model by name, each once, in the order of its modules.
+
+    Says which normalisation layers there are that are not BatchNorm: in a warning if there is no BatchNorm.
+
+    Raises:
+        ValueError: If a pattern matches no BatchNorm layer, naming those there are.
+    """
+    layers: dict[str, _BatchNorm] = {}
+    others: Counter[str] = Counter()
+    for path, module in model.named_modules():
+        if isinstance(module, _BatchNorm):
+            name = ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+            layers[name or ROOT] = module
+        elif re.search(r"(?i)^[^_].*norm(\d+d)?$", type(module).__name__) and not any(module.children()):
+            others[type(module).__name__] += 1
+    listed = ", ".join(f"{count} {name}" for name, count in others.items())
+    if not layers:
+        instead = (
+            f"the normalisation layers it has instead are not monitored: {listed}"
+            if listed
+            else "nor other normalisation"
+        )
+        warnings.warn(f"No BatchNorm layer to monitor in {type(model).__name__} ({instead}).", stacklevel=2)
+        return layers
+    if others:
+        log.info("Normalisation layers that are not BatchNorm are not monitored: %s.", listed)
+    for argument, patterns in (("include", include), ("exclude", exclude)):
+        for pattern in patterns or ():
+            if not any(fnmatchcase(name, pattern) for name in layers):
+                raise ValueError(
+                    f"`{argument}` pattern {pattern!r} matches no BatchNorm layer. The layers are: {', '.join(layers)}."
+                )
+    return {
+        name: module
+        for name, module in layers.items()
+        if (include is None or any(fnmatchcase(name, pattern) for pattern in include))
+        and not any(fnmatchcase(name, pattern) for pattern in exclude or ())
+    }

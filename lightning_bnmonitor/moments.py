@@ -1,0 +1,166 @@
+"""Exact streaming moments per channel: the merge that everything rests on, and a metric that uses it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+from torchmetrics import Metric
+
+_COUNT, _MEAN, _M2 = 0, 1, 2
+
+
+class Moments(NamedTuple):
+    """Moments of each channel. Every field is a ``(C,)`` float64 tensor."""
+
+    count: Tensor  # type: ignore[assignment]  # a field named like a method of tuple
+    """Values seen."""
+    mean: Tensor
+    """Mean, NaN where nothing was seen."""
+    var: Tensor
+    """Unbiased variance (divided by count - 1), NaN where fewer than two values were seen."""
+
+
+def merge_moments(weight: Tensor, mean: Tensor, m2: Tensor, members: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    r"""Merge any number of parts, column by column, into one or several unions.
+
+    With :math:`W = \sum_i w_i`, the mean is :math:`\bar x = \sum_i w_i x_i / W` and the sum of squared deviations
+    :math:`M = \sum_i M_i + w_i (x_i - \bar x)^2`: for two parts this is the update of Chan, Golub and LeVeque,
+    "Updating Formulae and a Pairwise Algorithm for Computing Sample Variances", 1979, equations 2.1.
+    The differences are taken from the first part, so that a mean far from 0 cancels nothing.
+
+    Args:
+        weight: Weights of the parts, ``(P, C)``: counts, so 0 or at least 1. With weight 0 any finite mean will do.
+        mean: Means of the parts, ``(P, C)``.
+        m2: Sums of squared deviations from them, ``(P, C)``; 0 where the weight is 0.
+        members: ``(J, P)`` of 0 and 1: which parts make up each of the J unions.
+
+    Returns:
+        Weight, mean and sum of squared deviations of the unions, ``(J, C)`` each.
+    """
+    first = mean[:1]
+    centred = mean - first
+    total = members @ weight
+    centre = (members @ (weight * centred)) / total.clamp_min(1)
+    from_centre = centred - members.T @ centre
+    return total, first + centre, members @ (m2 + weight * from_centre.square())
+
+
+class ChannelMoments(Metric):
+    r"""Exact count, mean and unbiased variance of every channel over all data seen, in ``O(C)`` memory.
+
+    Batches may be split, merged and gathered over ranks in any way: the result is that of one pass over all values, to
+    float64 rounding. Inputs are converted to float64 batch by batch, which takes 8 bytes a value while ``update`` runs.
+
+    Args:
+        num_channels: Number of channels C.
+        kwargs: Passed to :class:`torchmetrics.Metric`.
+
+    Raises:
+        ValueError: If ``num_channels`` is not a positive integer.
+
+    Example::
+
+        >>> import torch
+        >>> from lightning_bnmonitor import ChannelMoments
+        >>> moments = ChannelMoments(num_channels=2)
+        >>> moments.update(torch.tensor([[1.0, 10.0], [3.0, 30.0]]))
+        >>> moments.update(torch.tensor([[5.0, 50.0]]))
+        >>> moments.compute().mean
+        tensor([ 3., 30.], dtype=torch.float64)
+        >>> moments.compute().var
+        tensor([  4., 400.], dtype=torch.float64)
+    """
+
+    is_differentiable = False
+    full_state_update = False
+    state: Tensor
+
+    def __init__(self, num_channels: int, **kwargs: Any) -> None:
+        super().__init__(**{"compute_with_cache": False, **kwargs})  # the cache would outlive `merge_state`
+        if isinstance(num_channels, bool) or not isinstance(num_channels, int) or num_channels < 1:
+            raise ValueError(f"`num_channels` must be a positive integer, got {num_channels!r}.")
+        self.num_channels = num_channels
+        empty = torch.zeros(3, num_channels, dtype=torch.float64)
+        self.add_state("state", default=empty, dist_reduce_fx=_merge_states, persistent=True)
+
+    def update(self, x: Tensor) -> None:
+        """Add a batch.
+
+        Args:
+            x: ``(N, C, *)`` of any real floating dtype: ``(N, C)``, ``(N, C, L)``, ``(N, C, H, W)``,
+                ``(N, C, D, H, W)``, ... An empty batch counts nothing.
+
+        Raises:
+            TypeError: If ``x`` is not a real floating-point tensor.
+            ValueError: If dimension 1 of ``x`` is missing or is not ``num_channels``.
+        """
+        if not x.is_floating_point():
+            raise TypeError(f"`x` must be a real floating-point tensor, got {x.dtype}. Convert it, e.g. `x.float()`.")
+        if x.ndim < 2 or x.shape[1] != self.num_channels:
+            raise ValueError(
+                f"`x` must have shape (N, C, *) with C = num_channels = {self.num_channels}, got {tuple(x.shape)}."
+            )
+        if x.numel() == 0:
+            return
+        count = x.numel() // self.num_channels
+        var, mean = torch.var_mean(x.detach().double(), [d for d in range(x.ndim) if d != 1], correction=0)
+        self._add(torch.full_like(mean, count), mean, var * count)
+
+    def update_moments(self, count: float | Tensor, mean: Tensor, m2: Tensor) -> None:
+        """Add data of which only the moments are known.
+
+        Args:
+            count: Number of values per channel, a number or ``(C,)``: 0 or at least 1.
+            mean: Their mean, ``(C,)``; ignored where the count is 0.
+            m2: Sum of their squared deviations from it, ``(C,)``; ignored where the count is 0.
+
+        Raises:
+            ValueError: If a shape is not ``(C,)``, a count is not 0 or at least 1, or a sum of squares is negative.
+        """
+        count = torch.as_tensor(count, dtype=torch.float64, device=self.state.device)
+        if count.ndim == 0:
+            count = count.expand(self.num_channels)
+        for name, value in (("count", count), ("mean", mean), ("m2", m2)):
+            if tuple(value.shape) != (self.num_channels,):
+                raise ValueError(f"`{name}` must have shape ({self.num_channels},), got {tuple(value.shape)}.")
+        if not torch.all((count == 0) | (count >= 1)):
+            raise ValueError(f"`count` must be 0 or at least 1 in every channel, got {count.tolist()}.")
+        if torch.any(m2 < 0):
+            raise ValueError(f"`m2` must not be negative, got a minimum of {m2.min().item()}.")
+        seen = count > 0
+        nothing = torch.zeros_like(count)
+        self._add(count, torch.where(seen, mean.detach(), nothing), torch.where(seen, m2.detach(), nothing))
+
+    def compute(self) -> Moments:
+        """Moments of all data so far. See :class:`Moments`."""
+        count, mean, m2 = self.state
+        missing = torch.full_like(mean, torch.nan)
+        return Moments(
+            count=count.clone(),
+            mean=torch.where(count > 0, mean, missing),
+            var=torch.where(count > 1, m2 / (count - 1), missing),
+        )
+
+    def _wrap_compute(self, compute: Callable[..., Any]) -> Callable[..., Any]:
+        wrapped = super()._wrap_compute(compute)
+
+        @functools.wraps(compute)
+        def keep_shape(*args: Any, **kwargs: Any) -> Moments:
+            # torchmetrics squeezes tensors of one element: give (1,) back to a single channel.
+            return Moments(*(field.reshape(self.num_channels) for field in wrapped(*args, **kwargs)))
+
+        return keep_shape
+
+    def _add(self, count: Tensor, mean: Tensor, m2: Tensor) -> None:
+        self.state = _merge_states(torch.stack([self.state, torch.stack([count, mean, m2])]))
+
+
+def _merge_states(states: Tensor) -> Tensor:
+    """Merge ``(R, 3, C)`` states into one ``(3, C)``: the metric's own update, and its reduction over ranks."""
+    everything = torch.ones(1, len(states), dtype=states.dtype, device=states.device)
+    merged = merge_moments(states[:, _COUNT], states[:, _MEAN], states[:, _M2], everything)
+    return torch.cat(merged)

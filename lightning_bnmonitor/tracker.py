@@ -1,0 +1,378 @@
+"""The engine: takes what a model's BatchNorm layers receive, and reports. Needs no Lightning."""
+
+from __future__ import annotations
+
+import math
+import warnings
+import weakref
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_bnmonitor.capture import PATHS, BatchMoments
+from lightning_bnmonitor.hooks import Attachment, Gate
+from lightning_bnmonitor.layers import STASH_LIMIT, TrackedLayer, find_layers
+from lightning_bnmonitor.report import LayerReport, Report
+from lightning_bnmonitor.window import Batch, Population, Window
+
+CaptureMode = Literal["auto", "pass"]
+_STATE_VERSION = 1
+_MAX_RATIO, _MAX_RATIO_CHANNELS_LAST = 100.0, 10.0  # |mean| / std above which what a kernel saved is not exact enough
+
+
+class BatchNormTracker:
+    """Exact statistics of every BatchNorm layer's inputs beside its running statistics, in any PyTorch loop.
+
+    A call counts while the model (the root, not the layer) is in training mode and :meth:`paused` is not in force, so
+    that validation does not, and frozen layers inside a training model do. Nothing that is computed changes: hooks only
+    read, and never wait for the device within a step.
+
+    State is 544 bytes a channel, about 700 bytes a layer, and the batch moments of up to 32 calls (8 bytes a channel
+    each). It is float64, on the layers' device (on the CPU for MPS, which has no float64).
+
+    Args:
+        model: The root module; kept by weak reference. If it is compiled, pass what ``torch.compile`` returned.
+        include: ``fnmatch`` patterns of the names of layers to monitor; None for all.
+        exclude: ``fnmatch`` patterns of the names of layers to leave out.
+        capture: ``"auto"`` takes the batch moments in the cheapest way that is exact; ``"pass"`` always makes a pass of
+            its own over the inputs: slower, and the reference for the others.
+
+    Raises:
+        TypeError: If ``include`` or ``exclude`` is neither None nor strings.
+        ValueError: If ``capture`` is unknown.
+
+    Example::
+
+        >>> import torch
+        >>> from lightning_bnmonitor import BatchNormTracker
+        >>> model = torch.nn.Sequential(torch.nn.Linear(4, 3), torch.nn.BatchNorm1d(3))
+        >>> with BatchNormTracker(model) as tracker:
+        ...     for _ in range(10):
+        ...         _ = model(torch.randn(8, 4))
+        >>> report = tracker.report()
+        >>> report["1"].num_batches, report["1"].num_samples
+        (10, 80)
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        include: str | Sequence[str] | None = None,
+        exclude: str | Sequence[str] | None = None,
+        capture: CaptureMode = "auto",
+    ) -> None:
+        check_capture(capture)
+        self._include = as_patterns("include", include)
+        self._exclude = as_patterns("exclude", exclude)
+        self._always_pass = capture == "pass"
+        self._model = weakref.ref(model)
+        self._gate = Gate(model)
+        self._layers: list[TrackedLayer] = []  # in the order of the model's modules
+        self._windows: dict[torch.device, Window] = {}
+        self._placed: list[TrackedLayer] = []  # those that have a place in a window, in the order of first call
+        self._attachment: Attachment | None = None
+        self._pending: Mapping[str, Any] | None = None
+
+    def __enter__(self) -> BatchNormTracker:
+        return self.attach()
+
+    def __exit__(self, *exc: object) -> None:
+        self.detach()
+
+    @property
+    def is_attached(self) -> bool:
+        """Whether hooks are on the model."""
+        return self._attachment is not None
+
+    def attach(self) -> BatchNormTracker:
+        """Put hooks on the model's layers and begin a window; after :meth:`detach`, go on with the one it interrupted.
+
+        Harmless when attached. What ``torch.compile`` compiled before is compiled once more.
+
+        Returns:
+            This tracker.
+
+        Raises:
+            RuntimeError: If the model no longer exists.
+            ValueError: If a pattern matches no BatchNorm layer.
+        """
+        if self._attachment is not None:
+            return self
+        model = self._model()
+        if model is None:
+            raise RuntimeError("The model of this BatchNormTracker no longer exists. Make a new tracker.")
+        known = {layer.module: layer for layer in self._layers}
+        found = find_layers(model, self._include, self._exclude)
+        self._layers = [known.get(module) or self._new_layer(name, module) for name, module in found.items()]
+        self._placed = [layer for layer in self._placed if layer in self._layers]
+        self._begin_window([layer for layer in self._layers if layer.module not in known])
+        hooks = {layer.module: layer.hook for layer in self._layers}
+        self._attachment = Attachment(model, hooks, drain=self._drain, after_step=self.step)
+        if self._pending is not None:
+            self._restore(self._pending)
+        return self
+
+    def detach(self) -> None:
+        """Remove every hook and keep the statistics. Harmless when detached."""
+        if self._attachment is not None:
+            self._drain()
+            self._attachment.remove()
+            self._attachment = None
+
+    def step(self) -> None:
+        """Tell that a training step has ended: the time to merge what is stashed if there is enough of it.
+
+        The steps of ``torch.optim`` optimizers are noticed without it.
+        """
+        self._drain()
+        if any(len(layer.stash) >= STASH_LIMIT for layer in self._layers):
+            self.flush()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A context in which no call counts."""
+        self._drain()
+        self._gate.paused += 1
+        try:
+            yield
+        finally:
+            self._drain()
+            self._gate.paused -= 1
+
+    def flush(self) -> None:
+        """Merge what is stashed into the window, all layers at once. This changes no result, whenever it is done."""
+        self._drain()
+        waiting = [layer for layer in self._layers if layer.stash]
+        self._place([layer for layer in waiting if layer.window is None])
+        for window in self._windows.values():
+            batches: dict[int, list[Batch]] = {layer.index: layer.stash for layer in waiting if layer.window is window}
+            if batches:
+                with torch.inference_mode(False):
+                    window.update(batches)
+        for layer in waiting:
+            layer.stash = []
+
+    def reset(self) -> None:
+        """End the window and begin another.
+
+        What this one has shown decides how the next one looks. If the absolute mean exceeded 100 standard deviations in
+        any channel of a layer (10 if its inputs were not contiguous, as in the channels-last format), its moments are
+        taken by a pass. If its buffers were updated u times a call (activation checkpointing), its momentum is taken to
+        be that of u updates.
+        """
+        self.flush()
+        for window in self._windows.values():
+            population = window.population()
+            ratio = population.mean.abs() / population.var.sqrt()
+            for layer in self._placed:
+                if layer.window is window and layer.num_calls:
+                    limit = _MAX_RATIO_CHANNELS_LAST if layer.channels_last else _MAX_RATIO
+                    far = bool((ratio[window.channels(layer.index)] > limit).any())
+                    layer.hook.by_pass = self._always_pass or far
+            window.reset()
+        for layer, tracked in zip(self._layers, _num_batches_tracked(self._layers), strict=True):
+            updates = layer.updates_of_a_call(tracked)
+            layer.updates_per_call = int(updates) if updates >= 1 and updates.is_integer() else 1
+        self._begin_window(self._layers)
+
+    def report(self) -> Report:
+        """Where the running statistics stand against what the layers have received in this window, on this rank."""
+        self.flush()
+        populations = {device: window.population() for device, window in self._windows.items()}
+        layers = self._placed + [layer for layer in self._layers if layer.window is None]
+        running = _running_stats(layers)
+        tracked = _num_batches_tracked(layers)
+        return Report(
+            _layer_report(layer, populations, stats, updates)
+            for layer, stats, updates in zip(layers, running, tracked, strict=True)
+        )
+
+    def state_dict(self) -> dict[str, Any]:
+        """The window so far, as one CPU tensor and primitives: for a checkpoint in mid-window."""
+        self.flush()
+        channels = {device: window.channel_state() for device, window in self._windows.items()}
+        parts, layers = [torch.empty(*Window.CHANNEL_SHAPE, 0, dtype=torch.float64)], []
+        for layer in self._placed:
+            assert layer.window is not None
+            parts.append(channels[layer.window.device][..., layer.window.channels(layer.index)])
+            layers.append(
+                {
+                    "name": layer.name,
+                    "width": layer.window.widths[layer.index],
+                    **layer.window.layer_state(layer.index),
+                    **layer.state(),
+                }
+            )
+        return {"version": _STATE_VERSION, "channels": torch.cat(parts, dim=-1), "layers": layers}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on with a saved window in the place of the present one; before :meth:`attach`, as soon as that is called.
+
+        A layer of the model that the state does not know begins with an empty window. What is saved of layers that the
+        model does not have, or with another width, is left out, and a warning names them.
+
+        Raises:
+            ValueError: If the state is not one that :meth:`state_dict` of this version returned.
+        """
+        if state_dict.get("version") != _STATE_VERSION:
+            raise ValueError(
+                f"`state_dict` must be what BatchNormTracker.state_dict() returned, of version {_STATE_VERSION}; "
+                f"got version {state_dict.get('version')!r}."
+            )
+        self._pending = state_dict
+        if self._attachment is not None:
+            self._restore(state_dict)
+
+    def _new_layer(self, name: str, module: _BatchNorm) -> TrackedLayer:
+        layer = TrackedLayer(name, module, self._gate, self.flush)
+        layer.hook.by_pass = self._always_pass
+        return layer
+
+    def _begin_window(self, layers: list[TrackedLayer]) -> None:
+        for layer, tracked in zip(layers, _num_batches_tracked(layers), strict=True):
+            layer.begin_window(tracked)
+
+    def _drain(self) -> None:
+        """Take what compiled graphs have left behind."""
+        for layer in self._layers:
+            if layer.hook.traced:
+                traced, layer.hook.traced = layer.hook.traced, ()
+                for moments, updating in traced if not self._gate.paused else ():
+                    if moments.num_samples:
+                        layer.receive(layer.module, _own(moments), updating)
+
+    def _place(self, layers: list[TrackedLayer]) -> None:
+        """Give layers that were called for the first time their place in the flat channel space of their device."""
+        by_device: dict[torch.device, list[tuple[TrackedLayer, int]]] = {}
+        for layer in sorted(layers, key=lambda layer: layer.first_call):
+            mean = layer.stash[0].mean
+            by_device.setdefault(mean.device, []).append((layer, mean.numel()))
+        for device, placed in by_device.items():
+            self._place_on(device, placed)
+
+    def _place_on(self, device: torch.device, layers: list[tuple[TrackedLayer, int]]) -> None:
+        home = torch.device("cpu") if device.type == "mps" else device
+        window = self._windows.setdefault(home, Window(home))
+        for (layer, _), index in zip(layers, window.add_layers([width for _, width in layers]), strict=True):
+            layer.window, layer.index = window, index
+            self._placed.append(layer)
+
+    def _restore(self, state: Mapping[str, Any]) -> None:
+        self._pending = None
+        self._windows, self._placed = {}, []
+        for layer in self._layers:
+            layer.forget()
+        self._begin_window(self._layers)
+        by_name = {layer.name: layer for layer in self._layers}
+        start, unknown = 0, []
+        for saved in state["layers"]:
+            name, width = saved["name"], saved["width"]
+            channels = state["channels"][..., start : start + width]
+            start += width
+            if name in by_name and by_name[name].module.num_features in (0, width):  # 0: lazy, and not called yet
+                layer = by_name[name]
+                self._place_on(_device_of(layer.module), [(layer, width)])
+                assert layer.window is not None
+                layer.window.restore(layer.index, channels, saved)
+                layer.restore(saved)
+            else:
+                unknown.append(name)
+        if unknown:
+            warnings.warn(
+                "The saved BatchNorm statistics of these layers are left out, because the model has none of that name "
+                f"and width: {', '.join(unknown)}.",
+                stacklevel=3,
+            )
+
+
+def check_capture(capture: str) -> None:
+    """Raise ValueError if ``capture`` is none that exists."""
+    if capture not in get_args(CaptureMode):
+        raise ValueError(f"`capture` must be one of {list(get_args(CaptureMode))}, got {capture!r}.")
+
+
+def as_patterns(argument: str, patterns: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    """A tuple of patterns from one or several. Raises TypeError if there is anything else, naming the argument."""
+    if patterns is None:
+        return None
+    several = (patterns,) if isinstance(patterns, str) else tuple(patterns)
+    if not all(isinstance(pattern, str) for pattern in several):
+        raise TypeError(f"`{argument}` must be a pattern, several of them, or None, got {patterns!r}.")
+    return several
+
+
+def _own(moments: BatchMoments) -> BatchMoments:
+    """Moments whose memory no CUDA graph will write to at its next replay."""
+    if not moments.mean.is_cuda:
+        return moments
+    mean, spread = torch.stack([moments.mean, moments.spread])
+    return moments._replace(mean=mean, spread=spread)
+
+
+def _layer_report(
+    layer: TrackedLayer, populations: Mapping[torch.device, Population], running: Sequence[Tensor], num_tracked: int
+) -> LayerReport:
+    module = layer.module
+    if layer.window is None:
+        count, mean, var = 0, *torch.full((2, module.num_features), torch.nan, dtype=torch.float64)
+    else:
+        population, channels = populations[layer.window.device], layer.window.channels(layer.index)
+        count = int(population.num_samples[layer.index])
+        mean, var = population.mean[channels], population.var[channels]
+    missing = torch.full_like(mean, torch.nan)
+    updates = layer.updates_of_a_call(num_tracked)
+    return LayerReport(
+        name=layer.name,
+        type=type(module).__name__,
+        num_features=len(mean),
+        eps=module.eps,
+        momentum=module.momentum,
+        num_batches=layer.num_calls,
+        num_samples=count,
+        population_mean=mean,
+        population_var=var,
+        running_mean=running[0] if running else missing,
+        running_var=running[1] if running else missing,
+        has_running_stats=bool(running),
+        counters={
+            **{f"calls_{path}": float(layer.calls[path]) for path in PATHS},
+            **({} if math.isnan(updates) else {"updates_per_call": updates}),
+        },
+    )
+
+
+def _running_stats(layers: Sequence[TrackedLayer]) -> Iterator[list[Tensor]]:
+    """Float64 CPU copies of each layer's running mean and variance (none where it has none), by one copy per device."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for layer in layers:
+        for buffer in layer.running_stats:
+            by_device.setdefault(buffer.device, []).append(buffer)
+    copies = {
+        device: iter(torch.split(torch.cat(buffers).cpu().double(), [buffer.numel() for buffer in buffers]))
+        for device, buffers in by_device.items()
+    }
+    for layer in layers:
+        yield [next(copies[buffer.device]) for buffer in layer.running_stats]
+
+
+def _num_batches_tracked(layers: Sequence[TrackedLayer]) -> list[int]:
+    """``num_batches_tracked`` of each layer, 0 where there is none, by one copy per device."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for layer in layers:
+        tracked = layer.module.num_batches_tracked
+        if tracked is not None:
+            by_device.setdefault(tracked.device, []).append(tracked)
+    values = {device: iter(torch.stack(tracked).tolist()) for device, tracked in by_device.items()}
+    return [
+        0 if (tracked := layer.module.num_batches_tracked) is None else next(values[tracked.device]) for layer in layers
+    ]
+
+
+def _device_of(module: nn.Module) -> torch.device:
+    for tensor in (*module.buffers(), *module.parameters()):
+        return tensor.device
+    return torch.device("cpu")

@@ -1,0 +1,304 @@
+"""The window as blocks of consecutive batches: the whole state of the monitor, and its one fused update.
+
+All layers' channels lie side by side in a flat channel space, a layer being a slice of it, and all layers whose calls
+so far agree in number are updated together: the cost of an update grows with channels, not with layers or with steps.
+
+A batch enters as (n, mean, unbiased variance) per channel. Consecutive batches that updated the running statistics are
+merged into at most 16 blocks of equal length (the last may be shorter); when a 17th would begin, neighbours are merged
+in pairs. Batches that updated no running statistics (frozen layers, ``momentum=0``, layers without buffers) count in
+the population alone and are merged into one further block beside them.
+"""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Mapping, Sequence
+from typing import Any, ClassVar, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_bnmonitor.moments import merge_moments
+
+MAX_BLOCKS = 16
+_ASIDE = MAX_BLOCKS  # the row of batches that updated no buffer
+_ROWS = MAX_BLOCKS + 1
+_K, _N, _W, _Q, _QV = range(5)  # what a block sums per layer
+_A, _S = range(2)  # what a layer keeps of its momenta
+_FRESH = (1.0, 0.0)  # A and S of a window that begins
+_MAX_CACHED_GROUPS = 64
+_VALUE, _M2 = range(2)  # what a block keeps per channel, for the mean buffer and for the variance buffer
+
+FloatArray = NDArray[np.float64]
+
+
+class Batch(NamedTuple):
+    """What one call of a layer contributes."""
+
+    num_samples: int
+    """Values per channel, n."""
+    mean: Tensor
+    """Batch mean, ``(C,)``."""
+    spread: Tensor
+    """Biased batch variance, ``(C,)``; if ``eps`` is given, the inverse standard deviation (var + eps)^-1/2 instead."""
+    eps: float | None
+    """The layer's ``eps`` where ``spread`` is an inverse standard deviation."""
+    momentum: float
+    """Weight of this batch in the running statistics right after the call; 0 if it updated none."""
+
+
+class Blocks(NamedTuple):
+    """The J blocks of one layer in the order of time, float64. Per-channel fields are ``(J, C)`` CPU tensors."""
+
+    num_batches: FloatArray
+    """K: batches in each block, ``(J,)``."""
+    num_samples: FloatArray
+    """n: values per channel, ``(J,)``."""
+    weight: FloatArray
+    """W: the sum of the weights that the batches have in the running statistics now, ``(J,)``."""
+    noise_mean: FloatArray
+    """Q: the sum of squared weights over n of each batch, ``(J,)``."""
+    noise_var: FloatArray
+    """Qv: the sum of squared weights over n - 1 of each batch, ``(J,)``."""
+    mean: Tensor
+    """b: mean of the batch means, weighted by n."""
+    mean_m2: Tensor
+    """M_b: sum of n-weighted squared deviations of the batch means from it."""
+    var: Tensor
+    """v: mean of the unbiased batch variances, weighted by n - 1."""
+    var_m2: Tensor
+    """M_v: sum of (n - 1)-weighted squared deviations of the batch variances from it."""
+    decay: float
+    """A: the weight that the buffers at the window's start still have in those of now."""
+    rounding: float
+    """S: the sum of the decays that each update's float32 rounding has undergone since."""
+
+
+class Population(NamedTuple):
+    """Exact moments over every value of the window, float64; those of channels are flat ``(channels,)`` CPU tensors."""
+
+    num_samples: FloatArray
+    """Values per channel of each layer, ``(layers,)``."""
+    mean: Tensor
+    """Mean, NaN in layers that saw nothing."""
+    var: Tensor
+    """Unbiased variance, NaN in layers that saw fewer than two values."""
+
+
+_Calls = tuple[int, list[Batch]]  # a layer's index and its batches
+
+
+def block_size(num_batches: int) -> int:
+    """Batches in a full block of a window of ``num_batches``: the smallest power of 2 that makes 16 blocks suffice."""
+    size = 1
+    while num_batches > size * MAX_BLOCKS:
+        size *= 2
+    return size
+
+
+class Window:
+    """Blocks of all layers on one device.
+
+    Args:
+        device: Where channels are accumulated, in float64.
+    """
+
+    CHANNEL_SHAPE: ClassVar[tuple[int, ...]] = (2, _ROWS, 2)  # value and M2; of each row; of mean and variance
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.widths: list[int] = []
+        self._starts = [0]
+        self._channels = torch.zeros(*self.CHANNEL_SHAPE, 0, dtype=torch.float64, device=device)
+        self._scalars: FloatArray = np.zeros((0, _ROWS, 5))
+        self._momenta: FloatArray = np.zeros((0, 2))
+        self._columns: dict[tuple[int, ...], tuple[Tensor | None, Tensor]] = {}
+
+    def add_layers(self, widths: Sequence[int]) -> range:
+        """Append layers of so many channels to the flat channel space. Returns their indices."""
+        first = len(self.widths)
+        for width in widths:
+            self.widths.append(width)
+            self._starts.append(self._starts[-1] + width)
+        self._channels = torch.cat([self._channels, self._channels.new_zeros(*self.CHANNEL_SHAPE, sum(widths))], dim=-1)
+        self._scalars = np.concatenate([self._scalars, np.zeros((len(widths), _ROWS, 5))])
+        self._momenta = np.concatenate([self._momenta, np.tile(_FRESH, (len(widths), 1))])
+        self._columns.clear()
+        return range(first, len(self.widths))
+
+    def channels(self, layer: int) -> slice:
+        """Where a layer lies in the flat channel space."""
+        return slice(self._starts[layer], self._starts[layer + 1])
+
+    def reset(self) -> None:
+        """Forget all batches, keep the layers."""
+        self._channels = torch.zeros_like(self._channels)
+        self._scalars[:] = 0
+        self._momenta[:] = _FRESH
+
+    @torch.no_grad()
+    def update(self, batches: Mapping[int, Sequence[Batch]]) -> None:
+        """Add consecutive batches of any layers, in one fused update for all layers with equal histories.
+
+        A batch with a non-finite mean or variance in a channel makes that channel NaN until the next :meth:`reset`,
+        and no other.
+
+        Args:
+            batches: For each layer's index, what its calls contributed, in the order of time.
+        """
+        profiled: dict[tuple[int, int], list[_Calls]] = defaultdict(list)
+        aside: dict[int, list[_Calls]] = defaultdict(list)
+        history = self._scalars[:, :MAX_BLOCKS, _K].sum(axis=1)
+        for layer in sorted(batches):
+            updating = [batch for batch in batches[layer] if batch.momentum]
+            if updating:
+                profiled[int(history[layer]), len(updating)].append((layer, updating))
+            if len(updating) < len(batches[layer]):
+                other = [batch for batch in batches[layer] if not batch.momentum]
+                aside[len(other)].append((layer, other))
+        for (before, added), group in profiled.items():
+            size, old_size = block_size(before + added), block_size(before)
+            old_blocks = -(-before // old_size)
+            union = [block * old_size // size for block in range(old_blocks)]
+            union += [batch // size for batch in range(before, before + added)]
+            self._merge(group, slice(0, old_blocks), slice(0, union[-1] + 1), union)
+        for added, group in aside.items():
+            row = slice(_ASIDE, _ROWS)
+            self._merge(group, row, row, [0] * (1 + added))
+
+    def population(self) -> Population:
+        """Exact moments over all batches of the window, whether they updated the running statistics or not."""
+        _, layer_of = self._columns_of(tuple(range(len(self.widths))))
+        count = self._scalars[:, :, _N]
+        table = np.concatenate([count, count - self._scalars[:, :, _K]], axis=1).T
+        n, g = torch.split(self._to_device(table).index_select(1, layer_of), _ROWS)
+        within = g * self._channels[_VALUE, :, 1]
+        everything = torch.ones(1, _ROWS, dtype=torch.float64, device=self.device)
+        total, mean, m2 = merge_moments(n, self._channels[_VALUE, :, 0], self._channels[_M2, :, 0] + within, everything)
+        missing = torch.full_like(mean, torch.nan)
+        mean = torch.where(total > 0, mean, missing)
+        var = torch.where(total > 1, m2 / (total - 1), missing)
+        mean, var = torch.cat([mean, var]).cpu()
+        return Population(count.sum(axis=1), mean, var)
+
+    def blocks(self, layer: int) -> Blocks:
+        """The profile of one layer: what its batches that updated the running statistics look like, block by block."""
+        scalars = self._scalars[layer, :MAX_BLOCKS]
+        scalars = scalars[scalars[:, _K] > 0]
+        channels = self._channels[:, : len(scalars), :, self.channels(layer)].cpu()
+        num_batches, num_samples, weight, noise_mean, noise_var = scalars.T.copy()
+        return Blocks(
+            num_batches=num_batches,
+            num_samples=num_samples,
+            weight=weight,
+            noise_mean=noise_mean,
+            noise_var=noise_var,
+            mean=channels[_VALUE, :, 0],
+            mean_m2=channels[_M2, :, 0],
+            var=channels[_VALUE, :, 1],
+            var_m2=channels[_M2, :, 1],
+            decay=float(self._momenta[layer, _A]),
+            rounding=float(self._momenta[layer, _S]),
+        )
+
+    def channel_state(self) -> Tensor:
+        """A CPU copy of what is kept per channel, ``(2, 17, 2, channels)``: see :meth:`restore`."""
+        return self._channels.cpu().clone()
+
+    def layer_state(self, layer: int) -> dict[str, list[Any]]:
+        """What is kept per layer, in primitives: see :meth:`restore`."""
+        return {"scalars": self._scalars[layer].tolist(), "momenta": self._momenta[layer].tolist()}
+
+    def restore(self, layer: int, channels: Tensor, state: Mapping[str, Any]) -> None:
+        """Give a layer the state that another window had for it: its channels' part and its own."""
+        self._channels[..., self.channels(layer)] = channels.to(self.device)
+        self._scalars[layer] = state["scalars"]
+        self._momenta[layer] = state["momenta"]
+
+    def _merge(self, group: list[_Calls], old: slice, new: slice, union: list[int]) -> None:
+        """Merge the ``old`` rows and the batches of a group of layers into the ``new`` rows.
+
+        ``union`` tells for every part, old rows first, which of the new rows it belongs to. All layers of the group
+        have the same number of batches.
+        """
+        layers = [layer for layer, _ in group]
+        members = np.zeros((new.stop - new.start, len(union)))
+        members[union, range(len(union))] = 1
+        table = self._merge_scalars(group, old, new, members)
+        columns, layer_of = self._columns_of(tuple(layers))
+        num_parts, num_added, width = len(union), len(group[0][1]), len(layer_of)
+
+        expanded = self._to_device(table).index_select(1, layer_of)
+        weight, bessel, eps = torch.split(expanded, [2 * num_parts, num_added, num_added])
+        stashed = [
+            tensor if tensor.device == self.device else tensor.to(self.device)
+            for t in range(num_added)
+            for field in ("mean", "spread")
+            for _, batches in group
+            for tensor in (getattr(batches[t], field),)
+        ]
+        added = torch.cat(stashed).to(torch.float64).view(num_added, 2, width)
+        mean, spread = added.unbind(1)
+        var = torch.where(torch.isnan(eps), spread, spread.pow(-2) - eps).clamp_min(0) * bessel
+
+        rows = self._channels[:, old] if columns is None else self._channels[:, old].index_select(3, columns)
+        value = torch.cat([rows[_VALUE], torch.stack([mean, var], dim=1)])
+        m2 = torch.cat([rows[_M2], torch.zeros_like(added)])
+        flat = (num_parts, 2 * width)
+        _, value, m2 = merge_moments(weight.view(flat), value.view(flat), m2.view(flat), self._to_device(members))
+        merged = torch.stack([value, m2]).view(2, -1, 2, width)
+        if old.stop > new.stop:  # rows that the coarser blocks no longer need
+            freed = merged.new_zeros(2, old.stop - new.stop, 2, width)
+            merged, new = torch.cat([merged, freed], dim=1), slice(new.start, old.stop)
+        if columns is None:
+            self._channels[:, new] = merged
+        else:
+            self._channels[:, new].index_copy_(3, columns, merged)
+
+    def _merge_scalars(self, group: list[_Calls], old: slice, new: slice, members: FloatArray) -> FloatArray:
+        """The same for what is kept per layer, on the host.
+
+        Returns a table of what the merge of the channels needs, ``(2P + 2k, layers)``: the weights n and n - K of each
+        part, then n / (n - 1) and eps of each of the k batches.
+        """
+        layers = [layer for layer, _ in group]
+        added = [[(b.num_samples, b.momentum, np.nan if b.eps is None else b.eps) for b in calls] for _, calls in group]
+        count, momentum, eps = np.array(added, dtype=float).transpose(2, 1, 0)  # (k, layers) each
+        since = np.cumprod(1 - momentum[::-1], axis=0)[::-1]  # what remains at the end of what stood before each batch
+        remains, after = since[0], np.concatenate([since[1:], np.ones_like(since[:1])])
+        weight, dof = momentum * after, np.maximum(count - 1, 1)
+
+        parts = np.empty((members.shape[1], len(layers), 5))
+        standing = parts[: old.stop - old.start]
+        standing[:] = self._scalars[layers, old].transpose(1, 0, 2)
+        standing[..., _W] *= remains
+        standing[..., [_Q, _QV]] *= (remains**2)[..., None]
+        batch = parts[old.stop - old.start :]
+        batch[..., _K], batch[..., _N], batch[..., _W] = 1, count, weight
+        batch[..., _Q], batch[..., _QV] = weight**2 / count, weight**2 / dof
+
+        self._scalars[layers, old] = 0
+        self._scalars[layers, new] = np.tensordot(members, parts, 1).transpose(1, 0, 2)
+        self._momenta[layers, _A] *= remains
+        self._momenta[layers, _S] = self._momenta[layers, _S] * remains + (after * (momentum > 0)).sum(axis=0)
+        weights = np.stack([parts[..., _N], parts[..., _N] - parts[..., _K]], axis=1)
+        return np.concatenate([weights.reshape(-1, len(layers)), count / dof, eps])
+
+    def _columns_of(self, layers: tuple[int, ...]) -> tuple[Tensor | None, Tensor]:
+        """The flat columns of some layers (None: all of them), and for each of these which of the layers it is of."""
+        if layers not in self._columns:
+            if len(self._columns) >= _MAX_CACHED_GROUPS:  # layers skipped at random: every update has groups of its own
+                self._columns.clear()
+            columns = None
+            if len(layers) < len(self.widths):
+                spans = [self.channels(layer) for layer in layers]
+                columns = self._to_device(np.concatenate([np.arange(span.start, span.stop) for span in spans]))
+            widths = [self.widths[layer] for layer in layers]
+            layer_of = self._to_device(np.repeat(np.arange(len(layers)), widths))
+            self._columns[layers] = columns, layer_of
+        return self._columns[layers]
+
+    def _to_device(self, array: NDArray[Any]) -> Tensor:
+        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
