@@ -75,10 +75,15 @@ def saved_moments(module: _BatchNorm, output: object) -> BatchMoments | None:
 
 
 def traced_moments(x: Tensor) -> BatchMoments:
-    """Moments of ``x``, ``(N, C, *)``, in code that ``torch.compile`` traces. No shift: it would prevent the fusion."""
+    """Moments of ``x``, ``(N, C, *)``, in code that ``torch.compile`` traces.
+
+    This is, to the letter, the expression that BatchNorm itself is decomposed into: the compiler finds that it has it
+    already, and generates for all the rest what it would have generated without us. (Without ``keepdim``, or with a
+    shift, it is another reduction, which is then fused with BatchNorm's, and the training is no longer bit-identical.)
+    """
     x = _at_least_float32(x.detach())
-    var, mean = torch.var_mean(x, _all_but_channels(x), correction=0)
-    return BatchMoments("traced", x.numel() // x.shape[1], mean, var, None)
+    var, mean = torch.var_mean(x, _all_but_channels(x), correction=0, keepdim=True)
+    return BatchMoments("traced", x.numel() // x.shape[1], mean.flatten(), var.flatten(), None)
 
 
 @torch.no_grad()

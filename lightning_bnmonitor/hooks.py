@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 import torch
 import torch._dynamo
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -55,6 +56,7 @@ class LayerHook(_Hook):
         self.gate = gate
         self.receive = receive
         self.by_pass = False
+        self.skipped = 0  # calls without values to look at: of fake tensors, within a transform of torch.func
         # A compiled graph may not append to a list (that recompiles at every call), but it may leave a tuple behind
         # that it found empty.
         self.traced: tuple[tuple[BatchMoments, bool], ...] = ()
@@ -66,11 +68,16 @@ class LayerHook(_Hook):
             return
         updating = module.training and module.track_running_stats and module.running_mean is not None
         x: Tensor = args[0] if args else next(iter(kwargs.values()))
+        if torch.compiler.is_exporting():
+            return
         if torch.compiler.is_compiling():
             self.traced += ((traced_moments(x), updating),)
             return
         # Within a backward pass: activation checkpointing recomputes a call that was counted when it was made.
         if self.gate.paused or torch._C._current_graph_task_id() != -1:
+            return
+        if isinstance(x, FakeTensor) or torch._C._functorch.peek_interpreter_stack() is not None:
+            self.skipped += 1
             return
         moments = None if self.by_pass else saved_moments(module, output)
         if moments is None:
@@ -122,7 +129,7 @@ class Attachment:
     ) -> None:
         self._handles: list[Any] = []
         self._drained: list[tuple[weakref.ref[nn.Module], _DrainedCall]] = []
-        _HookGuards.acquire()
+        _CompilerSettings.acquire()
         if torch._dynamo.convert_frame.input_codes.seen:
             # What was compiled before, from this model or from another of the same class, does not look for our hooks.
             torch._dynamo.reset()
@@ -149,31 +156,40 @@ class Attachment:
             if module is not None and module._compiled_call_impl is call:
                 module._compiled_call_impl = call.compiled
         self._drained.clear()
-        _HookGuards.release()
+        _CompilerSettings.release()
 
 
-class _HookGuards:
-    """Makes compiled code look for changed hooks while anything is attached.
+class _CompilerSettings:
+    """What ``torch.compile`` must do differently while anything is attached.
 
-    By default it does not: hooks registered again, and those of a model that was compiled after an unmonitored one of
-    the same class, would record nothing, silently.
+    - Look for changed hooks: by default compiled code does not, and hooks that were registered again, or on a model
+      that was compiled after an unmonitored one of the same class, record nothing, silently.
+    - Let a function under activation checkpointing leave its tuple behind: by default that breaks the graph, and the
+      checkpointed part then runs eagerly, where it updates the buffers twice. What is left behind is that of the first
+      forward alone, as it should be.
     """
 
+    SETTINGS: ClassVar[dict[str, bool]] = {
+        "skip_nnmodule_hook_guards": False,
+        "skip_fwd_side_effects_in_bwd_under_checkpoint": True,
+    }
     users: ClassVar[int] = 0
-    previous: ClassVar[bool]
+    previous: ClassVar[dict[str, bool]] = {}
 
     @classmethod
     def acquire(cls) -> None:
         if cls.users == 0:
-            cls.previous = torch._dynamo.config.skip_nnmodule_hook_guards
-            torch._dynamo.config.skip_nnmodule_hook_guards = False
+            for name, value in cls.SETTINGS.items():
+                cls.previous[name] = getattr(torch._dynamo.config, name)
+                setattr(torch._dynamo.config, name, value)
         cls.users += 1
 
     @classmethod
     def release(cls) -> None:
         cls.users -= 1
         if cls.users == 0:
-            torch._dynamo.config.skip_nnmodule_hook_guards = cls.previous
+            for name, value in cls.previous.items():
+                setattr(torch._dynamo.config, name, value)
 
 
 def _after_step(callback: Callable[[], None]) -> Callable[..., None]:

@@ -59,6 +59,7 @@ class TrackedLayer:
         self.calls: dict[Path, int] = dict.fromkeys(PATHS, 0)
         self.tracked_before = num_batches_tracked
         self.tracked_calls = 0
+        self.hook.skipped = 0
 
     @property
     def num_calls(self) -> int:

@@ -87,6 +87,8 @@ class LayerReport:
 
         - ``calls_saved``, ``calls_traced``, ``calls_pass``: calls whose batch moments were read off the kernel, were
           computed in a compiled graph, and were computed by a pass over the input.
+        - ``calls_skipped``: calls that could not be looked at, because they had no values of their own: within a
+          transform of ``torch.func`` (``vmap``, ``grad``), or of fake tensors. They are not in ``num_batches``.
         - ``updates_per_call``: updates of the buffers for each call that was to update them (1; 2 under activation
           checkpointing). Absent if no call was.
         - ``dead_channels``: channels whose variance is at most a thousandth of ``eps``.

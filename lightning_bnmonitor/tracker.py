@@ -340,6 +340,7 @@ def _layer_report(
         has_running_stats=bool(running),
         counters={
             **{f"calls_{path}": float(layer.calls[path]) for path in PATHS},
+            "calls_skipped": float(layer.hook.skipped),
             **({} if math.isnan(updates) else {"updates_per_call": updates}),
         },
     )

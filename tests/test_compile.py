@@ -1,0 +1,410 @@
+"""Compiled models: nothing recompiled, nothing lost, nothing changed."""
+
+from __future__ import annotations
+
+import copy
+import shutil
+from collections.abc import Callable, Iterator
+
+import pytest
+import torch
+import torch._dynamo
+from lightning.pytorch import LightningModule, Trainer
+from torch import Tensor, nn
+from torch._dynamo.utils import counters
+from torch.utils.checkpoint import checkpoint
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_bnmonitor import BatchNormMonitor, BatchNormTracker, Report
+
+needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler (g++)")
+
+
+@pytest.fixture(autouse=True)
+def fresh_compiler() -> Iterator[None]:
+    torch._dynamo.reset()
+    counters.clear()
+    yield
+    torch._dynamo.reset()
+
+
+class Net(nn.Module):
+    def __init__(self, reentrant: bool | None = None, dropout: float = 0.0) -> None:
+        super().__init__()
+        self.reentrant = reentrant
+        self.first = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
+        self.second = nn.Sequential(nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(dropout))
+        self.third = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x) if self.reentrant is None else checkpoint(self.first, x, use_reentrant=self.reentrant)
+        return self.third(self.second(x).mean(dim=(2, 3)))
+
+
+class Twelve(nn.Module):
+    """Calls its part 12 times a step."""
+
+    def __init__(self, part: nn.Module) -> None:
+        super().__init__()
+        self.part = part
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.stack([self.part(x + shift).sum() for shift in range(12)]).sum()
+
+
+def by_wrapping(net: nn.Module, fullgraph: bool, backend: str = "eager") -> nn.Module:
+    return torch.compile(net, backend=backend, fullgraph=fullgraph)
+
+
+def in_place(net: nn.Module, fullgraph: bool, backend: str = "eager") -> nn.Module:
+    net.compile(backend=backend, fullgraph=fullgraph)
+    return net
+
+
+def its_forward(net: nn.Module, fullgraph: bool, backend: str = "eager") -> nn.Module:
+    net.forward = torch.compile(net.forward, backend=backend, fullgraph=fullgraph)
+    return net
+
+
+def its_parts(net: nn.Module, fullgraph: bool, backend: str = "eager") -> nn.Module:
+    for name in ("first", "second", "third"):
+        setattr(net, name, torch.compile(getattr(net, name), backend=backend, fullgraph=fullgraph))
+    return net
+
+
+WAYS = [by_wrapping, in_place, its_forward, its_parts]
+LAYERS = ["first.1", "second.1", "third.1"]
+
+
+def train(model: nn.Module, steps: int = 3, batch_size: int = 4) -> None:
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    for _ in range(steps):
+        model(torch.randn(batch_size, 3, 8, 8)).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+
+def graphs() -> tuple[int, int]:
+    """Compiled graphs and graph breaks since the counters were cleared."""
+    return counters["stats"]["unique_graphs"], sum(counters["graph_break"].values())
+
+
+def calls(report: Report, prefix: str = "part.") -> list[dict[str, float]]:
+    keys = ("calls_saved", "calls_traced", "calls_pass")
+    return [{key: report[prefix + name].evidence[key] for key in keys} for name in LAYERS]
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("compiled", WAYS)
+def test_twelve_calls_a_step_compile_one_graph_and_all_are_counted(
+    compiled: Callable[..., nn.Module], fullgraph: bool
+) -> None:
+    train(Twelve(compiled(Net(), fullgraph)))
+    graphs_without = graphs()
+    torch._dynamo.reset()
+    counters.clear()
+    model = Twelve(compiled(Net(), fullgraph))
+    with BatchNormTracker(model) as tracker:
+        train(model)
+    assert graphs() == graphs_without
+    report = tracker.report()
+    assert calls(report) == [{"calls_saved": 0, "calls_traced": 36, "calls_pass": 0}] * 3
+    assert [report["part." + name].num_samples for name in LAYERS] == [36 * 4 * 36, 36 * 4 * 16, 36 * 4]
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+@pytest.mark.parametrize("compiled", WAYS)
+def test_a_model_that_was_run_compiled_before_is_counted_in_two_trackings(
+    compiled: Callable[..., nn.Module], fullgraph: bool
+) -> None:
+    model = Twelve(compiled(Net(), fullgraph))
+    train(model, steps=2)
+    for steps in (2, 3):
+        with BatchNormTracker(model) as tracker:
+            train(model, steps)
+        assert [entry["calls_traced"] for entry in calls(tracker.report())] == [12 * steps] * 3
+        train(model, steps=1)  # and what is not tracked is not counted
+        assert [entry["calls_traced"] for entry in calls(tracker.report())] == [12 * steps] * 3
+
+
+def test_a_model_is_counted_after_an_unmonitored_sibling_of_its_class_was_compiled() -> None:
+    train(torch.compile(Net(), backend="eager"))
+    model = torch.compile(Net(), backend="eager")
+    with BatchNormTracker(model) as tracker:
+        train(model)
+        train(torch.compile(Net(), backend="eager"))
+    assert [entry["calls_traced"] for entry in calls(tracker.report(), "")] == [3, 3, 3]
+
+
+def test_a_model_compiled_after_attaching_is_counted_although_a_sibling_was_compiled_before() -> None:
+    train(torch.compile(Net(), backend="eager"))
+    net = Net()
+    with BatchNormTracker(net) as tracker:
+        train(torch.compile(net, backend="eager"))
+    assert [entry["calls_traced"] for entry in calls(tracker.report(), "")] == [3, 3, 3]
+
+
+def test_batches_of_other_sizes_and_evaluation_compile_no_more_graphs_than_without() -> None:
+    def run(model: nn.Module) -> tuple[int, int]:
+        torch._dynamo.reset()
+        counters.clear()
+        for size in (4, 5, 6, 7):
+            train(model, 1, size)
+        model.eval()
+        model(torch.randn(4, 3, 8, 8))
+        model.train()
+        train(model, 1, 9)
+        return graphs()
+
+    without = run(torch.compile(Net(), backend="eager"))
+    model = torch.compile(Net(), backend="eager")
+    with BatchNormTracker(model) as tracker:
+        assert run(model) == without
+    report = tracker.report()
+    assert [entry["calls_traced"] for entry in calls(report, "")] == [5, 5, 5]
+    assert report["third.1"].num_samples == 4 + 5 + 6 + 7 + 9
+
+
+def test_a_frozen_layer_in_a_training_model_is_counted_and_evaluation_is_not() -> None:
+    model = torch.compile(Net(), backend="eager")
+    with BatchNormTracker(model) as tracker:
+        model._orig_mod.first[1].eval()
+        train(model)
+        model.eval()
+        model(torch.randn(4, 3, 8, 8))
+    report = tracker.report()
+    assert [entry["calls_traced"] for entry in calls(report, "")] == [3, 3, 3]
+    assert "updates_per_call" not in report["first.1"].evidence
+    assert report["second.1"].evidence["updates_per_call"] == 1
+
+
+def test_nothing_counts_while_paused() -> None:
+    model = torch.compile(Net(), backend="eager")
+    with BatchNormTracker(model) as tracker:
+        train(model, 2)
+        with tracker.paused():
+            train(model, 3)
+        train(model, 1)
+    assert [entry["calls_traced"] for entry in calls(tracker.report(), "")] == [3, 3, 3]
+
+
+def test_where_dynamo_gives_up_and_runs_eagerly_the_calls_are_read_off_the_kernel() -> None:
+    model = torch.compile(Net(), backend="eager", dynamic=False)
+    with BatchNormTracker(model) as tracker, torch._dynamo.config.patch(recompile_limit=2):
+        for size in (4, 5, 6, 7, 8):
+            train(model, 1, size)
+    assert calls(tracker.report(), "") == [{"calls_saved": 3, "calls_traced": 2, "calls_pass": 0}] * 3
+
+
+def test_a_graph_break_in_the_model_loses_no_call() -> None:
+    class Broken(Net):
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.first(x)
+            torch._dynamo.graph_break()
+            x = self.second(x)
+            torch._dynamo.graph_break()
+            return self.third(x.mean(dim=(2, 3)))
+
+    train(torch.compile(Broken(), backend="eager"))
+    without = graphs()
+    torch._dynamo.reset()
+    counters.clear()
+    model = torch.compile(Broken(), backend="eager")
+    with BatchNormTracker(model) as tracker:
+        train(model)
+    assert graphs() == without
+    assert [entry["calls_traced"] for entry in calls(tracker.report(), "")] == [3, 3, 3]
+
+
+def test_the_compilers_settings_are_restored_when_the_last_tracker_detaches() -> None:
+    names = ("skip_nnmodule_hook_guards", "skip_fwd_side_effects_in_bwd_under_checkpoint")
+
+    def settings() -> list[bool]:
+        return [getattr(torch._dynamo.config, name) for name in names]
+
+    before = settings()
+    one, other = Net(), Net()
+    with BatchNormTracker(one):
+        with BatchNormTracker(other):
+            assert settings() == [False, True]
+        assert settings() == [False, True]
+    assert settings() == before
+
+
+def test_a_compiled_call_is_restored_when_the_tracker_detaches() -> None:
+    net = in_place(Net(), fullgraph=False)
+    compiled_call = net._compiled_call_impl
+    with BatchNormTracker(net):
+        assert net._compiled_call_impl is not compiled_call
+    assert net._compiled_call_impl is compiled_call
+    wrapped = torch.compile(Net())
+    with BatchNormTracker(wrapped):
+        assert wrapped._forward_hooks
+    assert not wrapped._forward_hooks
+
+
+def test_a_copy_of_a_compiled_model_is_not_monitored() -> None:
+    model = torch.compile(Net(), backend="eager")
+    with BatchNormTracker(model) as tracker:
+        train(model, 1)
+        train(torch.compile(copy.deepcopy(model._orig_mod), backend="eager"), 5)
+        train(model, 1)
+    assert [entry["calls_traced"] for entry in calls(tracker.report(), "")] == [2, 2, 2]
+
+
+def test_exporting_an_attached_model_counts_nothing() -> None:
+    net = Net()
+    with BatchNormTracker(net) as tracker:
+        torch.export.export(net, (torch.randn(4, 3, 8, 8),))
+        assert [layer.num_batches for layer in tracker.report().values()] == [0, 0, 0]
+        train(net, 1)
+    assert [layer.num_batches for layer in tracker.report().values()] == [1, 1, 1]
+
+
+class Module(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
+
+    def training_step(self, batch: list[Tensor], batch_idx: int) -> Tensor:
+        return self.net(batch[0]).square().mean()
+
+    def validation_step(self, batch: list[Tensor], batch_idx: int) -> None:
+        self.log("val_loss", self.net(batch[0]).square().mean())
+
+    def configure_optimizers(self) -> torch.optim.Optimizer:
+        return torch.optim.SGD(self.parameters(), lr=0.01)
+
+
+@pytest.mark.parametrize("what", ["module", "net"])
+def test_a_trainer_counts_every_batch_of_a_compiled_module_in_two_fits(what: str, tmp_path: object) -> None:
+    module = Module()
+    if what == "net":
+        module.net = torch.compile(module.net, backend="eager")
+    model = torch.compile(module, backend="eager") if what == "module" else module
+    data = DataLoader(TensorDataset(torch.randn(20, 3, 8, 8)), batch_size=4)
+    for _ in range(2):
+        monitor = BatchNormMonitor()
+        trainer = Trainer(
+            max_epochs=2,
+            accelerator="cpu",
+            callbacks=[monitor],
+            default_root_dir=str(tmp_path),
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(model, data, data)
+        report = monitor.report()
+        assert [entry["calls_traced"] for entry in calls(report, "net.")] == [5, 5, 5]
+        assert report["net.third.1"].num_samples == 20
+
+
+def trained(
+    monitored: bool,
+    model: nn.Module,
+    backend: str,
+    dtype: torch.dtype = torch.float32,
+    autocast: bool = False,
+    memory_format: torch.memory_format = torch.contiguous_format,
+    fullgraph: bool = False,
+) -> dict[str, object]:
+    """All that a training run changes, and the report."""
+    torch._dynamo.reset()
+    model = copy.deepcopy(model).to(dtype=dtype, memory_format=memory_format)
+    compiled = torch.compile(model, backend=backend, fullgraph=fullgraph)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    tracker = BatchNormTracker(compiled)
+    if monitored:
+        tracker.attach()
+    torch.manual_seed(5)
+    losses = []
+    for _ in range(6):
+        x = (torch.randn(16, 3, 12, 12) * 2 + 20).to(dtype=dtype, memory_format=memory_format).requires_grad_()
+        with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+            loss = compiled(x).float().square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    tracker.detach()
+    return {
+        "model": model.state_dict(),
+        "gradients": {name: p.grad for name, p in model.named_parameters()},
+        "momenta": {str(k): v["momentum_buffer"] for k, v in optimizer.state_dict()["state"].items()},
+        "losses": {"losses": torch.tensor(losses)},
+        "rng": {"rng": torch.get_rng_state()},
+        "report": tracker.report(),
+    }
+
+
+def assert_bit_identical(model: nn.Module, backend: str, **kwargs: object) -> Report:
+    without, with_monitor = (trained(monitored, model, backend, **kwargs) for monitored in (False, True))
+    for group in ("model", "gradients", "momenta", "losses", "rng"):
+        for name, value in without[group].items():
+            assert torch.equal(value, with_monitor[group][name]), (group, name)
+    return with_monitor["report"]
+
+
+@pytest.mark.parametrize("reentrant", [None, False, True])
+def test_training_is_bit_identical_with_and_without_the_monitor(reentrant: bool | None) -> None:
+    report = assert_bit_identical(Net(reentrant, dropout=0.1), "aot_eager")
+    assert [entry["calls_traced"] for entry in calls(report, "")] == [6, 6, 6]
+    # Compiled checkpointing recomputes the data, not the update of the buffers.
+    assert [report[name].evidence["updates_per_call"] for name in LAYERS] == [1, 1, 1]
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    "kwargs",
+    [
+        {},
+        {"fullgraph": True},
+        {"memory_format": torch.channels_last},
+        {"autocast": True},
+        {"dtype": torch.bfloat16},
+    ],
+    ids=["default", "fullgraph", "channels-last", "bf16-autocast", "bf16"],
+)
+def test_inductor_trains_bit_identically_with_and_without_the_monitor(kwargs: dict[str, object]) -> None:
+    report = assert_bit_identical(Net(dropout=0.1), "inductor", **kwargs)
+    assert [entry["calls_traced"] for entry in calls(report, "")] == [6, 6, 6]
+
+
+@needs_compiler
+def test_inductor_trains_bit_identically_under_activation_checkpointing() -> None:
+    report = assert_bit_identical(Net(reentrant=False), "inductor")
+    assert [entry["calls_traced"] for entry in calls(report, "")] == [6, 6, 6]
+
+
+class Received(nn.Module):
+    """BatchNorm alone: what it receives is what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.BatchNorm2d(8)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(x)
+
+
+@needs_compiler
+@pytest.mark.parametrize("ratio", [0.0, 1.0, 30.0])
+def test_compiled_moments_are_exact(ratio: float) -> None:
+    generator = torch.Generator().manual_seed(3)
+    std = torch.logspace(-2, 2, 8)
+    model = torch.compile(Received())
+    batches = []
+    with BatchNormTracker(model) as tracker:
+        for _ in range(20):
+            noise = torch.randn(16, 8, 6, 6, generator=generator)
+            batches.append((noise + ratio) * std[:, None, None])
+            model(batches[-1].requires_grad_()).sum().backward()
+    values = torch.cat(batches).detach().double().transpose(0, 1).flatten(1)
+    layer = tracker.report()["norm"]
+    assert layer.evidence["calls_traced"] == 20
+    assert layer.num_samples == values.shape[1]
+    var = values.var(dim=1)
+    assert ((layer.population_mean - values.mean(dim=1)).abs() / var.sqrt()).max() <= 2e-8 * (1 + ratio)
+    assert ((layer.population_var - var).abs() / (var + layer.eps)).max() <= 2e-6
