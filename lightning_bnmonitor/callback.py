@@ -77,7 +77,7 @@ class BatchNormMonitor(Callback):
                 "`every_n_epochs` and `every_n_train_batches` exclude each other, got "
                 f"{every_n_epochs} and {every_n_train_batches}: leave one of them None."
             )
-        if per_layer not in (True, False, "auto"):
+        if not isinstance(per_layer, bool) and per_layer != "auto":
             raise ValueError(f'`per_layer` must be True, False or "auto", got {per_layer!r}.')
         check_capture(capture)
         self._every_n_epochs = every_n_epochs or 1
@@ -103,7 +103,7 @@ class BatchNormMonitor(Callback):
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._detach()  # a fit that was interrupted may not have
-        self._report = None
+        self._tracker = self._report = None
         self._num_batches = 0
         tracker = BatchNormTracker(pl_module, self._include, self._exclude, self._capture)
         self._tracker = tracker.attach()
@@ -129,6 +129,12 @@ class BatchNormMonitor(Callback):
             self._end_window(trainer)
 
     @override
+    def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # A window that the end of training cuts short ends here, before what follows its last batch.
+        if _is_last_validation(trainer):
+            self._end_window(trainer)
+
+    @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not every epoch ends with a batch known to be its last: `max_steps`, `on_train_batch_start` returning -1.
         if self._every_n_train_batches is None and self._is_last_epoch_of_window(trainer):
@@ -150,6 +156,8 @@ class BatchNormMonitor(Callback):
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._detach()
+        self._report = self.report()
+        self._tracker = None  # what refers to a model weakly cannot be pickled, as launchers do with callbacks
 
     def _is_last_epoch_of_window(self, trainer: Trainer) -> bool:
         return (trainer.current_epoch + 1) % self._every_n_epochs == 0
@@ -187,3 +195,13 @@ class BatchNormMonitor(Callback):
     def _detach(self) -> None:
         if self._tracker is not None:
             self._tracker.detach()
+
+
+def _is_last_validation(trainer: Trainer) -> bool:
+    """Whether no training batch of this ``fit`` will follow."""
+    if trainer.should_stop and trainer.fit_loop._can_stop_early:
+        return True
+    if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
+        return True
+    is_last_epoch = trainer.max_epochs is not None and -1 < trainer.max_epochs <= trainer.current_epoch + 1
+    return trainer.is_last_batch and is_last_epoch

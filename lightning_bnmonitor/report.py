@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -76,10 +77,11 @@ class LayerReport:
     def eval_error(self) -> Tensor:
         """RMS error of the normalised activation that ``eval()`` makes, against the population of this window.
 
-        Infinite in a channel whose running statistics are not finite: its output in ``eval()`` is NaN.
+        Infinite in a channel that was called and whose running statistics are not finite: it gives NaN in ``eval()``.
         """
         broken = ~(torch.isfinite(self.running_mean) & torch.isfinite(self.running_var))
-        return torch.where(broken & self.has_running_stats, torch.inf, self.act_rmse)
+        comparable = self.has_running_stats and self.num_samples > 0
+        return torch.where(broken & comparable, torch.inf, self.act_rmse)
 
     @property
     def evidence(self) -> dict[str, float]:
@@ -164,7 +166,13 @@ class Report(Mapping[str, LayerReport]):
         return len(self._layers)
 
     def worst(self, n: int | None = None) -> list[LayerReport]:
-        """The layers with the largest ``eval_error`` first, at most ``n``; layers that have none come last."""
+        """The layers with the largest ``eval_error`` first, at most ``n``; layers that have none come last.
+
+        Raises:
+            ValueError: If ``n`` is negative.
+        """
+        if n is not None and n < 0:
+            raise ValueError(f"`n` must not be negative, got {n}.")
 
         def badness(layer: LayerReport) -> float:
             error = self._summaries[layer.name]["eval_error"]
@@ -203,8 +211,8 @@ class Report(Mapping[str, LayerReport]):
         }
 
     def to_markdown(self) -> str:
-        """The table, the worst layer first."""
-        return self._table("github")
+        """The table, the worst layer first; names are escaped."""
+        return self._table("github", lambda name: re.sub(r"([\\`*\[\]<>|])", r"\\\1", name))
 
     def __str__(self) -> str:
         return self._table("simple") if self._layers else "No BatchNorm layer was monitored."
@@ -215,10 +223,10 @@ class Report(Mapping[str, LayerReport]):
     def __repr__(self) -> str:
         return f"Report({list(self._layers.values())!r})"
 
-    def _table(self, style: str) -> str:
+    def _table(self, style: str, escape: Callable[[str], str] = str) -> str:
         rows = [
             [
-                layer.name,
+                escape(layer.name),
                 layer.num_features,
                 layer.num_batches,
                 layer.num_samples,

@@ -21,7 +21,8 @@ from lightning_bnmonitor.window import Batch, Population, Window
 
 CaptureMode = Literal["auto", "pass"]
 _STATE_VERSION = 1
-_MAX_RATIO, _MAX_RATIO_CHANNELS_LAST = 100.0, 10.0  # |mean| / std above which what a kernel saved is not exact enough
+# |mean| / sqrt(var + eps) above which what a kernel saved is not exact enough:
+_MAX_RATIO, _MAX_RATIO_CHANNELS_LAST = 100.0, 10.0
 
 
 class BatchNormTracker:
@@ -159,20 +160,20 @@ class BatchNormTracker:
     def reset(self) -> None:
         """End the window and begin another.
 
-        What this one has shown decides how the next one looks. If the absolute mean exceeded 100 standard deviations in
-        any channel of a layer (10 if its inputs were not contiguous, as in the channels-last format), its moments are
-        taken by a pass. If its buffers were updated u times a call (activation checkpointing), its momentum is taken to
-        be that of u updates.
+        What this one has shown decides how the next one looks. If the absolute mean exceeded 100 times sqrt(var + eps)
+        in any channel of a layer (10 times if its inputs were not contiguous, as in the channels-last format), its
+        moments are taken by a pass. If its buffers were updated u times a call (activation checkpointing), its momentum
+        is taken to be that of u updates.
         """
         self.flush()
         for window in self._windows.values():
             population = window.population()
-            ratio = population.mean.abs() / population.var.sqrt()
             for layer in self._placed:
                 if layer.window is window and layer.num_calls:
+                    channels = window.channels(layer.index)
+                    ratio = population.mean[channels].abs() / (population.var[channels] + layer.module.eps).sqrt()
                     limit = _MAX_RATIO_CHANNELS_LAST if layer.channels_last else _MAX_RATIO
-                    far = bool((ratio[window.channels(layer.index)] > limit).any())
-                    layer.hook.by_pass = self._always_pass or far
+                    layer.hook.by_pass = self._always_pass or bool((ratio > limit).any())
             window.reset()
         for layer, tracked in zip(self._layers, _num_batches_tracked(self._layers), strict=True):
             updates = layer.updates_of_a_call(tracked)
@@ -299,10 +300,10 @@ def as_patterns(argument: str, patterns: str | Sequence[str] | None) -> tuple[st
     """A tuple of patterns from one or several. Raises TypeError if there is anything else, naming the argument."""
     if patterns is None:
         return None
-    several = (patterns,) if isinstance(patterns, str) else tuple(patterns)
-    if not all(isinstance(pattern, str) for pattern in several):
-        raise TypeError(f"`{argument}` must be a pattern, several of them, or None, got {patterns!r}.")
-    return several
+    several = (patterns,) if isinstance(patterns, str) else patterns
+    if not isinstance(several, Sequence) or not all(isinstance(pattern, str) for pattern in several):
+        raise TypeError(f"`{argument}` must be a pattern (a string), a sequence of them, or None, got {patterns!r}.")
+    return tuple(several)
 
 
 def _own(moments: BatchMoments) -> BatchMoments:
