@@ -175,7 +175,7 @@ class BatchNormMonitor(Callback):
         self._report = self._tracker.report()
         prefix = self._log_key_prefix
         summary = {f"{prefix}/{name}": value for name, value in self._report.summary().items()}
-        trainer.callback_metrics.update({name: torch.tensor(value) for name, value in summary.items()})
+        trainer.callback_metrics.update({name: torch.tensor(value, device="cpu") for name, value in summary.items()})
         metrics = {**summary, **self._layer_metrics(self._report)}
         # Not `self.log`: it costs milliseconds a key, and is late for a callback that runs in validation.
         step = max(trainer.fit_loop.epoch_loop._batches_that_stepped - batches_over, 0)

@@ -23,6 +23,8 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 Path = Literal["saved", "traced", "pass"]
 PATHS: tuple[Path, ...] = ("saved", "traced", "pass")
+_FULL_PRECISION = (torch.float32, torch.float64)
+_MAX_SERIAL = 4096  # values per channel that a serial float32 sum may have and still be exact enough
 
 
 class BatchMoments(NamedTuple):
@@ -38,8 +40,8 @@ class BatchMoments(NamedTuple):
     """Biased variance, ``(C,)``; if ``eps`` is given, (var + eps)^-1/2 instead."""
     eps: float | None
     """The ``eps`` within ``spread``, None if that is the variance."""
-    channels_last: bool = False
-    """Whether a kernel saved them that summed values which are not contiguous: its mean then is less exact."""
+    serial: bool = False
+    """Whether a kernel saved them that, on the CPU, sums value by value in float32: they then are less exact."""
 
 
 def saved_moments(module: _BatchNorm, output: object) -> BatchMoments | None:
@@ -53,7 +55,9 @@ def saved_moments(module: _BatchNorm, output: object) -> BatchMoments | None:
         None if nothing usable was saved: no graph (``no_grad``, or nothing that requires grad), the layer normalised by
         its running statistics, the output is not the kernel's own (a subclass with an activation), the module computes
         in half precision and saved in it. None also while saved-tensor hooks are active (activation checkpointing,
-        ``save_on_cpu``): reading would run them, and under checkpointing a whole recomputation.
+        ``save_on_cpu``): reading would run them, and under checkpointing a whole recomputation. And None for a large
+        batch that the CPU's kernel sums value by value in float32, as it does with one position a sample and in
+        channels-last format: the error grows with the root of the number of values.
     """
     if not isinstance(output, Tensor) or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return None
@@ -61,17 +65,16 @@ def saved_moments(module: _BatchNorm, output: object) -> BatchMoments | None:
     if node is None or "BatchNorm" not in type(node).__name__:
         return None
     mean, invstd = getattr(node, "_saved_result1", None), getattr(node, "_saved_result2", None)
-    if not isinstance(mean, Tensor) or not isinstance(invstd, Tensor):
+    if not isinstance(mean, Tensor) or not isinstance(invstd, Tensor) or mean.dtype not in _FULL_PRECISION:
         return None
     num_channels = output.shape[1]
-    if (
-        mean.numel() != num_channels
-        or invstd.numel() != num_channels
-        or mean.dtype not in (torch.float32, torch.float64)
-    ):
+    if mean.numel() != num_channels or invstd.numel() != num_channels:
         return None
-    count = output.numel() // num_channels
-    return BatchMoments("saved", count, mean, invstd, module.eps, channels_last=not output.is_contiguous())
+    num_samples = output.numel() // num_channels
+    serial = num_samples == output.shape[0] or not output.is_contiguous()
+    if serial and num_samples > _MAX_SERIAL and output.device.type == "cpu":
+        return None
+    return BatchMoments("saved", num_samples, mean, invstd, module.eps, serial)
 
 
 def traced_moments(x: Tensor) -> BatchMoments:
@@ -87,25 +90,23 @@ def traced_moments(x: Tensor) -> BatchMoments:
 
 
 @torch.no_grad()
-def pass_moments(x: Tensor) -> BatchMoments | None:
-    """Moments of ``x``, ``(N, C, *)``, by a pass over it in at least float32. None if ``x`` is empty.
+def pass_moments(x: Tensor) -> BatchMoments:
+    """Moments of ``x``, ``(N, C, *)``, not empty, by a pass over it in at least float32.
 
-    Each channel is shifted by its first value, and the shift is added back in float64: the difference of two floats
-    that are close is exact, so that no digit is lost however large the mean is beside the standard deviation.
+    Two passes, in fact: the first finds a mean that float32 has rounded, the second the moments about it, and the two
+    means are added in float64. The difference of two floats that are close is exact, so that no digit is lost however
+    large the mean is beside the standard deviation.
     """
-    if x.numel() == 0:
-        return None
     x = _at_least_float32(x.detach())
-    origin: tuple[int | slice, ...] = (0, slice(None), *[0] * (x.ndim - 2))
-    shift = x[origin]
-    centred = x - shift.view(-1, *[1] * (x.ndim - 2))
-    var, mean = torch.var_mean(centred, _all_but_channels(x), correction=0)
+    dims = _all_but_channels(x)
+    centre = x.mean(dims, keepdim=True)
+    var, rest = torch.var_mean(x - centre, dims, correction=0)
     wide = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
-    return BatchMoments("pass", x.numel() // x.shape[1], mean.to(wide) + shift.to(wide), var, None)
+    return BatchMoments("pass", x.numel() // x.shape[1], rest.to(wide) + centre.flatten().to(wide), var, None)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype in (torch.float32, torch.float64) else x.float()
+    return x if x.dtype in _FULL_PRECISION else x.float()
 
 
 def _all_but_channels(x: Tensor) -> list[int]:

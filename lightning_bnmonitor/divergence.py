@@ -6,7 +6,8 @@ Every function takes and returns ``(C,)`` tensors of one floating dtype, one val
     q = running_var + eps  what ``eval()`` divides by (squared)
     u = (var - running_var) / q
 
-so that equal statistics give exactly 0, and small differences lose no digits. Variances below 0 (rounding) count as 0.
+so that equal statistics give exactly 0 (if s is not 0), and small differences lose no digits. Variances below 0
+(rounding) count as 0.
 A channel in which any argument is not finite is NaN in the result, so that an aggregate can leave it out and count it.
 """
 
@@ -60,7 +61,6 @@ def log_var_ratio(var: Tensor, running_var: Tensor, eps: float) -> Tensor:
         >>> log_var_ratio(torch.tensor([1.0]), torch.tensor([2.718281828]), eps=0.0)
         tensor([1.])
     """
-    var, running_var = var.clamp_min(0), running_var.clamp_min(0)
     return _finite_only(-_log_ratio(var, running_var, eps), var, running_var, alive=~is_dead(var, eps))
 
 
@@ -90,9 +90,8 @@ def act_rmse(mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tenso
         >>> act_rmse(0 * one, one, 0.1 * one, one, eps=0.0)
         tensor([0.1000])
     """
-    var, running_var = var.clamp_min(0), running_var.clamp_min(0)
-    s, q = var + eps, running_var + eps
-    gain_error = (var - running_var) / q / (torch.sqrt(s / q) + 1)
+    u, s, q = _ratio(var, running_var, eps)
+    gain_error = u / (torch.sqrt(s / q) + 1)
     share = torch.where(var > 0, var / s, torch.zeros_like(var))
     error = torch.sqrt(gain_error.square() * share + (running_mean - mean).square() / q)
     return _finite_only(error, mean, var, running_mean, running_var)
@@ -123,13 +122,14 @@ def kl(mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, eps
         >>> kl(0 * one, one, one, one, eps=0.0)
         tensor([0.5000])
     """
-    var, running_var = var.clamp_min(0), running_var.clamp_min(0)
-    q = running_var + eps
-    u = (var - running_var) / q
+    u, _, q = _ratio(var, running_var, eps)
     r = u / (2 + u)
     y = r.square()
     # ln(1+u) = 2 artanh(r): its series, with u - 2r = ru taken out, keeps every digit where u and ln(1+u) are close.
-    series = r * (u - y * (2 / 3 + y * (2 / 5 + y * (2 / 7 + y * (2 / 9 + y * 2 / 11)))))
+    tail = torch.zeros_like(y)
+    for power in (15, 13, 11, 9, 7, 5, 3):  # to the last digit of float64 at |u| = 0.2
+        tail = 2 / power + y * tail
+    series = r * (u - y * tail)
     excess = torch.where(u.abs() < 0.2, series, u - _log_ratio(var, running_var, eps))
     divergence = 0.5 * (excess + (running_mean - mean).square() / q)
     return _finite_only(divergence, mean, var, running_mean, running_var, alive=~is_dead(var, eps))
@@ -145,9 +145,15 @@ def is_dead(var: Tensor, eps: float) -> Tensor:
 
 def _log_ratio(var: Tensor, running_var: Tensor, eps: float) -> Tensor:
     """ln(s / q), by ``log1p`` where the two are close and by the quotient where ``1 + u`` would lose digits."""
-    s, q = var + eps, running_var + eps
-    u = (var - running_var) / q
+    u, s, q = _ratio(var, running_var, eps)
     return torch.where(u.abs() < 0.5, torch.log1p(u), torch.log(s / q))
+
+
+def _ratio(var: Tensor, running_var: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+    """u, s and q: see the top of this file."""
+    var, running_var = var.clamp_min(0), running_var.clamp_min(0)
+    s, q = var + eps, running_var + eps
+    return (var - running_var) / q, s, q
 
 
 def _finite_only(result: Tensor, *inputs: Tensor, alive: Tensor | None = None) -> Tensor:

@@ -49,10 +49,11 @@ class LayerHook(_Hook):
 
     Args:
         gate: Tells whether a call counts.
-        receive: Called with the layer, the batch moments and whether the call updated the layer's buffers.
+        receive: Called with the layer, the batch moments (None of an empty batch) and whether BatchNorm counted the
+            call in ``num_batches_tracked``.
     """
 
-    def __init__(self, gate: Gate, receive: Callable[[_BatchNorm, BatchMoments, bool], None]) -> None:
+    def __init__(self, gate: Gate, receive: Callable[[_BatchNorm, BatchMoments | None, bool], None]) -> None:
         self.gate = gate
         self.receive = receive
         self.by_pass = False
@@ -79,11 +80,11 @@ class LayerHook(_Hook):
         if isinstance(x, FakeTensor) or torch._C._functorch.peek_interpreter_stack() is not None:
             self.skipped += 1
             return
+        if x.numel() == 0:
+            self.receive(module, None, updating)
+            return
         moments = None if self.by_pass else saved_moments(module, output)
-        if moments is None:
-            moments = pass_moments(x)
-        if moments is not None:
-            self.receive(module, moments, updating)
+        self.receive(module, moments or pass_moments(x), updating)
 
 
 class _DrainHook(_Hook):

@@ -22,11 +22,11 @@ from lightning_bnmonitor.window import Batch, Window
 
 log = logging.getLogger(__name__)
 
-STASH_LIMIT = 32
-"""Calls of a layer that may wait for the next update."""
+STASH_LIMIT = 24
+"""Calls of a layer that may wait for the next update: so many keep the state below 1 KiB a channel in float64, too."""
 ROOT = "(root)"
 """Name of a layer that is itself the monitored model."""
-_SAVED = ("calls", "tracked_before", "tracked_calls", "updates_per_call", "channels_last", "first_call")
+_SAVED = ("calls", "tracked_before", "tracked_calls", "updates_per_call", "serial", "first_call")
 _call_counter = itertools.count()
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
@@ -50,7 +50,7 @@ class TrackedLayer:
         self.window: Window | None = None  # where its channels are accumulated, from its first update on
         self.index = -1
         self.first_call = -1  # the earlier it was called for the first time, the smaller
-        self.channels_last = False
+        self.serial = False  # whether its moments came from a kernel that sums value by value
         self.updates_per_call = 1
         self.begin_window(0)
 
@@ -72,17 +72,21 @@ class TrackedLayer:
         mean, var = self.module.running_mean, self.module.running_var
         return () if mean is None or var is None or is_lazy(mean) else (mean, var)
 
-    def receive(self, module: _BatchNorm, moments: BatchMoments, updating: bool) -> None:
-        """Take the moments of one call; ``updating`` tells whether BatchNorm counted it in ``num_batches_tracked``."""
+    def receive(self, module: _BatchNorm, moments: BatchMoments | None, updating: bool) -> None:
+        """Take the moments of one call, None of an empty batch.
+
+        ``updating`` tells whether BatchNorm counted the call in ``num_batches_tracked``.
+        """
         if len(self.stash) >= STASH_LIMIT:
             self.flush()
-        if self.first_call < 0:
-            self.first_call = next(_call_counter)
-        momentum = self._effective_momentum(module.momentum) if updating else 0.0
-        self.stash.append(Batch(moments.num_samples, moments.mean, moments.spread, moments.eps, momentum))
-        self.calls[moments.path] += 1
+        if moments is not None:
+            if self.first_call < 0:
+                self.first_call = next(_call_counter)
+            momentum = self._effective_momentum(module.momentum) if updating else 0.0
+            self.stash.append(Batch(moments.num_samples, moments.mean, moments.spread, moments.eps, momentum))
+            self.calls[moments.path] += 1
+            self.serial |= moments.serial
         self.tracked_calls += updating
-        self.channels_last |= moments.channels_last
 
     def updates_of_a_call(self, num_batches_tracked: int) -> float:
         """Updates of the buffers for each call that was to update them, NaN before the first."""
@@ -96,13 +100,14 @@ class TrackedLayer:
 
     def state(self) -> dict[str, Any]:
         """What :meth:`restore` needs, in primitives."""
-        return {field: getattr(self, field) for field in _SAVED} | {"by_pass": self.hook.by_pass}
+        hook = {"by_pass": self.hook.by_pass, "skipped": self.hook.skipped}
+        return {field: copy(getattr(self, field)) for field in _SAVED} | hook
 
     def restore(self, state: Mapping[str, Any]) -> None:
         """Go on as the layer whose :meth:`state` this is."""
         for field in _SAVED:
             setattr(self, field, copy(state[field]))
-        self.hook.by_pass = state["by_pass"]
+        self.hook.by_pass, self.hook.skipped = state["by_pass"], state["skipped"]
 
     def _effective_momentum(self, momentum: float | None) -> float:
         """Weight of the call in the buffers right after it, if it updates them ``updates_per_call`` times."""

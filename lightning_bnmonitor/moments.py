@@ -33,8 +33,8 @@ def merge_moments(weight: Tensor, mean: Tensor, m2: Tensor, members: Tensor) -> 
     The differences are taken from the first part, so that a mean far from 0 cancels nothing.
 
     Args:
-        weight: Weights of the parts, ``(P, C)``: counts, so 0 or at least 1. With weight 0 any finite mean will do.
-        mean: Means of the parts, ``(P, C)``.
+        weight: Weights of the parts, ``(P, C)``: counts, so 0 or at least 1.
+        mean: Means of the parts, ``(P, C)``; of ordinary size where the weight is 0.
         m2: Sums of squared deviations from them, ``(P, C)``; 0 where the weight is 0.
         members: ``(J, P)`` of 0 and 1: which parts make up each of the J unions.
 
@@ -121,19 +121,20 @@ class ChannelMoments(Metric):
         Raises:
             ValueError: If a shape is not ``(C,)``, a count is not 0 or at least 1, or a sum of squares is negative.
         """
-        count = torch.as_tensor(count, dtype=torch.float64, device=self.state.device)
+        count = torch.as_tensor(count, dtype=torch.float64, device=self.state.device).detach()
         if count.ndim == 0:
             count = count.expand(self.num_channels)
         for name, value in (("count", count), ("mean", mean), ("m2", m2)):
             if tuple(value.shape) != (self.num_channels,):
                 raise ValueError(f"`{name}` must have shape ({self.num_channels},), got {tuple(value.shape)}.")
-        if not torch.all((count == 0) | (count >= 1)):
-            raise ValueError(f"`count` must be 0 or at least 1 in every channel, got {count.tolist()}.")
-        if torch.any(m2 < 0):
-            raise ValueError(f"`m2` must not be negative, got a minimum of {m2.min().item()}.")
-        seen = count > 0
+        if not torch.all((count == 0) | (count >= 1) & torch.isfinite(count)):
+            raise ValueError(f"`count` must be 0, or finite and at least 1, in every channel, got {count.tolist()}.")
         nothing = torch.zeros_like(count)
-        self._add(count, torch.where(seen, mean.detach(), nothing), torch.where(seen, m2.detach(), nothing))
+        mean, m2 = (torch.where(count > 0, values.detach(), nothing) for values in (mean, m2))
+        if torch.any(m2 < 0):
+            raise ValueError(f"`m2` must not be negative, got {m2[m2 < 0].min().item()}.")
+        self._update_count += 1  # or torchmetrics would warn that there is nothing to compute
+        self._add(count, mean, m2)
 
     def compute(self) -> Moments:
         """Moments of all data so far. See :class:`Moments`."""

@@ -98,7 +98,9 @@ class LayerReport:
         """
         known = [self.population_mean, self.population_var] if self.num_samples > 1 else []
         known += [self.running_mean, self.running_var] if self.has_running_stats else []
-        finite = [torch.isfinite(values) for values in known] or [torch.ones(self.num_features, dtype=torch.bool)]
+        finite = [torch.isfinite(values) for values in known] or [
+            torch.ones(self.num_features, dtype=torch.bool, device="cpu")
+        ]
         return {
             **self.counters,
             "dead_channels": float(divergence.is_dead(self.population_var, self.eps).sum()),

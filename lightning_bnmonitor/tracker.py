@@ -22,7 +22,7 @@ from lightning_bnmonitor.window import Batch, Population, Window
 CaptureMode = Literal["auto", "pass"]
 _STATE_VERSION = 1
 # |mean| / sqrt(var + eps) above which what a kernel saved is not exact enough:
-_MAX_RATIO, _MAX_RATIO_CHANNELS_LAST = 100.0, 10.0
+_MAX_RATIO, _MAX_RATIO_SERIAL = 100.0, 10.0
 
 
 class BatchNormTracker:
@@ -32,11 +32,12 @@ class BatchNormTracker:
     that validation does not, and frozen layers inside a training model do. Nothing that is computed changes: hooks only
     read, and never wait for the device within a step.
 
-    State is 544 bytes a channel, about 700 bytes a layer, and the batch moments of up to 32 calls (8 bytes a channel
-    each). It is float64, on the layers' device (on the CPU for MPS, which has no float64).
+    State is 544 bytes a channel, about 700 bytes a layer, and the batch moments of up to 24 calls (8 bytes a channel
+    each, 16 for a float64 model). It is float64, on the layers' device (on the CPU for MPS, which has no float64).
 
     Args:
-        model: The root module; kept by weak reference. If it is compiled, pass what ``torch.compile`` returned.
+        model: The root module. It is not kept alive; its BatchNorm layers are, for the report. If it is compiled, pass
+            what ``torch.compile`` returned.
         include: ``fnmatch`` patterns of the names of layers to monitor; None for all.
         exclude: ``fnmatch`` patterns of the names of layers to leave out.
         capture: ``"auto"`` takes the batch moments in the cheapest way that is exact; ``"pass"`` always makes a pass of
@@ -115,6 +116,7 @@ class BatchNormTracker:
         self._attachment = Attachment(model, hooks, drain=self._drain, after_step=self.step)
         if self._pending is not None:
             self._restore(self._pending)
+            self._pending = None
         return self
 
     def detach(self) -> None:
@@ -144,6 +146,7 @@ class BatchNormTracker:
             self._drain()
             self._gate.paused -= 1
 
+    @torch.inference_mode(False)
     def flush(self) -> None:
         """Merge what is stashed into the window, all layers at once. This changes no result, whenever it is done."""
         self._drain()
@@ -152,18 +155,18 @@ class BatchNormTracker:
         for window in self._windows.values():
             batches: dict[int, list[Batch]] = {layer.index: layer.stash for layer in waiting if layer.window is window}
             if batches:
-                with torch.inference_mode(False):
-                    window.update(batches)
+                window.update(batches)
         for layer in waiting:
             layer.stash = []
 
+    @torch.inference_mode(False)
     def reset(self) -> None:
         """End the window and begin another.
 
         What this one has shown decides how the next one looks. If the absolute mean exceeded 100 times sqrt(var + eps)
-        in any channel of a layer (10 times if its inputs were not contiguous, as in the channels-last format), its
-        moments are taken by a pass. If its buffers were updated u times a call (activation checkpointing), its momentum
-        is taken to be that of u updates.
+        in any channel of a layer (10 times if its inputs had one position a sample or were in channels-last format),
+        its moments are taken by a pass. If its buffers were updated u times a call (activation checkpointing), its
+        momentum is taken to be that of u updates.
         """
         self.flush()
         for window in self._windows.values():
@@ -172,7 +175,7 @@ class BatchNormTracker:
                 if layer.window is window and layer.num_calls:
                     channels = window.channels(layer.index)
                     ratio = population.mean[channels].abs() / (population.var[channels] + layer.module.eps).sqrt()
-                    limit = _MAX_RATIO_CHANNELS_LAST if layer.channels_last else _MAX_RATIO
+                    limit = _MAX_RATIO_SERIAL if layer.serial else _MAX_RATIO
                     layer.hook.by_pass = self._always_pass or bool((ratio > limit).any())
             window.reset()
         for layer, tracked in zip(self._layers, _num_batches_tracked(self._layers), strict=True):
@@ -194,9 +197,11 @@ class BatchNormTracker:
 
     def state_dict(self) -> dict[str, Any]:
         """The window so far, as one CPU tensor and primitives: for a checkpoint in mid-window."""
+        if self._pending is not None:
+            return dict(self._pending)
         self.flush()
         channels = {device: window.channel_state() for device, window in self._windows.items()}
-        parts, layers = [torch.empty(*Window.CHANNEL_SHAPE, 0, dtype=torch.float64)], []
+        parts, layers = [torch.empty(*Window.CHANNEL_SHAPE, 0, dtype=torch.float64, device="cpu")], []
         for layer in self._placed:
             assert layer.window is not None
             parts.append(channels[layer.window.device][..., layer.window.channels(layer.index)])
@@ -224,9 +229,10 @@ class BatchNormTracker:
                 f"`state_dict` must be what BatchNormTracker.state_dict() returned, of version {_STATE_VERSION}; "
                 f"got version {state_dict.get('version')!r}."
             )
-        self._pending = state_dict
         if self._attachment is not None:
             self._restore(state_dict)
+        else:
+            self._pending = state_dict
 
     def _new_layer(self, name: str, module: _BatchNorm) -> TrackedLayer:
         layer = TrackedLayer(name, module, self._gate, self.flush)
@@ -243,8 +249,7 @@ class BatchNormTracker:
             if layer.hook.traced:
                 traced, layer.hook.traced = layer.hook.traced, ()
                 for moments, updating in traced if not self._gate.paused else ():
-                    if moments.num_samples:
-                        layer.receive(layer.module, _own(moments), updating)
+                    layer.receive(layer.module, _own(moments) if moments.num_samples else None, updating)
 
     def _place(self, layers: list[TrackedLayer]) -> None:
         """Give layers that were called for the first time their place in the flat channel space of their device."""
@@ -262,8 +267,8 @@ class BatchNormTracker:
             layer.window, layer.index = window, index
             self._placed.append(layer)
 
+    @torch.inference_mode(False)
     def _restore(self, state: Mapping[str, Any]) -> None:
-        self._pending = None
         self._windows, self._placed = {}, []
         for layer in self._layers:
             layer.forget()
@@ -319,7 +324,7 @@ def _layer_report(
 ) -> LayerReport:
     module = layer.module
     if layer.window is None:
-        count, mean, var = 0, *torch.full((2, module.num_features), torch.nan, dtype=torch.float64)
+        count, mean, var = 0, *torch.full((2, module.num_features), torch.nan, dtype=torch.float64, device="cpu")
     else:
         population, channels = populations[layer.window.device], layer.window.channels(layer.index)
         count = int(population.num_samples[layer.index])

@@ -142,8 +142,8 @@ class Window:
     def update(self, batches: Mapping[int, Sequence[Batch]]) -> None:
         """Add consecutive batches of any layers, in one fused update for all layers with equal histories.
 
-        A batch with a non-finite mean or variance in a channel makes that channel NaN until the next :meth:`reset`,
-        and no other.
+        A batch with a non-finite mean or variance in a channel makes the population of that channel NaN until the next
+        :meth:`reset`, and that of no other.
 
         Args:
             batches: For each layer's index, what its calls contributed, in the order of time.
@@ -177,9 +177,9 @@ class Window:
         within = g * self._channels[_VALUE, :, 1]
         everything = torch.ones(1, _ROWS, dtype=torch.float64, device=self.device)
         total, mean, m2 = merge_moments(n, self._channels[_VALUE, :, 0], self._channels[_M2, :, 0] + within, everything)
-        missing = torch.full_like(mean, torch.nan)
-        mean = torch.where(total > 0, mean, missing)
-        var = torch.where(total > 1, m2 / (total - 1), missing)
+        finite, missing = torch.isfinite(mean) & torch.isfinite(m2), torch.full_like(mean, torch.nan)
+        mean = torch.where(finite & (total > 0), mean, missing)
+        var = torch.where(finite & (total > 1), m2 / (total - 1), missing)
         mean, var = torch.cat([mean, var]).cpu()
         return Population(count.sum(axis=1), mean, var)
 
@@ -187,7 +187,7 @@ class Window:
         """The profile of one layer: what its batches that updated the running statistics look like, block by block."""
         scalars = self._scalars[layer, :MAX_BLOCKS]
         scalars = scalars[scalars[:, _K] > 0]
-        channels = self._channels[:, : len(scalars), :, self.channels(layer)].cpu()
+        channels = self._channels[:, : len(scalars), :, self.channels(layer)].cpu().clone()
         num_batches, num_samples, weight, noise_mean, noise_var = scalars.T.copy()
         return Blocks(
             num_batches=num_batches,

@@ -1,0 +1,292 @@
+"""What monitoring costs in operations and memory: counted, not timed."""
+
+from __future__ import annotations
+
+import contextlib
+import random
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.checkpoint import checkpoint
+
+from lightning_bnmonitor import BatchNormTracker
+
+STEPS = 64
+C = 8
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads would only wait for one another: the tensors are tiny."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+class Operations(TorchDispatchMode):
+    """Every operation that reaches a device, and whether it copies to another one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+        self.copies_elsewhere: list[str] = []
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        self.names.append(str(func))
+        device = kwargs.get("device")
+        if device is not None and any(isinstance(arg, Tensor) and arg.device != torch.device(device) for arg in args):
+            self.copies_elsewhere.append(str(func))
+        return func(*args, **kwargs)
+
+
+def chain(depth: int) -> nn.Sequential:
+    return nn.Sequential(*[nn.Sequential(nn.Linear(C, C), nn.BatchNorm1d(C)) for _ in range(depth)])
+
+
+def operations_of_training(depth: int, monitored: bool, capture: str = "auto") -> Operations:
+    torch.manual_seed(0)
+    model = chain(depth)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    tracker = BatchNormTracker(model, capture=capture)
+    with tracker if monitored else contextlib.nullcontext():
+        with Operations() as operations:
+            for _ in range(STEPS):
+                optimizer.zero_grad()
+                model(torch.randn(4, C)).square().mean().backward()
+                optimizer.step()
+        if monitored:
+            for layer in tracker.report().values():
+                path = "calls_saved" if capture == "auto" else "calls_pass"
+                assert layer.evidence[path] == layer.num_batches == STEPS
+    return operations
+
+
+def extra_operations_a_step(depth: int, capture: str = "auto") -> float:
+    with_, without = (operations_of_training(depth, monitored, capture) for monitored in (True, False))
+    return (len(with_.names) - len(without.names)) / STEPS
+
+
+def test_a_training_step_has_few_more_operations_however_deep_the_network() -> None:
+    shallow, deep = extra_operations_a_step(5), extra_operations_a_step(50)
+    print(f"operations added to a training step: {shallow:.2f} with 5 layers, {deep:.2f} with 50")
+    assert 0 < shallow <= 5
+    assert deep <= shallow + 0.1
+
+
+def test_a_pass_is_a_few_operations_for_each_layer() -> None:
+    by_depth = {depth: extra_operations_a_step(depth, "pass") for depth in (5, 10)}
+    assert by_depth[10] - by_depth[5] <= 5 * 12
+
+
+@pytest.mark.parametrize("capture", ["auto", "pass"])
+def test_training_steps_wait_for_no_device(capture: str) -> None:
+    with_, without = (operations_of_training(5, monitored, capture) for monitored in (True, False))
+    added = set(with_.names) - set(without.names)
+    assert added
+    forbidden = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "masked_select", "unique", "equal.default")
+    assert not [name for name in with_.names if any(name.split(".")[1].startswith(word) for word in forbidden)]
+    assert not with_.copies_elsewhere
+
+
+def test_a_value_that_is_read_would_be_noticed() -> None:
+    with Operations() as operations:
+        torch.ones(1).item()
+        bool(torch.ones(1) > 0)
+        torch.ones(1).to("meta")
+    assert operations.names.count("aten._local_scalar_dense.default") == 2
+    assert operations.copies_elsewhere == ["aten._to_copy.default"]
+
+
+@pytest.mark.parametrize("capture", ["auto", "pass"])
+def test_training_steps_do_without_the_values_on_the_device(capture: str) -> None:
+    model = chain(3)
+    with BatchNormTracker(model, capture=capture) as tracker:
+        model.to("meta")  # a device that raises if a value is copied from it
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+        with pytest.raises(NotImplementedError):
+            model(torch.randn(4, C, device="meta")).cpu()
+        for _ in range(STEPS):
+            optimizer.zero_grad()
+            model(torch.randn(4, C, device="meta")).square().mean().backward()
+            optimizer.step()
+        assert [layer.num_calls for layer in tracker._layers] == [STEPS + 1] * 3
+        assert all(len(layer.stash) < 24 < STEPS for layer in tracker._layers)  # so they were merged
+        assert list(tracker._windows) == [torch.device("meta")]
+
+
+def test_a_call_read_off_the_kernel_adds_no_operation_at_all() -> None:
+    def operations_of_forward(monitored: bool) -> tuple[list[str], int]:
+        torch.manual_seed(0)
+        model, x = chain(3), torch.randn(4, C)
+        tracker = BatchNormTracker(model)
+        with tracker if monitored else contextlib.nullcontext(), Operations() as operations:
+            for _ in range(20):
+                model(x)
+        return operations.names, sum(layer.num_batches for layer in tracker.report().values())
+
+    plain, _ = operations_of_forward(monitored=False)
+    monitored, counted = operations_of_forward(monitored=True)
+    assert counted == 60
+    assert monitored == plain
+
+
+# --- memory -----------------------------------------------------------------------------------------------------------
+
+
+def bytes_held(tracker: BatchNormTracker) -> int:
+    """Bytes of every tensor and array that can be reached from a tracker without going through the model."""
+    storages: dict[int, int] = {}
+    seen: set[int] = set()
+    pending: list[Any] = [tracker]
+    while pending:
+        value = pending.pop()
+        if id(value) in seen or isinstance(value, nn.Module | type | weakref.ref):
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, np.ndarray):
+            storages[value.__array_interface__["data"][0]] = value.nbytes
+        elif isinstance(value, dict):
+            pending += [*value, *value.values()]
+        elif isinstance(value, list | tuple | set):
+            pending += value
+        elif type(value).__module__.startswith("lightning_bnmonitor"):
+            pending.append(vars(value))
+    return sum(storages.values())
+
+
+def test_what_is_counted_as_held_includes_state_and_what_waits() -> None:
+    model = chain(2)
+    with BatchNormTracker(model) as tracker:
+        assert bytes_held(tracker) == 0
+        model(torch.randn(4, C))
+        waiting = bytes_held(tracker)
+        assert waiting == 2 * 2 * C * 4
+        tracker.flush()
+        assert bytes_held(tracker) >= sum(w._channels.untyped_storage().nbytes() for w in tracker._windows.values()) > 0
+
+
+class Skipping(nn.Module):
+    """A residual network whose layers are skipped at random."""
+
+    def __init__(self, num: int, width: int, probability: float) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.BatchNorm1d(width) for _ in range(num))
+        self.width, self.probability = width, probability
+
+    def forward(self, x: Tensor) -> Tensor:
+        for layer in self.layers:
+            if random.random() >= self.probability:
+                x = x + layer(x)
+        return x
+
+
+@pytest.mark.parametrize("capture", ["auto", "pass"])
+@pytest.mark.parametrize("probability", [0.0, 0.5])
+@pytest.mark.parametrize(("num", "width"), [(6, 512), (20, 32), (1, 1)])
+def test_the_tracker_never_holds_more_than_a_kibibyte_a_channel_and_64_more(
+    num: int, width: int, probability: float, capture: str
+) -> None:
+    random.seed(0)
+    model = Skipping(num, width, probability)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    most = 0
+    with BatchNormTracker(model, capture=capture) as tracker:
+        for _ in range(100):
+            model(torch.randn(2, width, requires_grad=True)).sum().backward()
+            most = max(most, bytes_held(tracker))
+            optimizer.step()
+    assert 8 * num * width < most <= 1024 * num * width + 64 * 1024
+
+
+@pytest.mark.parametrize("calls_a_step", [1, 3, 50])
+def test_what_waits_to_be_merged_is_bounded_however_often_a_layer_is_called(calls_a_step: int) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(C))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    most = 0
+    with BatchNormTracker(model) as tracker:
+        for _ in range(70):
+            for _ in range(calls_a_step):
+                model(torch.randn(4, C))
+                most = max(most, *(len(layer.stash) for layer in tracker._layers))
+            optimizer.step()
+    assert 1 < most <= 24
+    assert tracker.report()["0"].num_batches == 70 * calls_a_step
+
+
+class Token:
+    """Something that can be referred to weakly, and lives as long as a node of the graph."""
+
+
+class Marked(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, token: Token) -> Tensor:
+        ctx.token = token
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, None]:
+        return grad, None
+
+
+class Witnessed(nn.Module):
+    """A BatchNorm layer that remembers weakly what goes in and out of it, and the graph that it is part of."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.linear, self.layer, self.after = nn.Linear(C, C), layer, nn.Linear(C, C)
+        self.witnesses: list[weakref.ref[Any]] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        token = Token()
+        received = Marked.apply(self.linear(x), token)
+        returned = self.layer(received)
+        self.witnesses += map(weakref.ref, (token, received, received.untyped_storage(), returned))
+        return self.after(returned)
+
+
+@pytest.mark.parametrize("backward", [True, False], ids=["backward", "no backward"])
+@pytest.mark.parametrize(
+    ("layer", "capture"),
+    [(nn.BatchNorm1d(C), "auto"), (nn.BatchNorm1d(C), "pass"), (nn.BatchNorm1d(C).eval(), "auto")],
+    ids=["saved", "pass", "frozen"],
+)
+def test_no_activation_and_no_graph_outlives_its_step(layer: nn.Module, capture: str, backward: bool) -> None:
+    model = Witnessed(layer)
+    with BatchNormTracker(model, capture=capture) as tracker:
+        for _ in range(5):
+            loss = model(torch.randn(4, C)).square().sum()
+            assert model.witnesses[-4]() is not None
+            if backward:
+                loss.backward()
+            del loss
+            assert [witness() for witness in model.witnesses] == [None] * len(model.witnesses)
+        assert [len(layer.stash) for layer in tracker._layers] == [5]
+        for waiting in tracker._layers[0].stash:
+            for values in (waiting.mean, waiting.spread):
+                assert values.grad_fn is None
+                assert not values.requires_grad
+                assert values.untyped_storage().nbytes() <= 8 * C
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_activation_checkpointing_is_not_undone(use_reentrant: bool) -> None:
+    model = Witnessed(nn.BatchNorm1d(C))
+    with BatchNormTracker(model) as tracker:
+        for _ in range(3):
+            y = checkpoint(model, torch.randn(4, C, requires_grad=True), use_reentrant=use_reentrant)
+            _, received, storage, returned = model.witnesses[-4:]
+            assert received() is returned() is storage() is None
+            y.square().sum().backward()
+        del y
+        assert [witness() for witness in model.witnesses] == [None] * len(model.witnesses)
+    assert tracker.report()["layer"].num_batches == 3

@@ -1,0 +1,1048 @@
+"""The tracker in plain PyTorch loops: what counts, what it survives, and what it leaves behind."""
+
+from __future__ import annotations
+
+import copy
+import gc
+import io
+import itertools
+import pickle
+import random
+import warnings
+import weakref
+from collections.abc import Iterator
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
+from torch.optim import optimizer as torch_optimizer
+from torch.utils.checkpoint import checkpoint
+
+from lightning_bnmonitor import BatchNormTracker, LayerReport, Report
+from lightning_bnmonitor.layers import STASH_LIMIT
+
+LAW = settings(max_examples=200, deadline=None)
+C = 3
+
+
+@pytest.fixture(autouse=True, scope="module")
+def one_thread() -> Iterator[None]:
+    """Threads would only wait for one another: the tensors are tiny."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def seed() -> None:
+    torch.manual_seed(0)
+    random.seed(0)
+
+
+def moments(batches: list[Tensor]) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and unbiased variance of all values of ``(N, C, *)`` batches, in two float64 passes."""
+    arrays = [batch.detach().double().numpy() for batch in batches]
+    values = np.concatenate([np.moveaxis(array, 1, 0).reshape(array.shape[1], -1) for array in arrays], axis=1)
+    mean = values.mean(axis=1)
+    return mean, np.square(values - mean[:, None]).sum(axis=1) / (values.shape[1] - 1)
+
+
+def assert_population(layer: LayerReport, batches: list[Tensor], bound: float = 1e-5) -> None:
+    assert layer.num_batches == len(batches)
+    assert layer.num_samples == sum(batch.numel() // batch.shape[1] for batch in batches)
+    mean, var = moments(batches)
+    assert np.all(np.abs(layer.population_mean.numpy() - mean) <= bound * np.sqrt(var))
+    assert np.all(np.abs(layer.population_var.numpy() - var) <= bound * (var + layer.eps))
+
+
+def assert_same(one: Report, other: Report, bound: float = 1e-12) -> None:
+    assert list(one) == list(other)
+    for a, b in zip(one.values(), other.values(), strict=True):
+        assert (a.num_batches, a.num_samples, a.evidence) == (b.num_batches, b.num_samples, b.evidence)
+        for field in ("population_mean", "population_var", "running_mean", "running_var"):
+            torch.testing.assert_close(getattr(a, field), getattr(b, field), rtol=bound, atol=bound, equal_nan=True)
+
+
+def hooks_on(model: nn.Module) -> list[Any]:
+    """Every hook of every module of a model, and those of all optimizers."""
+    hooks: list[Any] = list(torch_optimizer._global_optimizer_post_hooks.values())
+    for module in model.modules():
+        for name, registered in vars(module).items():
+            if "hooks" in name and registered:
+                hooks += [(name, hook) for hook in registered.values()]
+    return hooks
+
+
+def network() -> nn.Sequential:
+    return nn.Sequential(nn.Linear(4, C), nn.BatchNorm1d(C), nn.ReLU(), nn.Linear(C, 2), nn.BatchNorm1d(2))
+
+
+class Several(nn.Module):
+    """Calls the BatchNorm layers that it is told to."""
+
+    def __init__(self, num: int, dtype: torch.dtype = torch.float32) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.BatchNorm1d(C, dtype=dtype) for _ in range(num))
+
+    def forward(self, x: Tensor, which: list[int]) -> None:
+        for index in which:
+            self.layers[index](x)
+
+
+# --- attaching and detaching ------------------------------------------------------------------------------------------
+
+
+def test_as_a_context_manager_it_is_attached_within_and_detached_after() -> None:
+    model, batches = network(), [torch.randn(8, 4) for _ in range(5)]
+    tracker = BatchNormTracker(model)
+    assert not tracker.is_attached
+    with tracker as entered:
+        assert entered is tracker
+        assert tracker.is_attached
+        received = [model[0](x) for x in batches]
+        for x in batches:
+            model(x)
+    assert not tracker.is_attached
+    assert_population(tracker.report()["1"], received)
+
+
+def test_attaching_twice_counts_once() -> None:
+    model = network()
+    tracker = BatchNormTracker(model).attach()
+    assert tracker.attach() is tracker
+    with tracker:
+        model(torch.randn(8, 4))
+    assert tracker.report()["1"].num_batches == 1
+    assert not hooks_on(model)
+
+
+def test_detaching_twice_or_unattached_is_harmless() -> None:
+    model = network()
+    tracker = BatchNormTracker(model)
+    tracker.detach()
+    with tracker:
+        model(torch.randn(8, 4))
+    tracker.detach()
+    tracker.detach()
+    assert tracker.report()["1"].num_batches == 1
+
+
+def test_after_detaching_only_the_hooks_of_others_are_left() -> None:
+    model = network()
+    for module in model:
+        module.register_forward_hook(lambda *_: None)
+        module.register_forward_pre_hook(lambda *_: None)
+    before, settings_before = hooks_on(model), torch._dynamo.config.get_config_copy()
+    tracker = BatchNormTracker(model).attach()
+    assert len(hooks_on(model)) > len(before)
+    model(torch.randn(8, 4))
+    tracker.detach()
+    assert hooks_on(model) == before
+    assert torch._dynamo.config.get_config_copy() == settings_before
+
+
+def test_an_exception_within_passes_through_and_leaves_no_hook() -> None:
+    model = network()
+    tracker = BatchNormTracker(model)
+    before = hooks_on(model)
+
+    def interrupted() -> None:
+        with tracker:
+            model(torch.randn(8, 4))
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        interrupted()
+    assert hooks_on(model) == before
+    assert tracker.report()["1"].num_batches == 1
+
+
+def test_an_exception_in_a_forward_loses_only_that_call() -> None:
+    class Breaking(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn, self.linear = nn.BatchNorm1d(C), nn.Linear(C, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.linear(self.bn(x))
+
+    model, batches = Breaking(), [torch.randn(8, C) for _ in range(4)]
+    with BatchNormTracker(model) as tracker:
+        for x in batches:
+            model(x)
+            with pytest.raises(RuntimeError):
+                model(torch.randn(8, C + 1))
+    assert_population(tracker.report()["bn"], batches)
+
+
+def test_statistics_are_kept_after_detaching_and_calls_no_longer_count() -> None:
+    model = network()
+    with BatchNormTracker(model) as tracker:
+        model(torch.randn(8, 4))
+    before = tracker.report()
+    model.eval()
+    model(torch.randn(8, 4))
+    model.train()
+    frozen = copy.deepcopy(model)
+    frozen(torch.randn(8, 4))
+    assert_same(tracker.report(), before)
+
+
+def test_attached_again_it_goes_on_with_the_window() -> None:
+    model, batches = nn.Sequential(nn.BatchNorm1d(C)), [torch.randn(8, C) + i for i in range(6)]
+    tracker = BatchNormTracker(model)
+    for i, x in enumerate(batches):
+        if i % 2:
+            model(x)
+        else:
+            with tracker:
+                model(x)
+    assert_population(tracker.report()["0"], batches[::2])
+
+
+def test_layers_that_come_and_go_between_two_attachments() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(C), nn.BatchNorm1d(C))
+    tracker = BatchNormTracker(model)
+    first, second = torch.randn(8, C), torch.randn(8, C)
+    with tracker:
+        model(first)
+    model.add_module("2", nn.BatchNorm1d(C))
+    del model[1]
+    with tracker:
+        model(second)
+    report = tracker.report()
+    assert len(report) == 2
+    assert_population(report["0"], [first, second])
+    assert [layer.num_batches for layer in report.values()] == [2, 1]
+
+
+def test_several_trackers_on_one_model_do_not_disturb_each_other() -> None:
+    model, batches = nn.Sequential(nn.BatchNorm1d(C)), [torch.randn(8, C) for _ in range(6)]
+    with BatchNormTracker(model) as outer:
+        model(batches[0])
+        with BatchNormTracker(model) as inner:
+            for x in batches[1:4]:
+                model(x)
+        for x in batches[4:]:
+            model(x)
+    assert_population(outer.report()["0"], batches)
+    assert_population(inner.report()["0"], batches[1:4])
+
+
+def test_once_detached_it_does_not_keep_the_model_alive_but_reports() -> None:
+    model = network()
+    with BatchNormTracker(model) as tracker:
+        model(torch.randn(8, 4))
+    died = weakref.ref(model)
+    del model
+    gc.collect()
+    assert died() is None
+    assert tracker.report()["1"].num_batches == 1
+    with pytest.raises(RuntimeError, match="no longer exists"):
+        tracker.attach()
+
+
+# --- what counts ------------------------------------------------------------------------------------------------------
+
+
+def test_a_model_in_eval_counts_nothing_though_its_layer_be_in_train() -> None:
+    model = network()
+    with BatchNormTracker(model) as tracker:
+        model.eval()
+        model[1].train()
+        model(torch.randn(8, 4))
+    assert tracker.report()["1"].num_batches == 0
+    assert tracker.report()["4"].num_batches == 0
+
+
+def test_validation_between_training_steps_counts_nothing() -> None:
+    model, batches = nn.Sequential(nn.BatchNorm1d(C)), [torch.randn(8, C) for _ in range(6)]
+    with BatchNormTracker(model) as tracker:
+        for x in batches:
+            model.train()
+            model(x)
+            model.eval()
+            with torch.no_grad():
+                model(torch.full((8, C), 1e6))
+    assert_population(tracker.report()["0"], batches)
+
+
+def test_nothing_counts_while_paused_even_if_paused_twice() -> None:
+    model, x = nn.Sequential(nn.BatchNorm1d(C)), torch.randn(8, C)
+    with BatchNormTracker(model) as tracker:
+        with tracker.paused():
+            with tracker.paused():
+                model(x + 100)
+            model(x + 100)
+        model(x)
+        with pytest.raises(ZeroDivisionError), tracker.paused():
+            raise ZeroDivisionError
+        model(x + 1)
+    assert_population(tracker.report()["0"], [x, x + 1])
+
+
+def test_reset_begins_another_window() -> None:
+    model, batches = nn.Sequential(nn.BatchNorm1d(C)), [torch.randn(8, C) + i for i in range(50)]
+    with BatchNormTracker(model) as tracker:
+        for x in batches:
+            model(x)
+        tracker.reset()
+        assert tracker.report()["0"].num_batches == 0
+        assert tracker.report()["0"].population_mean.isnan().all()
+        for x in batches[:7]:
+            model(x)
+        assert_population(tracker.report()["0"], batches[:7])
+        assert tracker.report()["0"].evidence["updates_per_call"] == 1
+
+
+def test_before_it_is_attached_reset_flush_step_and_pause_are_harmless() -> None:
+    tracker = BatchNormTracker(network())
+    tracker.reset()
+    tracker.flush()
+    tracker.step()
+    with tracker.paused():
+        pass
+    assert not tracker.is_attached
+
+
+def test_before_it_is_attached_the_report_is_empty() -> None:
+    report = BatchNormTracker(network()).report()
+    assert len(report) == 0
+    assert report.summary() == {}
+    assert "No BatchNorm" in str(report)
+
+
+def test_before_any_batch_the_report_lists_layers_that_saw_nothing() -> None:
+    model = network()
+    with BatchNormTracker(model) as tracker:
+        report = tracker.report()
+    assert list(report) == ["1", "4"]
+    assert report.summary() == {}
+    assert report["1"].num_batches == report["1"].num_samples == 0
+    assert report["1"].population_mean.isnan().all()
+    assert torch.equal(report["1"].running_var, torch.ones(C, dtype=torch.float64))
+    assert "1" in str(report)
+
+
+def test_an_empty_batch_in_a_frozen_layer_counts_nothing() -> None:
+    model, x = nn.Sequential(nn.BatchNorm2d(C)), torch.randn(4, C, 2, 2)
+    model[0].eval()
+    with BatchNormTracker(model) as tracker:
+        model(torch.randn(0, C, 2, 2))
+        model(x)
+        model(torch.randn(0, C, 2, 2))
+    assert_population(tracker.report()["0"], [x])
+
+
+def test_an_empty_batch_in_training_counts_nothing() -> None:
+    model, x = nn.Sequential(nn.BatchNorm2d(C)), torch.randn(4, C, 2, 2)
+    with BatchNormTracker(model) as tracker:
+        model(torch.randn(0, C, 2, 2))
+        model(x)
+    assert_population(tracker.report()["0"], [x])
+
+
+def test_frozen_layers_count_in_the_population() -> None:
+    model, batches = nn.Sequential(nn.BatchNorm1d(C)), [torch.randn(8, C) + i for i in range(40)]
+    model[0].eval()
+    with BatchNormTracker(model) as tracker:
+        for x in batches:
+            model(x)
+    layer = tracker.report()["0"]
+    assert_population(layer, batches)
+    assert torch.equal(layer.running_mean, torch.zeros(C, dtype=torch.float64))
+    assert "updates_per_call" not in layer.evidence
+
+
+def test_calls_with_momentum_0_count_in_the_population() -> None:
+    model, batches = nn.Sequential(nn.BatchNorm1d(C)), [torch.randn(8, C) + i for i in range(40)]
+    with BatchNormTracker(model) as tracker:
+        for i, x in enumerate(batches):
+            model[0].momentum = 0.1 if i % 3 else 0.0
+            model(x)
+    assert_population(tracker.report()["0"], batches)
+
+
+def test_a_layer_frozen_halfway_counts_throughout() -> None:
+    model, batches = nn.Sequential(nn.BatchNorm1d(C)), [torch.randn(8, C) * (1 + i) for i in range(40)]
+    with BatchNormTracker(model) as tracker:
+        for i, x in enumerate(batches):
+            model[0].train(i < 20)
+            model(x)
+    assert_population(tracker.report()["0"], batches)
+    assert tracker.report()["0"].evidence["updates_per_call"] == 1
+
+
+def test_a_layer_without_running_stats_has_a_population_alone() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(C, track_running_stats=False), nn.BatchNorm1d(C))
+    batches = [torch.randn(8, C) for _ in range(5)]
+    with BatchNormTracker(model) as tracker:
+        for x in batches:
+            model(x)
+    report = tracker.report()
+    assert_population(report["0"], batches)
+    assert not report["0"].has_running_stats
+    assert report["0"].running_mean.isnan().all()
+    assert report["0"].evidence["non_finite_channels"] == 0
+    assert report.summary()["eval_error_max"] == pytest.approx(report["1"].summary()["eval_error"])
+
+
+def test_a_layer_whose_buffers_are_no_longer_updated_is_reported_with_them() -> None:
+    model, x = nn.Sequential(nn.BatchNorm1d(C)), torch.randn(8, C)
+    model[0].track_running_stats = False
+    with BatchNormTracker(model) as tracker:
+        model(x)
+    layer = tracker.report()["0"]
+    assert_population(layer, [x])
+    assert layer.has_running_stats
+    assert torch.equal(layer.running_var, torch.ones(C, dtype=torch.float64))
+
+
+def test_a_cumulative_average_over_equal_batches_is_the_population_mean() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(C, momentum=None))
+    with BatchNormTracker(model) as tracker:
+        for _ in range(50):
+            model(torch.randn(8, C) + 5)
+    layer = tracker.report()["0"]
+    assert layer.momentum is None
+    torch.testing.assert_close(layer.running_mean, layer.population_mean, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize("use_reentrant", [True, False], ids=["reentrant", "non-reentrant"])
+def test_activation_checkpointing_counts_data_once_and_updates_twice(use_reentrant: bool) -> None:
+    model, batches = nn.Sequential(nn.BatchNorm1d(C), nn.Linear(C, 2)), [torch.randn(8, C) for _ in range(40)]
+    with BatchNormTracker(model) as tracker:
+        for x in batches:
+            checkpoint(model, x.requires_grad_(), use_reentrant=use_reentrant).square().sum().backward()
+    layer = tracker.report()["0"]
+    assert_population(layer, batches)
+    assert layer.evidence["updates_per_call"] == 2
+
+
+def test_calls_in_inference_mode_count_as_long_as_the_model_trains() -> None:
+    model, batches = nn.Sequential(nn.BatchNorm1d(C)), [torch.randn(8, C) + i for i in range(10)]
+    with BatchNormTracker(model) as tracker:
+        for i, x in enumerate(batches):
+            with torch.inference_mode(i % 2 == 0):
+                model(x)
+    assert_population(tracker.report()["0"], batches)
+
+
+def test_so_many_calls_in_inference_mode_that_they_are_merged_there() -> None:
+    model, batches = nn.Sequential(nn.BatchNorm1d(C)), [torch.randn(8, C) + i for i in range(80)]
+    with BatchNormTracker(model) as tracker:
+        with torch.inference_mode():
+            for x in batches[:40]:
+                model(x)
+        for x in batches[40:]:
+            model(x)
+    assert_population(tracker.report()["0"], batches)
+
+
+@pytest.mark.parametrize("action", ["flush", "report", "state_dict", "reset"])
+def test_whatever_is_asked_in_inference_mode_training_goes_on(action: str) -> None:
+    model, batches = nn.Sequential(nn.BatchNorm1d(C)), [torch.randn(8, C) for _ in range(6)]
+    with BatchNormTracker(model) as tracker:
+        for x in batches[:3]:
+            model(x)
+        with torch.inference_mode():
+            getattr(tracker, action)()
+        for x in batches[3:]:
+            model(x)
+    assert_population(tracker.report()["0"], batches[3:] if action == "reset" else batches)
+
+
+@pytest.mark.parametrize("capture", ["auto", "pass"])
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_a_value_that_is_not_finite_spoils_one_channel_until_the_next_window(value: float, capture: str) -> None:
+    model, batches = nn.Sequential(nn.BatchNorm1d(C)), [torch.randn(8, C) for _ in range(50)]
+    spoilt = torch.randn(8, C)
+    spoilt[2, 1] = value
+    with BatchNormTracker(model, capture=capture) as tracker:
+        for x in [*batches[:20], spoilt, *batches[20:]]:
+            model(x)
+        layer = tracker.report()["0"]
+        assert layer.population_mean.isnan().tolist() == [False, True, False]
+        assert layer.population_var.isnan().tolist() == [False, True, False]
+        assert layer.evidence["non_finite_channels"] == 1
+        mean, _ = moments([*batches, spoilt.nan_to_num(0, 0, 0)])
+        np.testing.assert_allclose(layer.population_mean[[0, 2]], mean[[0, 2]], rtol=0, atol=1e-6)
+
+        tracker.reset()
+        for x in batches:
+            model(x)
+        assert_population(tracker.report()["0"], batches)
+
+
+# --- any loop ---------------------------------------------------------------------------------------------------------
+
+
+def test_without_an_optimizer_what_waits_stays_bounded() -> None:
+    model, batches = nn.Sequential(nn.BatchNorm1d(C)), [torch.randn(8, C) for _ in range(100)]
+    most = 0
+    with BatchNormTracker(model) as tracker:
+        for x in batches:
+            model(x)
+            most = max(most, *(len(layer.stash) for layer in tracker._layers))
+    assert 1 < most <= STASH_LIMIT
+    assert_population(tracker.report()["0"], batches)
+
+
+def test_the_step_of_any_optimizer_merges_what_waits() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(C))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with BatchNormTracker(model) as tracker:
+        for _ in range(STASH_LIMIT):
+            model(torch.randn(8, C))
+        assert [len(layer.stash) for layer in tracker._layers] == [STASH_LIMIT]
+        optimizer.step()
+        assert [len(layer.stash) for layer in tracker._layers] == [0]
+    assert tracker.report()["0"].num_batches == STASH_LIMIT
+
+
+def test_a_step_told_merges_what_waits() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(C))
+    with BatchNormTracker(model) as tracker:
+        for _ in range(STASH_LIMIT):
+            model(torch.randn(8, C))
+        tracker.step()
+        assert [len(layer.stash) for layer in tracker._layers] == [0]
+    assert tracker.report()["0"].num_batches == STASH_LIMIT
+
+
+ACTIONS = ("flush", "step", "report", "state_dict", "attach", "detach and attach")
+
+
+@LAW
+@given(
+    sizes=st.lists(st.integers(2, 5), min_size=1, max_size=70),
+    actions=st.dictionaries(st.integers(0, 69), st.sampled_from(ACTIONS), max_size=25),
+    seed=st.integers(0, 2**31),
+)
+def test_what_is_asked_in_between_changes_nothing(sizes: list[int], actions: dict[int, str], seed: int) -> None:
+    torch.manual_seed(seed)
+    model = Several(2, torch.float64)
+    batches = [torch.randn(n, C, dtype=torch.float64) * 2 + 7 for n in sizes]
+    tracker = BatchNormTracker(model, capture="pass")
+    with tracker:
+        for i, x in enumerate(batches):
+            model(x, [0, 1] if i % 2 == 0 else [0])
+            for name in actions.get(i, "").split(" and "):
+                if name:
+                    getattr(tracker, name)()
+    report = tracker.report()
+    assert_population(report["layers.0"], batches, 1e-12)
+    assert_population(report["layers.1"], batches[::2], 1e-12)
+
+
+@LAW
+@given(
+    skipped=st.lists(st.sets(st.integers(0, 4), max_size=5), min_size=1, max_size=50),
+    seed=st.integers(0, 2**31),
+)
+def test_layers_skipped_at_random_are_each_exact(skipped: list[set[int]], seed: int) -> None:
+    torch.manual_seed(seed)
+    model, received = Several(5, torch.float64), [[] for _ in range(5)]
+    with BatchNormTracker(model, capture="pass") as tracker:
+        for skip in skipped:
+            x = torch.randn(4, C, dtype=torch.float64)
+            called = [index for index in range(5) if index not in skip]
+            model(x, called)
+            for index in called:
+                received[index].append(x)
+    report = tracker.report()
+    for index in range(5):
+        layer = report[f"layers.{index}"]
+        assert layer.num_batches == len(received[index])
+        if received[index]:
+            assert_population(layer, received[index], 1e-12)
+
+
+def test_two_networks_that_play_against_each_other_are_each_exact() -> None:
+    class Game(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.generator = nn.Sequential(nn.Linear(2, C), nn.BatchNorm1d(C), nn.Linear(C, C))
+            self.critic = nn.Sequential(nn.Linear(C, C), nn.BatchNorm1d(C), nn.ReLU(), nn.Linear(C, 1))
+
+    game = Game()
+    received: dict[str, list[Tensor]] = {"generator.1": [], "critic.1": []}
+    for name, batches in received.items():
+        game.get_submodule(name).register_forward_pre_hook(lambda _, args, to=batches: to.append(args[0].detach()))
+    optimizers = [torch.optim.SGD(net.parameters(), lr=0.01) for net in (game.generator, game.critic)]
+    with BatchNormTracker(game) as tracker:
+        for step in range(60):
+            real, noise = torch.randn(8, C) + 2, torch.randn(8, 2)
+            if step % 3 == 0:
+                game.critic(game.generator(noise)).mean().neg().backward()
+                optimizers[0].step()
+            loss = game.critic(game.generator(noise).detach()).mean() - game.critic(real).mean()
+            loss.backward()
+            optimizers[1].step()
+            for optimizer in optimizers:
+                optimizer.zero_grad()
+    report = tracker.report()
+    assert [layer.num_batches for layer in report.values()] == [80, 140]
+    for name, batches in received.items():
+        assert_population(report[name], batches)
+
+
+def test_a_layer_called_by_keyword_counts() -> None:
+    class Keyword(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm1d(C)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.bn(input=x)
+
+    model, batches = Keyword(), [torch.randn(8, C) for _ in range(5)]
+    for capture in ("auto", "pass"):
+        with BatchNormTracker(model, capture=capture) as tracker:
+            for x in batches:
+                model(x)
+        assert_population(tracker.report()["bn"], batches)
+
+
+@pytest.mark.parametrize("capture", ["auto", "pass"])
+def test_another_default_device_disturbs_nothing(capture: str) -> None:
+    model, batches = Several(3), [torch.randn(8, C) for _ in range(40)]
+    with BatchNormTracker(model, capture=capture) as tracker:
+        torch.set_default_device("meta")
+        try:
+            for x in batches:
+                model(x, [1, 0])
+            report = tracker.report()
+            summary, evidence = report.summary(), [layer.evidence for layer in report.values()]
+            state = tracker.state_dict()
+            tracker.load_state_dict(state)
+            tracker.reset()
+        finally:
+            torch.set_default_device(None)
+    assert_population(report["layers.0"], batches)
+    for layer in report.values():
+        assert layer.population_mean.device == layer.running_mean.device == torch.device("cpu")
+    assert summary["eval_error_max"] > 0
+    assert all(counts["non_finite_channels"] == 0 for counts in evidence)
+    assert state["channels"].device == torch.device("cpu")
+
+
+def test_another_default_dtype_disturbs_nothing() -> None:
+    torch.set_default_dtype(torch.float64)
+    try:
+        model, batches = nn.Sequential(nn.BatchNorm1d(C)), [torch.randn(8, C) for _ in range(40)]
+        single = nn.Sequential(nn.BatchNorm1d(C)).float()
+        with BatchNormTracker(model) as tracker, BatchNormTracker(single) as of_single:
+            for x in batches:
+                model(x)
+                single(x.float())
+        assert_population(tracker.report()["0"], batches, 1e-12)
+        assert_population(of_single.report()["0"], [x.float() for x in batches])
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
+def test_deterministic_algorithms_disturb_nothing() -> None:
+    torch.use_deterministic_algorithms(True)
+    try:
+        model, batches = Several(3), [torch.randn(8, C) for _ in range(40)]
+        with BatchNormTracker(model) as tracker:
+            for i, x in enumerate(batches):
+                model(x, [0, 1, 2] if i % 2 == 0 else [2])
+            report = tracker.report()
+            tracker.reset()
+    finally:
+        torch.use_deterministic_algorithms(False)
+    assert_population(report["layers.0"], batches[::2])
+    assert_population(report["layers.2"], batches)
+
+
+# --- which layers, and their names ------------------------------------------------------------------------------------
+
+
+class Nested(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.BatchNorm1d(C)
+        self.block = nn.ModuleDict({"bn1": nn.BatchNorm1d(C), "bn2": nn.BatchNorm1d(C)})
+        self.head = nn.Sequential(nn.BatchNorm1d(C))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.block["bn2"](self.block["bn1"](self.stem(x))))
+
+
+@pytest.mark.parametrize(
+    ("include", "exclude", "expected"),
+    [
+        (None, None, ["stem", "block.bn1", "block.bn2", "head.0"]),
+        ("block.*", None, ["block.bn1", "block.bn2"]),
+        (["stem", "head.*"], None, ["stem", "head.0"]),
+        (None, "*.bn?", ["stem", "head.0"]),
+        (None, ("stem", "head.0"), ["block.bn1", "block.bn2"]),
+        ("block.*", ["*2"], ["block.bn1"]),
+        (None, "*", []),
+    ],
+)
+def test_patterns_say_which_layers_are_monitored(include: Any, exclude: Any, expected: list[str]) -> None:
+    model = Nested()
+    with BatchNormTracker(model, include, exclude) as tracker:
+        model(torch.randn(8, C))
+    report = tracker.report()
+    assert list(report) == expected
+    assert all(layer.num_batches == 1 for layer in report.values())
+
+
+@pytest.mark.parametrize("argument", ["include", "exclude"])
+def test_a_pattern_that_matches_nothing_is_an_error_that_lists_the_layers(argument: str) -> None:
+    model = Nested()
+    tracker = BatchNormTracker(model, **{argument: ["stem", "blok.*"]})
+    with pytest.raises(ValueError, match=rf"`{argument}` pattern 'blok.*' .*stem, block.bn1, block.bn2, head.0"):
+        tracker.attach()
+    assert not tracker.is_attached
+    assert not hooks_on(model)
+
+
+@pytest.mark.parametrize("argument", ["include", "exclude"])
+@pytest.mark.parametrize("value", [[1], [None], ["stem", 3]])
+def test_a_pattern_that_is_no_string_is_an_error(argument: str, value: Any) -> None:
+    with pytest.raises(TypeError, match=f"`{argument}`"):
+        BatchNormTracker(Nested(), **{argument: value})
+
+
+def test_an_unknown_capture_is_an_error_that_lists_those_there_are() -> None:
+    with pytest.raises(ValueError, match=r"`capture` must be one of \['auto', 'pass'\], got 'fast'"):
+        BatchNormTracker(Nested(), capture="fast")
+
+
+def test_a_model_without_batch_norm_warns_once_and_names_what_it_has_instead() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.LayerNorm(6), nn.GroupNorm(2, 6), nn.LayerNorm(6))
+    tracker = BatchNormTracker(model)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        with tracker:
+            tracker.attach()
+            for _ in range(3):
+                model(torch.randn(8, 4))
+            tracker.report()
+            tracker.reset()
+            tracker.state_dict()
+    (warning,) = caught
+    assert "2 LayerNorm" in str(warning.message)
+    assert "1 GroupNorm" in str(warning.message)
+    assert len(tracker.report()) == 0
+
+
+def test_the_layers_are_listed_in_the_order_of_their_first_call() -> None:
+    model = Several(5)
+    with BatchNormTracker(model) as tracker:
+        model(torch.randn(8, C), [3, 1, 3])
+        assert list(tracker.report()) == [f"layers.{i}" for i in (3, 1, 0, 2, 4)]
+        model(torch.randn(8, C), [4, 0, 1])
+        assert list(tracker.report()) == [f"layers.{i}" for i in (3, 1, 4, 0, 2)]
+        tracker.reset()
+        model(torch.randn(8, C), [2, 1])
+    assert list(tracker.report()) == [f"layers.{i}" for i in (3, 1, 4, 0, 2)]
+
+
+def test_a_lazy_layer_is_monitored_from_its_first_call_on() -> None:
+    model, batches = nn.Sequential(nn.LazyBatchNorm1d(), nn.LazyBatchNorm2d()), [torch.randn(8, C) for _ in range(5)]
+    with BatchNormTracker(model) as tracker:
+        assert [layer.num_batches for layer in tracker.report().values()] == [0, 0]
+        for x in batches:
+            model[0](x)
+        tracker.state_dict()
+        report = tracker.report()
+        assert_population(report["0"], batches)
+        assert report["0"].type == "BatchNorm1d"
+        assert report["1"].num_features == 0
+        tracker.reset()
+        model[0](batches[0])
+    assert_population(tracker.report()["0"], batches[:1])
+
+
+def test_layers_converted_to_synchronized_ones_are_found() -> None:
+    model = nn.SyncBatchNorm.convert_sync_batchnorm(network())
+    with BatchNormTracker(model) as tracker:
+        report = tracker.report()
+    assert [layer.type for layer in report.values()] == ["SyncBatchNorm", "SyncBatchNorm"]
+
+
+def test_a_shared_layer_is_one_layer_under_its_first_name() -> None:
+    shared = nn.BatchNorm1d(C)
+    model, x = nn.Sequential(shared, nn.Identity(), shared), torch.randn(8, C)
+    received: list[Tensor] = []
+    shared.register_forward_pre_hook(lambda _, args: received.append(args[0].detach()))
+    with BatchNormTracker(model) as tracker:
+        model(x)
+    assert list(tracker.report()) == ["0"]
+    assert len(received) == 2
+    assert_population(tracker.report()["0"], received)
+
+
+def test_the_names_of_wrappers_are_left_out() -> None:
+    class Wrapper(nn.Module):
+        def __init__(self, name: str, module: nn.Module) -> None:
+            super().__init__()
+            self.add_module(name, module)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return next(self.children())(x)
+
+    model = nn.Sequential()
+    model.add_module("block", Wrapper("_orig_mod", Nested()))
+    model.add_module("shard", Wrapper("_fsdp_wrapped_module", nn.Sequential(nn.BatchNorm1d(C))))
+    model.add_module("last", checkpoint_wrapper(nn.BatchNorm1d(C)))
+    root = Wrapper("_orig_mod", model)
+    with BatchNormTracker(root, include=["block.stem", "shard.0", "last"]) as tracker:
+        root(torch.randn(8, C))
+    assert list(tracker.report()) == ["block.stem", "shard.0", "last"]
+    assert all(layer.num_batches == 1 for layer in tracker.report().values())
+
+
+def test_the_model_may_itself_be_the_layer() -> None:
+    model, batches = nn.BatchNorm1d(C), [torch.randn(8, C) for _ in range(5)]
+    with BatchNormTracker(model) as tracker:
+        for x in batches:
+            model(x)
+        model.eval()
+        model(batches[0] + 100)
+    assert list(tracker.report()) == ["(root)"]
+    assert_population(tracker.report()["(root)"], batches)
+
+
+def test_it_keeps_the_layers_for_the_report_when_the_model_is_gone() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(C))
+    with BatchNormTracker(model) as tracker:
+        model(torch.randn(8, C))
+    running_mean = model[0].running_mean.clone()
+    del model
+    gc.collect()
+    assert torch.equal(tracker.report()["0"].running_mean, running_mean.double())
+    with pytest.raises(RuntimeError, match="model of this BatchNormTracker no longer exists"):
+        tracker.attach()
+
+
+# --- copies of the model ----------------------------------------------------------------------------------------------
+
+
+def by_torch_save(model: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(model, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize(
+    "duplicate", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model)), by_torch_save],
+    ids=["deepcopy", "pickle", "torch.save"],
+)  # fmt: skip
+def test_a_copy_of_a_monitored_model_is_not_monitored_and_trains_alike(duplicate: Any) -> None:
+    model = network()
+    batches = [torch.randn(8, 4) for _ in range(40)]
+
+    def train(net: nn.Module) -> None:
+        optimizer = torch.optim.SGD(net.parameters(), lr=0.1)
+        for x in batches:
+            optimizer.zero_grad()
+            net(x).square().sum().backward()
+            optimizer.step()
+
+    with BatchNormTracker(model) as tracker:
+        model(batches[0])
+        twin = duplicate(model)
+        train(twin)
+        assert tracker.report()["1"].num_batches == 1
+        train(model)
+    assert tracker.report()["1"].num_batches == 41
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, twin.state_dict()[name])
+    with BatchNormTracker(twin) as of_twin:
+        twin(batches[0])
+    assert of_twin.report()["1"].num_batches == 1
+    assert tracker.report()["1"].num_batches == 41
+
+
+# --- saved and restored -----------------------------------------------------------------------------------------------
+
+
+def saved_and_loaded(state: dict[str, Any]) -> dict[str, Any]:
+    file = io.BytesIO()
+    torch.save(state, file)
+    file.seek(0)
+    return torch.load(file, weights_only=True)
+
+
+def leaves(value: Any) -> Iterator[Any]:
+    if isinstance(value, dict):
+        yield from itertools.chain.from_iterable(map(leaves, value.values()))
+    elif isinstance(value, list):
+        yield from itertools.chain.from_iterable(map(leaves, value))
+    else:
+        yield value
+
+
+def test_a_saved_state_holds_tensors_and_primitives_only() -> None:
+    model = network()
+    with BatchNormTracker(model) as tracker:
+        for _ in range(40):
+            model(torch.randn(8, 4))
+        tracker.reset()
+        for _ in range(40):
+            model(torch.randn(8, 4))
+    kinds = {type(value) for value in leaves(tracker.state_dict())}
+    assert Tensor in kinds
+    assert kinds <= {Tensor, int, float, bool, str, type(None)}
+
+
+@LAW
+@given(
+    num_steps=st.integers(1, 50),
+    cut=st.integers(0, 49),
+    resets=st.sets(st.integers(0, 49), max_size=2),
+    before_attach=st.booleans(),
+    capture=st.sampled_from(["auto", "pass"]),
+    seed=st.integers(0, 2**31),
+)
+def test_an_interrupted_run_reports_what_an_uninterrupted_one_does(
+    num_steps: int, cut: int, resets: set[int], before_attach: bool, capture: str, seed: int
+) -> None:
+    class Model(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.far, self.near, self.frozen = nn.BatchNorm1d(C), nn.BatchNorm1d(C), nn.BatchNorm1d(C, momentum=None)
+            self.never = nn.BatchNorm1d(2)
+            self.frozen.eval()
+
+        def forward(self, x: Tensor, step: int) -> None:
+            self.near(x)
+            if step % 3:
+                self.far(x + 500)
+            self.frozen(x)
+
+    torch.manual_seed(seed)
+    batches = [torch.randn(4, C) for _ in range(num_steps)]
+
+    def run(interrupted_at: int | None) -> BatchNormTracker:
+        model = Model()
+        tracker = BatchNormTracker(model, capture=capture).attach()
+        for step, x in enumerate(batches):
+            if step == interrupted_at:
+                state, weights = saved_and_loaded(tracker.state_dict()), model.state_dict()
+                tracker.detach()
+                model = Model()
+                model.load_state_dict(weights)
+                tracker = BatchNormTracker(model, capture=capture)
+                if not before_attach:
+                    tracker.attach()
+                tracker.load_state_dict(state)
+                tracker.attach()
+            if step in resets:
+                tracker.reset()
+            model(x, step)
+        tracker.detach()
+        return tracker
+
+    whole, interrupted = run(None), run(min(cut, num_steps - 1))
+    assert_same(interrupted.report(), whole.report())
+    one, other = whole.state_dict(), interrupted.state_dict()
+    torch.testing.assert_close(one["channels"], other["channels"], rtol=1e-12, atol=1e-12)
+    for a, b in zip(one["layers"], other["layers"], strict=True):
+        for key in a.keys() - {"first_call"}:
+            for left, right in zip(leaves(a[key]), leaves(b[key]), strict=True):
+                assert left == (pytest.approx(right, rel=1e-12) if isinstance(right, float) else right)
+
+
+def test_a_state_loaded_replaces_what_was_there() -> None:
+    model, x = nn.Sequential(nn.BatchNorm1d(C)), torch.randn(8, C)
+    with BatchNormTracker(model) as tracker:
+        model(x)
+        state = tracker.state_dict()
+        expected = tracker.report()["0"]
+        for _ in range(40):
+            model(x + 9)
+        tracker.load_state_dict(state)
+        assert torch.equal(tracker.report()["0"].population_mean, expected.population_mean)
+        model(x + 1)
+    assert_population(tracker.report()["0"], [x, x + 1])
+
+
+def test_a_saved_state_does_not_change_as_training_goes_on() -> None:
+    model, x = nn.Sequential(nn.BatchNorm1d(C)), torch.randn(8, C)
+    with BatchNormTracker(model) as tracker:
+        model(x)
+        state = tracker.state_dict()
+        before = copy.deepcopy(state)
+        model(x + 9)
+        tracker.flush()
+        tracker.reset()
+    assert torch.equal(state["channels"], before["channels"])
+    assert state["layers"] == before["layers"]
+
+
+def test_a_state_loaded_before_attaching_is_what_is_saved_until_then() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(C))
+    with BatchNormTracker(model) as tracker:
+        model(torch.randn(8, C))
+    state = tracker.state_dict()
+    waiting = BatchNormTracker(model)
+    waiting.load_state_dict(state)
+    again = waiting.state_dict()
+    assert torch.equal(again["channels"], state["channels"])
+    assert again["layers"] == state["layers"]
+
+
+def test_a_state_for_a_changed_model_names_what_is_left_out_and_keeps_the_rest() -> None:
+    model, x = Nested(), torch.randn(8, C)
+    with BatchNormTracker(model) as tracker:
+        model(x)
+    state = tracker.state_dict()
+    changed = Nested()
+    changed.head = nn.Sequential(nn.BatchNorm1d(C + 2))
+    del changed.block["bn1"]
+    changed.extra = nn.BatchNorm1d(C)
+    loaded = BatchNormTracker(changed)
+    loaded.load_state_dict(state)
+    with pytest.warns(UserWarning, match=r"block\.bn1, head\.0"):
+        loaded.attach()
+    report = loaded.report()
+    loaded.detach()
+    assert_population(report["stem"], [x])
+    assert {name: layer.num_batches for name, layer in report.items()} == {
+        "stem": 1, "block.bn2": 1, "head.0": 0, "extra": 0,
+    }  # fmt: skip
+
+
+@pytest.mark.parametrize("state", [{}, {"version": 0}, {"version": "1", "channels": None, "layers": []}], ids=str)
+def test_a_state_of_another_version_is_an_error_that_says_which(state: dict[str, Any]) -> None:
+    model = network()
+    with BatchNormTracker(model) as tracker:
+        model(torch.randn(8, 4))
+        with pytest.raises(ValueError, match=f"version 1; got version {state.get('version')!r}"):
+            tracker.load_state_dict(state)
+    assert tracker.report()["1"].num_batches == 1
+
+
+@pytest.mark.parametrize("widths", [[16, 64, 256], [8] * 60, [2048], [1]], ids=str)
+def test_a_saved_state_is_at_most_a_kibibyte_a_channel_and_64_more(widths: list[int]) -> None:
+    class Wide(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layers = nn.ModuleList(nn.BatchNorm1d(width) for width in widths)
+
+        def forward(self) -> None:
+            for layer in self.layers:
+                layer(torch.randn(2, layer.num_features))
+
+    model = Wide()
+    with BatchNormTracker(model) as tracker:
+        for _ in range(40):
+            model()
+    file = io.BytesIO()
+    torch.save(tracker.state_dict(), file)
+    assert file.tell() <= 1024 * sum(widths) + 64 * 1024

@@ -1,0 +1,655 @@
+"""The window against a simulation that keeps every batch and updates a running buffer one batch at a time."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from lightning_bnmonitor.window import Batch, Blocks, Window, block_size
+
+LAW = settings(max_examples=200, deadline=None)
+CPU = torch.device("cpu")
+LENGTHS = [1, 2, 3, 15, 16, 17, 18, 31, 32, 33, 34, 63, 64, 65, 66, 129, 257, 600]
+MOMENTA = {
+    "0.1": lambda t, rng: 0.1,
+    "0.5": lambda t, rng: 0.5,
+    "1.0": lambda t, rng: 1.0,
+    "0.001": lambda t, rng: 0.001,
+    "varying": lambda t, rng: rng.uniform(0.01, 0.9),
+    "cumulative": lambda t, rng: 1 / (t + 1),
+}
+
+
+@dataclass
+class Call:
+    """One call of a layer: the values it saw, and what the window is told of them."""
+
+    values: Any  # (n, C) float64
+    momentum: float
+    eps: float | None = None
+
+    @property
+    def n(self):
+        return len(self.values)
+
+    @property
+    def mean(self):
+        return self.values.mean(axis=0)
+
+    @property
+    def biased_var(self):
+        return ((self.values - self.mean) ** 2).mean(axis=0)
+
+    @property
+    def batch(self):
+        var = self.biased_var
+        spread = var if self.eps is None else 1 / np.sqrt(var + self.eps)
+        return Batch(self.n, torch.from_numpy(self.mean), torch.from_numpy(spread), self.eps, self.momentum)
+
+
+def random_calls(rng, length, width, momentum=lambda t, rng: 0.1, sizes=(2, 9), mean=1.0, eps=(None,)):
+    drift = rng.normal(size=width)
+    return [
+        Call(
+            rng.normal(mean + drift * t / length, 1.0, (int(rng.integers(*sizes)), width)),
+            momentum(t, rng),
+            eps[t % len(eps)],
+        )
+        for t in range(length)
+    ]
+
+
+# The reference
+
+
+def blocks_by_rule(length):
+    """Which batches are in which block, by adding one after the other."""
+    blocks, size = [], 1
+    for t in range(length):
+        if blocks and len(blocks[-1]) < size:
+            blocks[-1] = [*blocks[-1], t]
+            continue
+        if len(blocks) == 16:
+            blocks = [blocks[i] + blocks[i + 1] for i in range(0, 16, 2)]
+            size *= 2
+        blocks.append([t])
+    return blocks, size
+
+
+def weights_by_running_update(momenta):
+    """The weight of each batch and of what was there before in an average after all updates, and S."""
+    weights, before, rounding = np.zeros(0), 1.0, 0.0
+    for m in momenta:
+        weights = np.append((1 - m) * weights, m)
+        before *= 1 - m
+        rounding = (1 - m) * rounding + 1
+    return weights, before, rounding
+
+
+def weighted_two_pass(values, weights):
+    values, weights = np.array(values), np.array(weights, dtype=float)[:, None]
+    mean = (weights * values).sum(axis=0) / weights.sum()
+    return mean, (weights * (values - mean) ** 2).sum(axis=0)
+
+
+def expected_blocks(calls):
+    updating = [call for call in calls if call.momentum > 0]
+    weights, decay, rounding = weights_by_running_update([call.momentum for call in updating])
+    rows = []
+    for members in blocks_by_rule(len(updating))[0]:
+        block = [updating[t] for t in members]
+        w, n = weights[members], np.array([call.n for call in block])
+        unbiased = [call.values.var(axis=0, ddof=1) for call in block]
+        mean, mean_m2 = weighted_two_pass([call.mean for call in block], n)
+        var, var_m2 = weighted_two_pass(unbiased, n - 1)
+        rows.append(
+            (len(block), n.sum(), w.sum(), (w**2 / n).sum(), (w**2 / (n - 1)).sum(), mean, mean_m2, var, var_m2)
+        )
+    return rows, decay, rounding
+
+
+def assert_blocks(blocks, calls, ratio=1.0):
+    rows, decay, rounding = expected_blocks(calls)
+    num_batches, num_samples, weight, noise_mean, noise_var, mean, mean_m2, var, var_m2 = zip(*rows, strict=True)
+    assert isinstance(blocks, Blocks)
+    assert blocks.num_batches.tolist() == list(num_batches)
+    assert blocks.num_samples.tolist() == list(num_samples)
+    close(blocks.weight, weight)
+    close(blocks.noise_mean, noise_mean)
+    close(blocks.noise_var, noise_var)
+    assert blocks.decay == pytest.approx(decay, rel=1e-12, abs=1e-290)
+    assert blocks.rounding == pytest.approx(rounding, rel=1e-12)
+    for field in (blocks.mean, blocks.mean_m2, blocks.var, blocks.var_m2):
+        assert field.dtype == torch.float64
+        assert field.device == CPU
+    # Where nothing cancels, sums of squares are as exact as all else; of equal values they are roundings squared.
+    close(blocks.mean, mean, rtol=1e-12, atol=1e-12)
+    close(blocks.mean_m2, mean_m2, rtol=1e-12 * ratio, atol=1e-20 * ratio**2)
+    close(blocks.var, var, rtol=1e-12, atol=1e-12)
+    close(blocks.var_m2, var_m2, rtol=1e-12, atol=1e-20)
+
+
+def close(value, reference, rtol=1e-12, atol=1e-290):
+    np.testing.assert_allclose(np.asarray(value), np.asarray(reference, dtype=float), rtol=rtol, atol=atol)
+
+
+def assert_population(population, layer, channels, calls, rtol=1e-12):
+    values = np.concatenate([call.values for call in calls])
+    var = values.var(axis=0, ddof=1)
+    assert population.num_samples[layer] == len(values)
+    close(population.mean[channels], values.mean(axis=0), rtol, atol=rtol * np.sqrt(var.max()))
+    close(population.var[channels], var, rtol)
+
+
+def assert_layer(window, layer, calls, rtol=1e-12):
+    assert_population(window.population(), layer, window.channels(layer), calls, rtol)
+    if any(call.momentum for call in calls):
+        assert_blocks(window.blocks(layer), calls)
+    else:
+        assert len(window.blocks(layer).num_batches) == 0
+
+
+def assert_same(left, right, rtol=1e-12, atol=1e-12):
+    for a, b in zip(left, right, strict=True):
+        np.testing.assert_allclose(np.asarray(a), np.asarray(b), rtol=rtol, atol=atol, equal_nan=True)
+
+
+def window_of(*widths):
+    window = Window(CPU)
+    window.add_layers(widths)
+    return window
+
+
+def fed(width, calls, cuts=()):
+    """A window of one layer after all calls, in updates that end at the cuts."""
+    window = window_of(width)
+    for start, stop in zip([0, *cuts], [*cuts, len(calls)], strict=True):
+        window.update({0: [call.batch for call in calls[start:stop]]})
+    return window
+
+
+def every(step, length):
+    return range(step, length, step)
+
+
+# Blocks
+
+
+def test_block_sizes_are_those_of_adding_batches_one_by_one():
+    assert [block_size(length) for length in (0, 1, 16, 17, 32, 33, 64, 65, 600)] == [1, 1, 1, 2, 2, 4, 4, 8, 64]
+    for length in range(1, 601):
+        assert block_size(length) == blocks_by_rule(length)[1]
+
+
+def test_at_every_length_the_blocks_hold_the_batches_that_the_rule_gives_them():
+    window = window_of(1)
+    call = Call(np.array([[1.0], [2.0], [4.0]]), 0.1)
+    for length in range(1, 601):
+        window.update({0: [call.batch]})
+        assert window.blocks(0).num_batches.tolist() == [len(block) for block in blocks_by_rule(length)[0]]
+
+
+@pytest.mark.parametrize("momentum", MOMENTA)
+@pytest.mark.parametrize("length", LENGTHS)
+def test_blocks_and_population_are_those_of_a_simulation_that_keeps_every_batch(length, momentum):
+    rng = np.random.default_rng(length)
+    calls = random_calls(rng, length, 3, MOMENTA[momentum])
+    for cuts in ([], every(1, length) if length <= 66 else every(7, length), every(32, length)):
+        assert_layer(fed(3, calls, cuts), 0, calls)
+
+
+def test_the_weights_are_those_that_the_batches_have_in_the_running_mean():
+    rng = np.random.default_rng(0)
+    calls = random_calls(rng, 40, 2, MOMENTA["varying"])
+    running = start = rng.normal(size=2)
+    for call in calls[:16]:
+        running = (1 - call.momentum) * running + call.momentum * call.mean
+    # With one batch a block, the running mean is the weighted sum of the blocks.
+    blocks = fed(2, calls[:16]).blocks(0)
+    close(blocks.decay * start + blocks.weight @ blocks.mean.numpy(), running)
+    # In any case the weights and what the start has left add up to 1.
+    blocks = fed(2, calls).blocks(0)
+    assert blocks.weight.sum() + blocks.decay == pytest.approx(1, rel=1e-12)
+
+
+def test_a_hand_computed_window():
+    calls = [Call(np.array([[0.0], [4.0]]), 0.5), Call(np.array([[1.0], [2.0], [6.0]]), 0.25)]
+    window = fed(1, calls)
+    blocks, population = window.blocks(0), window.population()
+    assert blocks.num_batches.tolist() == [1, 1]
+    assert blocks.num_samples.tolist() == [2, 3]
+    assert blocks.weight.tolist() == [0.375, 0.25]
+    close(blocks.noise_mean, [0.375**2 / 2, 0.25**2 / 3])
+    close(blocks.noise_var, [0.375**2, 0.25**2 / 2])
+    assert blocks.decay == 0.375
+    assert blocks.rounding == 1.75
+    close(blocks.mean, [[2.0], [3.0]])
+    close(blocks.var, [[8.0], [7.0]])
+    close(blocks.mean_m2, [[0.0], [0.0]], atol=1e-28)
+    close(population.mean, [2.6])
+    close(population.var, [(2.6**2 + 1.4**2 + 1.6**2 + 0.6**2 + 3.4**2) / 4])
+
+
+def test_blocks_once_taken_do_not_change_when_the_window_goes_on():
+    calls = random_calls(np.random.default_rng(0), 40, 2, MOMENTA["varying"])
+    window = fed(2, calls[:20])
+    blocks = window.blocks(0)
+    window.update({0: [call.batch for call in calls[20:]]})
+    window.reset()
+    assert_blocks(blocks, calls[:20])
+
+
+@pytest.mark.parametrize("ratio", [1e2, 1e4])
+def test_a_mean_far_from_zero_costs_no_more_than_its_own_rounding(ratio):
+    calls = random_calls(np.random.default_rng(3), 100, 3, sizes=(4, 30), mean=ratio)
+    for cuts in ([], every(1, 100), every(32, 100)):
+        window = fed(3, calls, cuts)
+        assert_blocks(window.blocks(0), calls, ratio=ratio)
+        assert_population(window.population(), 0, window.channels(0), calls, rtol=1e-9)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_float32_batches_are_accumulated_in_float64(dtype):
+    calls = random_calls(np.random.default_rng(4), 50, 2, eps=(None, None, 1e-5, 1e-3))
+    # Statistics that float32 holds exactly, so that any digit lost is lost by the window.
+    batches = [call.batch._replace(mean=call.batch.mean.float(), spread=call.batch.spread.float()) for call in calls]
+    window, reference = window_of(2), window_of(2)
+    reference.update({0: [b._replace(mean=b.mean.double(), spread=b.spread.double()) for b in batches]})
+    for t, batch in enumerate(batches):
+        mean_dtype = torch.float64 if t % 2 else dtype
+        window.update({0: [batch._replace(mean=batch.mean.to(mean_dtype), spread=batch.spread.to(dtype))]})
+    assert_same(window.blocks(0), reference.blocks(0))
+    assert_same(window.population(), reference.population())
+
+
+# What a batch tells
+
+
+@pytest.mark.parametrize("eps", [(1e-5,), (1e-3, None), (None, 1e-5, 0.1, 0.0)])
+def test_a_spread_is_a_biased_variance_or_an_inverse_standard_deviation(eps):
+    calls = random_calls(np.random.default_rng(5), 37, 3, MOMENTA["varying"], eps=eps)
+    for cuts in ([], every(1, 37), every(5, 37)):
+        assert_layer(fed(3, calls, cuts), 0, calls)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.0])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_variance_recovered_as_slightly_negative_counts_as_zero(dtype, momentum):
+    eps = 1e-5
+    invstd = torch.tensor([eps**-0.5 * 1.0001, eps**-0.5 * 1.01, (1 + eps) ** -0.5], dtype=dtype)
+    assert (invstd.double()[:2].pow(-2) - eps < 0).all()
+    window = window_of(3)
+    for mean in (1.0, 3.0):
+        window.update({0: [Batch(4, torch.full((3,), mean, dtype=dtype), invstd, eps, momentum)]})
+    var = window.population().var
+    close(var[:2], [8 / 7, 8 / 7])  # between the batches alone
+    close(var[2:], [(8 + 8) / 7], rtol=1e-6)
+    if momentum:
+        assert window.blocks(0).var[:, :2].eq(0).all()
+        assert window.blocks(0).var_m2[:, :2].eq(0).all()
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.0])
+def test_of_a_single_value_there_is_no_population_variance(momentum):
+    window = window_of(2)
+    window.update({0: [Batch(1, torch.tensor([5.0, -1.0]), torch.zeros(2), None, momentum)]})
+    population = window.population()
+    assert population.num_samples.tolist() == [1]
+    assert population.mean.tolist() == [5.0, -1.0]
+    assert population.var.isnan().all()
+
+
+def test_batches_of_a_single_value_count_in_the_population():
+    rng = np.random.default_rng(6)
+    calls = [Call(rng.normal(7.0, 2.0, (n, 2)), 0.1 * (t % 2)) for t, n in enumerate([1, 1, 1, 5, 1, 2, 1] * 6)]
+    window = fed(2, calls, every(4, len(calls)))
+    assert_population(window.population(), 0, slice(0, 2), calls)
+
+
+def test_without_batches_the_population_is_nan_and_there_are_no_blocks():
+    window = window_of(2, 3)
+    window.update({})
+    window.update({0: []})
+    population, blocks = window.population(), window.blocks(1)
+    assert population.num_samples.tolist() == [0, 0]
+    assert population.mean.shape == population.var.shape == (5,)
+    assert population.mean.isnan().all()
+    assert population.var.isnan().all()
+    assert blocks.num_batches.shape == (0,)
+    assert blocks.mean.shape == blocks.var_m2.shape == (0, 3)
+    assert (blocks.decay, blocks.rounding) == (1.0, 0.0)
+
+
+# Batches that updated no running statistics
+
+
+@pytest.mark.parametrize("length", [1, 2, 17, 33, 100])
+@pytest.mark.parametrize("pattern", ["0", "01", "10", "0010", "111110", "0111111111111111111"])
+def test_batches_without_momentum_count_in_the_population_alone(pattern, length):
+    rng = np.random.default_rng(7)
+    calls = random_calls(rng, length, 2, lambda t, rng: 0.2 * int(pattern[t % len(pattern)]))
+    for cuts in ([], every(1, length), every(6, length)):
+        assert_layer(fed(2, calls, cuts), 0, calls)
+
+
+def test_a_profile_does_not_know_of_batches_without_momentum():
+    rng = np.random.default_rng(8)
+    calls = random_calls(rng, 70, 2, lambda t, rng: 0.3 * (t % 3 > 0))
+    interleaved, alone = fed(2, calls, every(4, 70)), fed(2, [call for call in calls if call.momentum])
+    assert_same(interleaved.blocks(0), alone.blocks(0))
+
+
+# Several layers
+
+
+WIDTHS = [2, 1, 7, 3]
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2, 3), (2, 0, 3, 1)])
+@pytest.mark.parametrize("step", [1, 3, 32, 100])
+def test_layers_of_unequal_width_share_a_window_and_are_named_in_any_order(step, order):
+    rng = np.random.default_rng(9)
+    calls = [random_calls(rng, 70, width, MOMENTA["varying"], mean=10.0 * width) for width in WIDTHS]
+    window = window_of(*WIDTHS)
+    for start in range(0, 70, step):
+        window.update({layer: [call.batch for call in calls[layer][start : start + step]] for layer in order})
+    for layer in range(4):
+        assert_layer(window, layer, calls[layer])
+
+
+@pytest.mark.parametrize("lengths", [(40, 40, 17, 3), (1, 64, 0, 33), (16, 17, 18, 600)])
+def test_layers_may_differ_in_how_often_they_are_called(lengths):
+    rng = np.random.default_rng(10)
+    calls = [random_calls(rng, n, width, MOMENTA["0.1"]) for n, width in zip(lengths, WIDTHS, strict=True)]
+    window = window_of(*WIDTHS)
+    position = [0] * 4
+    while position != list(lengths):
+        batches = {}
+        for layer in rng.permutation(4):
+            until = min(position[layer] + int(rng.integers(0, 30)), lengths[layer])
+            if until > position[layer]:
+                batches[int(layer)] = [call.batch for call in calls[layer][position[layer] : until]]
+            position[layer] = until
+        window.update(batches)
+    for layer in range(4):
+        if lengths[layer]:
+            assert_layer(window, layer, calls[layer])
+        else:
+            assert window.population().mean[window.channels(layer)].isnan().all()
+            assert len(window.blocks(layer).num_batches) == 0
+
+
+def test_layers_called_at_random_many_times_stay_exact():
+    rng = np.random.default_rng(11)
+    widths = [1, 2, 3, 1, 2, 3, 4, 1]
+    calls = [[] for _ in widths]
+    window = window_of(*widths)
+    for _ in range(150):  # more groups of layers than any cache of groups would keep
+        chosen = [layer for layer in range(len(widths)) if rng.random() < 0.4]
+        batches = {}
+        for layer in chosen:
+            added = random_calls(rng, 1, widths[layer], lambda t, rng: rng.choice([0.0, 0.1, 0.3]))
+            calls[layer] += added
+            batches[layer] = [call.batch for call in added]
+        window.update(batches)
+    for layer in range(len(widths)):
+        assert_layer(window, layer, calls[layer])
+
+
+def test_layers_added_later_leave_the_others_as_they_are():
+    rng = np.random.default_rng(12)
+    first, second, third = (random_calls(rng, n, width) for n, width in ((40, 2), (23, 3), (9, 1)))
+    window = Window(CPU)
+    assert list(window.add_layers([2])) == [0]
+    window.update({0: [call.batch for call in first[:20]]})
+    before = window.blocks(0), window.population()
+    assert list(window.add_layers([3, 1])) == [1, 2]
+    assert window.widths == [2, 3, 1]
+    assert [window.channels(layer) for layer in range(3)] == [slice(0, 2), slice(2, 5), slice(5, 6)]
+    assert_same(window.blocks(0), before[0], rtol=0, atol=0)
+    assert torch.equal(window.population().mean[:2], before[1].mean)
+    assert torch.equal(window.population().var[:2], before[1].var)
+    window.update({0: [call.batch for call in first[20:]], 1: [call.batch for call in second[:10]]})
+    window.update({1: [call.batch for call in second[10:]], 2: [call.batch for call in third]})
+    for layer, calls in enumerate((first, second, third)):
+        assert_layer(window, layer, calls)
+
+
+def test_after_reset_a_window_is_like_new():
+    rng = np.random.default_rng(13)
+    old, new = random_calls(rng, 50, 3, MOMENTA["varying"]), random_calls(rng, 20, 3, lambda t, rng: 0.1 * (t % 2))
+    window = fed(3, old + random_calls(rng, 3, 3, lambda t, rng: 0.0))
+    window.reset()
+    assert window.widths == [3]
+    assert_same([window.channel_state()], [window_of(3).channel_state()], atol=0)
+    assert window.layer_state(0) == window_of(3).layer_state(0)
+    window.update({0: [call.batch for call in new]})
+    assert_layer(window, 0, new)
+
+
+# Laws
+
+
+@st.composite
+def histories(draw, width, max_length=40, mean=1.0):
+    """Calls of a layer, some of which update nothing."""
+    shapes = draw(
+        st.lists(
+            st.tuples(
+                st.integers(2, 6), st.sampled_from([0.0, 0.001, 0.1, 0.5, 1.0, 0.37]), st.sampled_from([None, 1e-5])
+            ),
+            min_size=1,
+            max_size=max_length,
+        )
+    )
+    rng = np.random.default_rng(draw(st.integers(0, 2**32 - 1)))
+    return [Call(rng.normal(mean, 1.0, (n, width)), momentum, eps) for n, momentum, eps in shapes]
+
+
+def draw_cuts(data, length):
+    return sorted(data.draw(st.lists(st.integers(0, length), max_size=6)))
+
+
+@given(data=st.data(), calls=histories(width=2))
+@LAW
+def test_the_cut_into_updates_does_not_matter(data, calls):
+    at_once, cut = fed(2, calls), fed(2, calls, draw_cuts(data, len(calls)))
+    assert_same(cut.blocks(0), at_once.blocks(0))
+    assert_same(cut.population(), at_once.population())
+    assert_layer(cut, 0, calls)
+
+
+@given(data=st.data(), calls=st.tuples(*(histories(width=width, max_length=20) for width in (2, 1, 3))))
+@LAW
+def test_the_company_of_other_layers_does_not_matter(data, calls):
+    order = data.draw(st.permutations(range(3)))
+    widths = (2, 1, 3)
+    window = window_of(*(widths[i] for i in order))
+    cuts = {i: [0, *draw_cuts(data, len(calls[i])), len(calls[i])] for i in order}
+    for step in range(8):
+        window.update(
+            {
+                layer: [call.batch for call in calls[i][cuts[i][step] : cuts[i][step + 1]]]
+                for layer, i in enumerate(order)
+                if step + 1 < len(cuts[i])
+            }
+        )
+    population = window.population()
+    for layer, i in enumerate(order):
+        alone = fed(widths[i], calls[i])
+        assert_same(window.blocks(layer), alone.blocks(0))
+        assert_same([population.mean[window.channels(layer)]], [alone.population().mean])
+        assert_same([population.var[window.channels(layer)]], [alone.population().var])
+
+
+@given(data=st.data(), ratio=st.sampled_from([0.0, 1.0, -100.0, 1e4]), seed=st.integers(0, 2**32 - 1))
+@LAW
+def test_the_population_is_that_of_all_values_however_they_are_split_into_batches(data, ratio, seed):
+    values = np.random.default_rng(seed).normal(ratio, 1.0, (60, 2))
+    ends = sorted(data.draw(st.sets(st.integers(1, 59), max_size=30)))
+    momenta = st.sampled_from([0.0, 0.1, 1.0])
+    calls = [Call(batch, data.draw(momenta)) for batch in np.split(values, ends)]
+    window = fed(2, calls, draw_cuts(data, len(calls)))
+    assert_population(window.population(), 0, slice(0, 2), [Call(values, 0.1)], rtol=1e-9)
+
+
+@given(data=st.data(), calls=histories(width=2, mean=100.0))
+@LAW
+def test_the_population_does_not_depend_on_the_order_of_batches(data, calls):
+    shuffled = data.draw(st.permutations(calls))
+    close_to = fed(2, calls).population()
+    assert_same(fed(2, shuffled, draw_cuts(data, len(calls))).population(), close_to)
+    assert_population(close_to, 0, slice(0, 2), shuffled)
+
+
+# Values that are not finite
+
+
+def poisoned(field, value, at, momentum, as_invstd):
+    """40 calls, and what they tell, with a value that is not finite in channel 1 of one batch."""
+    eps = (1e-5,) if as_invstd else (None,)
+    calls = random_calls(np.random.default_rng(14), 40, 3, lambda t, rng: momentum, eps=eps)
+    batches = [call.batch for call in calls]
+    getattr(batches[at], field)[1] = value
+    if field == "mean":
+        batches[at].spread[1] = math.nan  # as every kernel has it
+    return calls, batches
+
+
+BAD = {
+    "mean nan": ("mean", math.nan, False),
+    "mean inf": ("mean", math.inf, False),
+    "mean -inf": ("mean", -math.inf, True),
+    "variance nan": ("spread", math.nan, False),
+    "variance inf": ("spread", math.inf, False),
+    "invstd nan": ("spread", math.nan, True),
+    "invstd 0": ("spread", 0.0, True),
+}
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.0])
+@pytest.mark.parametrize("at", [0, 19, 39])
+@pytest.mark.parametrize("bad", BAD)
+def test_a_batch_with_a_non_finite_channel_touches_no_other_and_is_forgotten_at_reset(bad, at, momentum):
+    field, value, as_invstd = BAD[bad]
+    calls, batches = poisoned(field, value, at, momentum, as_invstd)
+    other = random_calls(np.random.default_rng(15), 40, 2, lambda t, rng: momentum)
+    for step in (1, 32, 40):
+        broken, clean = window_of(3, 2), window_of(3, 2)
+        for start in range(0, 40, step):
+            neighbour = [call.batch for call in other[start : start + step]]
+            broken.update({0: batches[start : start + step], 1: neighbour})
+            clean.update({0: [call.batch for call in calls[start : start + step]], 1: neighbour})
+        population, reference = broken.population(), clean.population()
+        others = [0, 2, 3, 4]
+        assert not population.var[1].isfinite()
+        assert torch.equal(population.mean[others], reference.mean[others])
+        assert torch.equal(population.var[others], reference.var[others])
+        assert population.num_samples.tolist() == reference.num_samples.tolist()
+        blocks, reference_blocks = broken.blocks(0), clean.blocks(0)
+        for values, expected in zip(blocks[5:9], reference_blocks[5:9], strict=True):
+            assert torch.equal(values[:, ::2], expected[:, ::2])
+        assert_same(blocks[:5] + blocks[9:], reference_blocks[:5] + reference_blocks[9:], rtol=0, atol=0)
+
+        broken.reset()
+        broken.update({0: [call.batch for call in calls]})
+        assert_layer(broken, 0, calls)
+
+
+@pytest.mark.parametrize("momentum", [0.1, 0.0])
+@pytest.mark.parametrize("bad", BAD)
+def test_a_batch_with_a_non_finite_channel_makes_it_nan(bad, momentum):
+    field, value, as_invstd = BAD[bad]
+    for at in (0, 19, 39):
+        _, batches = poisoned(field, value, at, momentum, as_invstd)
+        for step in (1, 32, 40):
+            window = window_of(3)
+            for start in range(0, 40, step):
+                window.update({0: batches[start : start + step]})
+            population = window.population()
+            assert population.var[1].isnan(), population.var
+            assert population.mean[1].isnan(), population.mean
+
+
+# Saving and restoring
+
+
+def restored(window, order):
+    """A window of the same layers in another order, from what the given one saves."""
+    channels = window.channel_state()
+    states = json.loads(json.dumps([window.layer_state(layer) for layer in range(len(window.widths))]))
+    other = window_of(*(window.widths[layer] for layer in order))
+    for index, layer in enumerate(order):
+        other.restore(index, channels[..., window.channels(layer)], states[layer])
+    return other
+
+
+@pytest.mark.parametrize("saved_at", [0, 1, 15, 16, 17, 33, 50])
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_a_restored_window_goes_on_as_if_nothing_had_happened(order, saved_at):
+    rng = np.random.default_rng(17)
+    widths, lag = (2, 5, 1), (0, 7, 0)
+    calls = [
+        random_calls(rng, 70, width, lambda t, rng: rng.choice([0.0, 0.1, 0.4]), mean=5.0, eps=(None, 1e-5))
+        for width in widths
+    ]
+
+    def update(window, start, stop, layers):
+        window.update(
+            {i: [c.batch for c in calls[j][max(start - lag[j], 0) : max(stop - lag[j], 0)]] for i, j in layers}
+        )
+
+    straight = window_of(*widths)
+    update(straight, 0, saved_at, enumerate(range(3)))
+    saved = straight.channel_state()
+    other = restored(straight, order)
+    for index, layer in enumerate(order):
+        assert_same(other.blocks(index), straight.blocks(layer), rtol=0, atol=0)
+        assert other.layer_state(index) == straight.layer_state(layer)
+    for start in range(saved_at, 70, 9):
+        update(straight, start, min(start + 9, 70), enumerate(range(3)))
+        update(other, start, min(start + 9, 70), enumerate(order))
+    # The same operations in the same order give the same bits; in another one the roundings may differ.
+    tolerance = {"rtol": 0, "atol": 0} if order == (0, 1, 2) else {"rtol": 1e-13, "atol": 1e-13}
+    for index, layer in enumerate(order):
+        assert_same(other.blocks(index), straight.blocks(layer), **tolerance)
+        mine, theirs = other.population(), straight.population()
+        assert_same([mine.mean[other.channels(index)]], [theirs.mean[straight.channels(layer)]], **tolerance)
+        assert_same([mine.var[other.channels(index)]], [theirs.var[straight.channels(layer)]], **tolerance)
+        assert_layer(other, index, calls[layer][: 70 - lag[layer]])
+    if saved_at == 0:
+        assert saved.eq(0).all()
+    else:
+        assert not torch.equal(saved, straight.channel_state())
+
+
+def test_what_is_saved_does_not_change_when_the_window_goes_on():
+    calls = random_calls(np.random.default_rng(18), 30, 2)
+    window = fed(2, calls[:10])
+    channels, state = window.channel_state(), window.layer_state(0)
+    kept, kept_state = channels.clone(), json.dumps(state)
+    assert channels.shape == (*Window.CHANNEL_SHAPE, 2)
+    assert channels.dtype == torch.float64
+    window.update({0: [call.batch for call in calls[10:]]})
+    window.reset()
+    assert torch.equal(channels, kept)
+    assert json.dumps(state) == kept_state
+
+
+def test_restoring_one_layer_leaves_the_others_as_they_are():
+    rng = np.random.default_rng(19)
+    first, second, third = (random_calls(rng, n, 2) for n in (30, 20, 25))
+    source = fed(2, third)
+    window = window_of(2, 2)
+    window.update({0: [call.batch for call in first], 1: [call.batch for call in second]})
+    window.restore(1, source.channel_state(), source.layer_state(0))
+    assert_layer(window, 0, first)
+    assert_layer(window, 1, third)
