@@ -40,15 +40,6 @@ BATCHES = 6  # training batches in an epoch, unless limited
 BATCH_SIZE = 8
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread():
-    """With tensors this small, several threads would only wait for each other."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 # ------------------------------------------------------------------------------------------------------ models and data
 
 

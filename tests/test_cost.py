@@ -5,7 +5,6 @@ from __future__ import annotations
 import contextlib
 import random
 import weakref
-from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -19,15 +18,6 @@ from lightning_bnmonitor import BatchNormTracker
 
 STEPS = 64
 C = 8
-
-
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads would only wait for one another: the tensors are tiny."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
 
 
 class Operations(TorchDispatchMode):

@@ -29,15 +29,6 @@ LAYERS: dict[str, tuple[type[nn.Module], tuple[int, ...], torch.memory_format]] 
 }
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads would only wait for one another: the tensors are tiny."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Received:
     """What a layer receives, in float64, by a pre-hook of the test's own."""
 

@@ -20,15 +20,6 @@ STEPS = 40
 Forward = Callable[[nn.Module, Tensor], Tensor]
 
 
-@pytest.fixture(autouse=True, scope="module")
-def one_thread() -> Iterator[None]:
-    """Threads would only wait for one another: the tensors are tiny."""
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(threads)
-
-
 class Network(nn.Module):
     """Convolutions and a head, with layers that are reused, cumulative, frozen and without buffers or affine part."""
 
