@@ -7,11 +7,12 @@ import logging
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from copy import copy
 from fnmatch import fnmatchcase
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
@@ -158,3 +159,30 @@ def find_layers(
         if (include is None or any(fnmatchcase(name, pattern) for pattern in include))
         and not any(fnmatchcase(name, pattern) for pattern in exclude or ())
     }
+
+
+def running_stats(layers: Sequence[TrackedLayer]) -> Iterator[list[Tensor]]:
+    """Float64 CPU copies of each layer's running mean and variance (none where it has none), by one copy per device."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for layer in layers:
+        for buffer in layer.running_stats:
+            by_device.setdefault(buffer.device, []).append(buffer)
+    copies = {
+        device: iter(torch.split(torch.cat(buffers).cpu().double(), [buffer.numel() for buffer in buffers]))
+        for device, buffers in by_device.items()
+    }
+    for layer in layers:
+        yield [next(copies[buffer.device]) for buffer in layer.running_stats]
+
+
+def num_batches_tracked(layers: Sequence[TrackedLayer]) -> list[int]:
+    """``num_batches_tracked`` of each layer, 0 where there is none, by one copy per device."""
+    by_device: dict[torch.device, list[Tensor]] = {}
+    for layer in layers:
+        tracked = layer.module.num_batches_tracked
+        if tracked is not None:
+            by_device.setdefault(tracked.device, []).append(tracked)
+    values = {device: iter(torch.stack(tracked).tolist()) for device, tracked in by_device.items()}
+    return [
+        0 if (tracked := layer.module.num_batches_tracked) is None else next(values[tracked.device]) for layer in layers
+    ]

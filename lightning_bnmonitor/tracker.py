@@ -15,7 +15,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bnmonitor.capture import PATHS, BatchMoments
 from lightning_bnmonitor.hooks import Attachment, Gate
-from lightning_bnmonitor.layers import STASH_LIMIT, TrackedLayer, find_layers
+from lightning_bnmonitor.layers import STASH_LIMIT, TrackedLayer, find_layers, num_batches_tracked, running_stats
 from lightning_bnmonitor.report import LayerReport, Report
 from lightning_bnmonitor.window import Batch, Population, Window
 
@@ -178,7 +178,7 @@ class BatchNormTracker:
                     limit = _MAX_RATIO_SERIAL if layer.serial else _MAX_RATIO
                     layer.hook.by_pass = self._always_pass or bool((ratio > limit).any())
             window.reset()
-        for layer, tracked in zip(self._layers, _num_batches_tracked(self._layers), strict=True):
+        for layer, tracked in zip(self._layers, num_batches_tracked(self._layers), strict=True):
             updates = layer.updates_of_a_call(tracked)
             layer.updates_per_call = int(updates) if updates >= 1 and updates.is_integer() else 1
         self._begin_window(self._layers)
@@ -188,8 +188,8 @@ class BatchNormTracker:
         self.flush()
         populations = {device: window.population() for device, window in self._windows.items()}
         layers = self._placed + [layer for layer in self._layers if layer.window is None]
-        running = _running_stats(layers)
-        tracked = _num_batches_tracked(layers)
+        running = running_stats(layers)
+        tracked = num_batches_tracked(layers)
         return Report(
             _layer_report(layer, populations, stats, updates)
             for layer, stats, updates in zip(layers, running, tracked, strict=True)
@@ -240,7 +240,7 @@ class BatchNormTracker:
         return layer
 
     def _begin_window(self, layers: list[TrackedLayer]) -> None:
-        for layer, tracked in zip(layers, _num_batches_tracked(layers), strict=True):
+        for layer, tracked in zip(layers, num_batches_tracked(layers), strict=True):
             layer.begin_window(tracked)
 
     def _drain(self) -> None:
@@ -350,33 +350,6 @@ def _layer_report(
             **({} if math.isnan(updates) else {"updates_per_call": updates}),
         },
     )
-
-
-def _running_stats(layers: Sequence[TrackedLayer]) -> Iterator[list[Tensor]]:
-    """Float64 CPU copies of each layer's running mean and variance (none where it has none), by one copy per device."""
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for layer in layers:
-        for buffer in layer.running_stats:
-            by_device.setdefault(buffer.device, []).append(buffer)
-    copies = {
-        device: iter(torch.split(torch.cat(buffers).cpu().double(), [buffer.numel() for buffer in buffers]))
-        for device, buffers in by_device.items()
-    }
-    for layer in layers:
-        yield [next(copies[buffer.device]) for buffer in layer.running_stats]
-
-
-def _num_batches_tracked(layers: Sequence[TrackedLayer]) -> list[int]:
-    """``num_batches_tracked`` of each layer, 0 where there is none, by one copy per device."""
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for layer in layers:
-        tracked = layer.module.num_batches_tracked
-        if tracked is not None:
-            by_device.setdefault(tracked.device, []).append(tracked)
-    values = {device: iter(torch.stack(tracked).tolist()) for device, tracked in by_device.items()}
-    return [
-        0 if (tracked := layer.module.num_batches_tracked) is None else next(values[tracked.device]) for layer in layers
-    ]
 
 
 def _device_of(module: nn.Module) -> torch.device:
