@@ -31,7 +31,7 @@ class BatchNormMonitor(Callback):
         capture: ``"auto"``, or ``"pass"`` to make a pass over every input: see
             :class:`~lightning_bnmonitor.BatchNormTracker`.
         per_layer: Whether to log scalars for each layer; ``"auto"``: up to 100 layers.
-        log_key_prefix: What the logged names begin with.
+        log_key_prefix: What the logged names begin with, not empty.
 
     **Logged Metrics**, once a window, to every logger of the Trainer, at the step of Lightning's own epoch-end values.
     The first five are also in ``trainer.callback_metrics`` (for ``ModelCheckpoint`` and ``EarlyStopping``) from the end
@@ -49,7 +49,7 @@ class BatchNormMonitor(Callback):
 
     Raises:
         ValueError: If an ``every_n_*`` is not a positive integer or both are given, if ``capture`` or ``per_layer`` is
-            unknown; when ``fit`` starts, if a pattern matches no BatchNorm layer.
+            unknown, or ``log_key_prefix`` empty; when ``fit`` starts, if a pattern matches no BatchNorm layer.
         TypeError: If ``include`` or ``exclude`` is neither None nor strings.
 
     Example::
@@ -79,6 +79,8 @@ class BatchNormMonitor(Callback):
             )
         if not isinstance(per_layer, bool) and per_layer != "auto":
             raise ValueError(f'`per_layer` must be True, False or "auto", got {per_layer!r}.')
+        if not isinstance(log_key_prefix, str) or not log_key_prefix:
+            raise ValueError(f"`log_key_prefix` must be a string that is not empty, got {log_key_prefix!r}.")
         check_capture(capture)
         self._every_n_epochs = every_n_epochs or 1
         self._every_n_train_batches = every_n_train_batches
@@ -90,6 +92,7 @@ class BatchNormMonitor(Callback):
         self._tracker: BatchNormTracker | None = None
         self._report: Report | None = None
         self._num_batches = 0  # training batches in the window that is open
+        self._is_due = False  # whether a window begins with the next training batch
 
     def report(self) -> Report:
         """The report of the last finished window; before the first one has ended, of the window so far.
@@ -104,7 +107,7 @@ class BatchNormMonitor(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._detach()  # a fit that was interrupted may not have
         self._tracker = self._report = None
-        self._num_batches = 0
+        self._num_batches, self._is_due = 0, True
         tracker = BatchNormTracker(pl_module, self._include, self._exclude, self._capture)
         self._tracker = tracker.attach()
 
@@ -112,7 +115,15 @@ class BatchNormMonitor(Callback):
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Epochs are counted as ModelCheckpoint counts them, so that equal periods fall together.
         if self._every_n_train_batches is None and trainer.current_epoch % self._every_n_epochs == 0:
-            self._begin_window()
+            self._is_due = True
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        # Not earlier: at an epoch's start other callbacks may still write the buffers (SWA), or call the model.
+        if self._is_due:
+            assert self._tracker is not None
+            self._tracker.reset()
+            self._num_batches, self._is_due = 0, False
 
     @override
     def on_train_batch_end(
@@ -124,7 +135,7 @@ class BatchNormMonitor(Callback):
         if self._every_n_train_batches is not None:
             if self._num_batches == self._every_n_train_batches:
                 self._end_window(trainer)
-                self._begin_window()
+                self._is_due = True
         elif trainer.is_last_batch and self._is_last_epoch_of_window(trainer):
             self._end_window(trainer)
 
@@ -157,15 +168,14 @@ class BatchNormMonitor(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._detach()
         self._report = self.report()
-        self._tracker = None  # what refers to a model weakly cannot be pickled, as launchers do with callbacks
+        self._tracker = None
+
+    def __getstate__(self) -> dict[str, Any]:
+        # A copy monitors nothing: it has the configuration and the last report.
+        return {**self.__dict__, "_tracker": None}
 
     def _is_last_epoch_of_window(self, trainer: Trainer) -> bool:
         return (trainer.current_epoch + 1) % self._every_n_epochs == 0
-
-    def _begin_window(self) -> None:
-        assert self._tracker is not None
-        self._tracker.reset()
-        self._num_batches = 0
 
     def _end_window(self, trainer: Trainer, batches_over: int = 0) -> None:
         """Report and log the window if there is anything in it, at the step of its last batch: so many batches ago."""

@@ -44,11 +44,12 @@ class BatchMoments(NamedTuple):
     """Whether a kernel saved them that, on the CPU, sums value by value in float32: they then are less exact."""
 
 
-def saved_moments(module: _BatchNorm, output: object) -> BatchMoments | None:
+def saved_moments(module: _BatchNorm, x: Tensor, output: object) -> BatchMoments | None:
     """What the kernel that produced ``output`` saved for its backward, without a kernel of our own.
 
     Args:
         module: The BatchNorm layer.
+        x: What it received, ``(N, C, *)``. Only its layout matters.
         output: What it returned, ``(N, C, *)``.
 
     Returns:
@@ -56,8 +57,8 @@ def saved_moments(module: _BatchNorm, output: object) -> BatchMoments | None:
         its running statistics, the output is not the kernel's own (a subclass with an activation), the module computes
         in half precision and saved in it. None also while saved-tensor hooks are active (activation checkpointing,
         ``save_on_cpu``): reading would run them, and under checkpointing a whole recomputation. And None for a large
-        batch that the CPU's kernel sums value by value in float32, as it does with one position a sample and in
-        channels-last format: the error grows with the root of the number of values.
+        batch that the CPU's kernel sums value by value in float32, as it does with one position a sample and if ``x``
+        is not contiguous (channels-last, slices): the error grows with the root of the number of values.
     """
     if not isinstance(output, Tensor) or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return None
@@ -71,8 +72,8 @@ def saved_moments(module: _BatchNorm, output: object) -> BatchMoments | None:
     if mean.numel() != num_channels or invstd.numel() != num_channels:
         return None
     num_samples = output.numel() // num_channels
-    serial = num_samples == output.shape[0] or not output.is_contiguous()
-    if serial and num_samples > _MAX_SERIAL and output.device.type == "cpu":
+    serial = num_samples == output.shape[0] or not x.is_contiguous()
+    if serial and num_samples > _MAX_SERIAL and x.device.type == "cpu":
         return None
     return BatchMoments("saved", num_samples, mean, invstd, module.eps, serial)
 

@@ -57,7 +57,7 @@ class LayerHook(_Hook):
         self.gate = gate
         self.receive = receive
         self.by_pass = False
-        self.skipped = 0  # calls without values to look at: of fake tensors, within a transform of torch.func
+        self.skipped = 0  # calls that cannot be looked at
         # A compiled graph may not append to a list (that recompiles at every call), but it may leave a tuple behind
         # that it found empty.
         self.traced: tuple[tuple[BatchMoments, bool], ...] = ()
@@ -68,23 +68,35 @@ class LayerHook(_Hook):
         if root is not None and not root.training:
             return
         updating = module.training and module.track_running_stats and module.running_mean is not None
-        x: Tensor = args[0] if args else next(iter(kwargs.values()))
-        if torch.compiler.is_exporting():
-            return
+        x = args[0] if args else next(iter(kwargs.values()))
         if torch.compiler.is_compiling():
-            self.traced += ((traced_moments(x), updating),)
+            if _has_channels(x, module) and not torch.compiler.is_exporting():
+                self.traced += ((traced_moments(x), updating),)
             return
         # Within a backward pass: activation checkpointing recomputes a call that was counted when it was made.
         if self.gate.paused or torch._C._current_graph_task_id() != -1:
             return
-        if isinstance(x, FakeTensor) or torch._C._functorch.peek_interpreter_stack() is not None:
+        if not _has_channels(x, module) or _is_abstract(x):
             self.skipped += 1
-            return
-        if x.numel() == 0:
+        elif x.numel() == 0:
             self.receive(module, None, updating)
-            return
-        moments = None if self.by_pass else saved_moments(module, output)
-        self.receive(module, moments or pass_moments(x), updating)
+        else:
+            moments = None if self.by_pass else saved_moments(module, x, output)
+            self.receive(module, moments or pass_moments(x), updating)
+
+
+def _has_channels(x: object, module: _BatchNorm) -> bool:
+    """Whether ``x`` is ``(N, C, *)``: a subclass may take anything else, and rearrange it for the kernel."""
+    return isinstance(x, Tensor) and x.ndim >= 2 and x.shape[1] == module.num_features
+
+
+def _is_abstract(x: Tensor) -> bool:
+    """Whether ``x`` has no values of its own: within a transform of ``torch.func``, while tracing, or if it is fake."""
+    return (
+        isinstance(x, FakeTensor)
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 class _DrainHook(_Hook):

@@ -71,7 +71,7 @@ class TrackedLayer:
     def running_stats(self) -> tuple[Tensor, ...]:
         """Running mean and variance, ``(C,)`` each; nothing if the layer has none, or (a lazy one) not yet."""
         mean, var = self.module.running_mean, self.module.running_var
-        return () if mean is None or var is None or is_lazy(mean) else (mean, var)
+        return () if mean is None or var is None or is_lazy(mean) or mean.is_meta else (mean, var)
 
     def receive(self, module: _BatchNorm, moments: BatchMoments | None, updating: bool) -> None:
         """Take the moments of one call, None of an empty batch.
@@ -90,10 +90,9 @@ class TrackedLayer:
         self.tracked_calls += updating
 
     def updates_of_a_call(self, num_batches_tracked: int) -> float:
-        """Updates of the buffers for each call that was to update them, NaN before the first."""
-        if self.tracked_calls == 0:
-            return float("nan")
-        return (num_batches_tracked - self.tracked_before) / self.tracked_calls
+        """Updates of the buffers for each call that was to update them; NaN before the first, or if they were reset."""
+        updates = num_batches_tracked - self.tracked_before
+        return updates / self.tracked_calls if self.tracked_calls and updates >= 0 else float("nan")
 
     def forget(self) -> None:
         """Drop what waits for an update, and the place in the window."""
@@ -133,7 +132,7 @@ def find_layers(
     for path, module in model.named_modules():
         if isinstance(module, _BatchNorm):
             name = ".".join(part for part in path.split(".") if part not in _WRAPPERS)
-            layers[name or ROOT] = module
+            layers[path if name in layers else name or ROOT] = module
         elif re.search(r"(?i)^[^_].*norm(\d+d)?$", type(module).__name__) and not any(module.children()):
             others[type(module).__name__] += 1
     listed = ", ".join(f"{count} {name}" for name, count in others.items())
@@ -153,12 +152,17 @@ def find_layers(
                 raise ValueError(
                     f"`{argument}` pattern {pattern!r} matches no BatchNorm layer. The layers are: {', '.join(layers)}."
                 )
-    return {
+    chosen = {
         name: module
         for name, module in layers.items()
         if (include is None or any(fnmatchcase(name, pattern) for pattern in include))
         and not any(fnmatchcase(name, pattern) for pattern in exclude or ())
     }
+    if not chosen:
+        warnings.warn(
+            f"`include` and `exclude` leave no BatchNorm layer to monitor of {', '.join(layers)}.", stacklevel=2
+        )
+    return chosen
 
 
 def running_stats(layers: Sequence[TrackedLayer]) -> Iterator[list[Tensor]]:
@@ -177,12 +181,14 @@ def running_stats(layers: Sequence[TrackedLayer]) -> Iterator[list[Tensor]]:
 
 def num_batches_tracked(layers: Sequence[TrackedLayer]) -> list[int]:
     """``num_batches_tracked`` of each layer, 0 where there is none, by one copy per device."""
-    by_device: dict[torch.device, list[Tensor]] = {}
-    for layer in layers:
-        tracked = layer.module.num_batches_tracked
-        if tracked is not None:
-            by_device.setdefault(tracked.device, []).append(tracked)
-    values = {device: iter(torch.stack(tracked).tolist()) for device, tracked in by_device.items()}
-    return [
-        0 if (tracked := layer.module.num_batches_tracked) is None else next(values[tracked.device]) for layer in layers
+    known = [
+        (index, tracked)
+        for index, layer in enumerate(layers)
+        if (tracked := layer.module.num_batches_tracked) is not None and not tracked.is_meta
     ]
+    counts = [0] * len(layers)
+    for device in {tracked.device for _, tracked in known}:
+        there = [(index, tracked) for index, tracked in known if tracked.device == device]
+        for (index, _), count in zip(there, torch.stack([tracked for _, tracked in there]).tolist(), strict=True):
+            counts[index] = count
+    return counts

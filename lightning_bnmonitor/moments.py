@@ -98,8 +98,9 @@ class ChannelMoments(Metric):
             TypeError: If ``x`` is not a real floating-point tensor.
             ValueError: If dimension 1 of ``x`` is missing or is not ``num_channels``.
         """
-        if not x.is_floating_point():
-            raise TypeError(f"`x` must be a real floating-point tensor, got {x.dtype}. Convert it, e.g. `x.float()`.")
+        if not isinstance(x, Tensor) or not x.is_floating_point():
+            got = x.dtype if isinstance(x, Tensor) else type(x).__name__
+            raise TypeError(f"`x` must be a real floating-point tensor, got {got}. Convert it, e.g. `x.float()`.")
         if x.ndim < 2 or x.shape[1] != self.num_channels:
             raise ValueError(
                 f"`x` must have shape (N, C, *) with C = num_channels = {self.num_channels}, got {tuple(x.shape)}."

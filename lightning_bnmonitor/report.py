@@ -89,10 +89,10 @@ class LayerReport:
 
         - ``calls_saved``, ``calls_traced``, ``calls_pass``: calls whose batch moments were read off the kernel, were
           computed in a compiled graph, and were computed by a pass over the input.
-        - ``calls_skipped``: calls that could not be looked at, because they had no values of their own: within a
-          transform of ``torch.func`` (``vmap``, ``grad``), or of fake tensors. They are not in ``num_batches``.
+        - ``calls_skipped``: calls that could not be looked at and are not in ``num_batches``: within a transform of
+          ``torch.func`` (``vmap``, ``grad``), while tracing, of fake tensors, and of anything but ``(N, C, *)``.
         - ``updates_per_call``: updates of the buffers for each call that was to update them (1; 2 under activation
-          checkpointing). Absent if no call was.
+          checkpointing). Absent if no call was, or if ``num_batches_tracked`` was reset meanwhile.
         - ``dead_channels``: channels whose variance is at most a thousandth of ``eps``.
         - ``non_finite_channels``: channels with a population or a running statistic that is not finite.
         """

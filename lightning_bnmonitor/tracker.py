@@ -40,8 +40,9 @@ class BatchNormTracker:
             what ``torch.compile`` returned.
         include: ``fnmatch`` patterns of the names of layers to monitor; None for all.
         exclude: ``fnmatch`` patterns of the names of layers to leave out.
-        capture: ``"auto"`` takes the batch moments in the cheapest way that is exact; ``"pass"`` always makes a pass of
-            its own over the inputs: slower, and the reference for the others.
+        capture: ``"auto"`` takes the batch moments in the cheapest way that is exact; ``"pass"`` makes a pass of its
+            own over every input: slower, and the reference for the others. What ``torch.compile`` has compiled takes
+            them in its graph either way.
 
     Raises:
         TypeError: If ``include`` or ``exclude`` is neither None nor strings.

@@ -1,7 +1,9 @@
 """The monitor in real Trainer runs: what it logs and where, when its windows end, and what it leaves behind."""
 
+import copy
 import csv
 import math
+import pickle
 import random
 import signal
 import statistics
@@ -16,7 +18,7 @@ import pytest
 import pytorch_lightning
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
@@ -1195,3 +1197,87 @@ def test_it_works_in_a_trainer_of_pytorch_lightning(tmp_path):
     assert num_batches(monitor.report()) == dict.fromkeys(LAYERS, BATCHES)
     assert float(trainer.callback_metrics["bn/eval_error_max"]) == close(windows[1]["bn/eval_error_max"])
     assert (hooks_of(model), optimizer_hooks()) == before
+
+
+# ----------------------------------------------------------------------------------------------- beside other callbacks
+
+
+@pytest.mark.parametrize("monitor_first", [True, False])
+def test_stochastic_weight_averaging_may_reset_the_count_of_batches_before_or_after_the_monitor(
+    tmp_path, monitor_first
+):
+    monitor, averaging = BatchNormMonitor(), StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2)
+    seen = []
+
+    class Look(Callback):
+        def on_validation_start(self, trainer, pl_module):
+            seen.append(monitor.report()["body.wide"].evidence["updates_per_call"])
+
+    callbacks = [monitor, averaging] if monitor_first else [averaging, monitor]
+    trainer_for(tmp_path, *callbacks, Look(), max_epochs=4).fit(Net(), train_data(), val_data())
+    assert len(seen) >= 4
+    assert set(seen) == {1.0}
+
+
+@pytest.mark.parametrize("kwargs", [{}, {"every_n_train_batches": 4}])
+def test_calls_before_the_first_batch_do_not_count(tmp_path, kwargs):
+    class Early(Callback):
+        def on_train_start(self, trainer, pl_module):
+            assert pl_module.training
+            for _ in range(3):
+                pl_module(torch.randn(8, 1, 6))
+
+    counts = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            counts.append(monitor.report()["body.wide"].num_batches)
+
+    monitor = BatchNormMonitor(**kwargs)
+    trainer_for(tmp_path, Early(), monitor, Look()).fit(Net(), train_data())
+    assert counts == ([1, 2, 3, 4, 4, 4] if kwargs else [1, 2, 3, 4, 5, 6])
+
+
+def test_a_copy_of_the_monitor_made_while_it_runs_can_be_used_for_another_fit(tmp_path):
+    copies = []
+
+    class Copy(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            if batch_idx == 2:
+                copies.extend([copy.deepcopy(monitor), pickle.loads(pickle.dumps(monitor))])
+
+    monitor = BatchNormMonitor(every_n_train_batches=2)
+    trainer_for(tmp_path, monitor, Copy()).fit(Net(), train_data())
+    assert monitor.report()["body.wide"].num_batches == 2
+    for copied in copies:
+        assert copied.report()["body.wide"].num_batches == 2
+        trainer_for(tmp_path, copied).fit(Net(), train_data(5))
+        assert copied.report()["body.wide"].num_batches == 1
+
+
+def test_the_monitor_can_be_pickled_after_a_fit_and_after_an_interrupted_one(tmp_path):
+    class Failing(Callback):
+        def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+            raise RuntimeError("on purpose")
+
+    monitor = BatchNormMonitor()
+    trainer_for(tmp_path, monitor).fit(Net(), train_data())
+    assert pickle.loads(pickle.dumps(monitor)).report()["body.wide"].num_batches == 6
+    with pytest.raises(RuntimeError, match="on purpose"):
+        trainer_for(tmp_path, monitor, Failing()).fit(Net(), train_data())
+    assert len(pickle.loads(pickle.dumps(monitor)).report()) == 0
+
+
+def test_half_epoch_windows_are_fresh_in_each_validation_of_half_an_epoch(tmp_path):
+    monitor = BatchNormMonitor(every_n_train_batches=3)
+    checkpoint = ModelCheckpoint(monitor="bn/eval_error_max", save_top_k=-1, dirpath=tmp_path)
+    trainer_for(tmp_path, monitor, checkpoint, max_epochs=2, val_check_interval=0.5).fit(
+        Net(), train_data(), val_data()
+    )
+    assert len(set(map(float, checkpoint.best_k_models.values()))) == 4
+
+
+@pytest.mark.parametrize("prefix", ["", 3])
+def test_a_prefix_that_is_no_name_is_refused(prefix):
+    with pytest.raises(ValueError, match=f"`log_key_prefix` must be a string that is not empty, got {prefix!r}"):
+        BatchNormMonitor(log_key_prefix=prefix)

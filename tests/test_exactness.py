@@ -162,6 +162,29 @@ def test_batches_of_a_size_as_in_practice_are_as_exact(case: str, ratio: float, 
         assert_pass_bounds(reported, received)
 
 
+LAYOUTS: dict[str, Callable[[float], Tensor]] = {
+    "permuted": lambda ratio: (torch.randn(16, 30, C, 30) + ratio).permute(0, 2, 1, 3),
+    "sliced": lambda ratio: (torch.randn(16, C, 60, 60) + ratio)[:, :, ::2, ::2],
+    "channels sliced": lambda ratio: (torch.randn(16, 2 * C, 8, 8) + ratio)[:, ::2],
+    "expanded": lambda ratio: (torch.randn(16, C, 1, 8) + ratio).expand(-1, -1, 8, -1),
+    "large and permuted": lambda ratio: (torch.randn(32, 112, C, 112) + ratio).permute(0, 2, 1, 3),
+}
+
+
+@pytest.mark.parametrize("ratio", [0.0, 9.0])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_inputs_that_are_views_are_as_exact_as_in_channels_last(layout: str, ratio: float) -> None:
+    torch.manual_seed(0)
+    batches = [LAYOUTS[layout](ratio) for _ in range(20)]
+    layer, received = run(nn.BatchNorm2d(C), batches)
+    large = batches[0].numel() // C > 4096
+    assert_path(layer, "pass" if large else "saved", 20)
+    if large:
+        assert_pass_bounds(layer, received)
+    else:
+        assert_saved_bounds(layer, received, serial=True)
+
+
 Scenario = Callable[[], tuple[nn.Module, nn.Module, Callable[[Received], None], int]]
 """A model, the layer in it to look at, how it is trained, and how many calls of the layer that makes."""
 

@@ -548,3 +548,9 @@ def test_a_mean_far_from_zero_cancels_nothing():
     mean = 1e15 + torch.tensor([[0.0], [1.0], [2.0]], dtype=torch.float64)
     total, merged, m2 = merge_moments(weight, mean, torch.zeros_like(mean), torch.ones(1, 3, dtype=torch.float64))
     assert (total.item(), merged.item(), m2.item()) == (3000, 1e15 + 1, 2000)
+
+
+@pytest.mark.parametrize("nothing", [None, [1.0, 2.0]])
+def test_what_is_no_tensor_is_refused(nothing):
+    with pytest.raises(TypeError, match=rf"`x` must be a real floating-point tensor, got {type(nothing).__name__}"):
+        ChannelMoments(2).update(nothing)

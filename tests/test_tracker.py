@@ -677,7 +677,6 @@ class Nested(nn.Module):
         (None, "*.bn?", ["stem", "head.0"]),
         (None, ("stem", "head.0"), ["block.bn1", "block.bn2"]),
         ("block.*", ["*2"], ["block.bn1"]),
-        (None, "*", []),
     ],
 )
 def test_patterns_say_which_layers_are_monitored(include: Any, exclude: Any, expected: list[str]) -> None:
@@ -1037,3 +1036,77 @@ def test_a_saved_state_is_at_most_a_kibibyte_a_channel_and_64_more(widths: list[
     file = io.BytesIO()
     torch.save(tracker.state_dict(), file)
     assert file.tell() <= 1024 * sum(widths) + 64 * 1024
+
+
+# --- what a layer may be given ----------------------------------------------------------------------------------------
+
+
+class ChannelsSecondToLast(nn.BatchNorm1d):
+    """Takes ``(N, L, C)``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.transpose(1, 2)).transpose(1, 2)
+
+
+class TakesAList(nn.BatchNorm1d):
+    def forward(self, parts: list[Tensor]) -> Tensor:
+        return torch.relu(super().forward(torch.cat(parts)))
+
+
+@pytest.mark.parametrize(
+    ("layer", "given"),
+    [(ChannelsSecondToLast(8), torch.randn(4, 5, 8)), (TakesAList(8), [torch.randn(4, 8), torch.randn(3, 8)])],
+)
+def test_a_subclass_that_takes_anything_else_is_skipped_and_disturbs_nothing(layer: nn.Module, given: object) -> None:
+    model = nn.Sequential(layer)
+    with BatchNormTracker(model) as tracker:
+        for _ in range(3):
+            model(given)
+    report = tracker.report()["0"]
+    assert (report.num_batches, report.evidence["calls_skipped"]) == (0, 3)
+    assert torch.equal(report.running_mean, layer.running_mean.double())
+
+
+def test_calls_under_a_transform_or_while_tracing_are_skipped() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(C, track_running_stats=False))
+    with BatchNormTracker(model) as tracker:
+        torch.func.vmap(model)(torch.randn(4, 8, C))
+        torch.jit.trace(model, torch.randn(8, C), check_trace=False)
+        model(torch.randn(8, C))
+    layer = tracker.report()["0"]
+    assert (layer.num_batches, layer.evidence["calls_skipped"]) == (1, 2)
+
+
+def test_a_model_without_values_can_be_attached_and_reported() -> None:
+    with torch.device("meta"):
+        model = nn.Sequential(nn.BatchNorm1d(C))
+    with BatchNormTracker(model) as tracker:
+        pass
+    layer = tracker.report()["0"]
+    assert layer.num_batches == 0
+    assert torch.isnan(layer.running_mean).all()
+
+
+def test_layers_whose_names_differ_by_a_wrapper_alone_are_both_monitored() -> None:
+    class Both(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm1d(C)
+            self._orig_mod = nn.ModuleDict({"bn": nn.BatchNorm1d(C)})
+
+    both = Both()
+    with BatchNormTracker(both) as tracker:
+        both.bn(torch.randn(8, C))
+        both._orig_mod["bn"](torch.randn(9, C))
+    assert {name: layer.num_samples for name, layer in tracker.report().items()} == {"bn": 8, "_orig_mod.bn": 9}
+
+
+@pytest.mark.parametrize("patterns", [{"include": []}, {"exclude": "*"}])
+def test_patterns_that_leave_no_layer_are_warned_of(patterns: dict[str, object]) -> None:
+    model = nn.Sequential(nn.BatchNorm1d(C))
+    with (
+        pytest.warns(UserWarning, match="`include` and `exclude` leave no BatchNorm layer to monitor of 0"),
+        BatchNormTracker(model, **patterns) as tracker,
+    ):
+        model(torch.randn(8, C))
+    assert len(tracker.report()) == 0
