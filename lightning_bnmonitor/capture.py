@@ -15,6 +15,7 @@ The choice depends on modes, types and shapes, never on data: nothing here waits
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Literal, NamedTuple
 
 import torch
@@ -63,19 +64,23 @@ def saved_moments(module: _BatchNorm, x: Tensor, output: object) -> BatchMoments
     if not isinstance(output, Tensor) or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
         return None
     node = output.grad_fn
-    if node is None or "BatchNorm" not in type(node).__name__:
+    if node is None or not _has_saved_results(type(node)):
         return None
-    mean, invstd = getattr(node, "_saved_result1", None), getattr(node, "_saved_result2", None)
-    if not isinstance(mean, Tensor) or not isinstance(invstd, Tensor) or mean.dtype not in _FULL_PRECISION:
-        return None
-    num_channels = output.shape[1]
-    if mean.numel() != num_channels or invstd.numel() != num_channels:
+    mean, invstd = node._saved_result1, node._saved_result2  # type: ignore[attr-defined]
+    num_channels = module.num_features
+    if mean.numel() != num_channels or mean.dtype not in _FULL_PRECISION:
         return None
     num_samples = output.numel() // num_channels
-    serial = num_samples == output.shape[0] or not x.is_contiguous()
+    serial = num_samples == len(output) or not x.is_contiguous()
     if serial and num_samples > _MAX_SERIAL and x.device.type == "cpu":
         return None
     return BatchMoments("saved", num_samples, mean, invstd, module.eps, serial)
+
+
+@cache
+def _has_saved_results(node_type: type) -> bool:
+    """Whether autograd nodes of this type are of a BatchNorm kernel that saves mean and inverse standard deviation."""
+    return "BatchNorm" in node_type.__name__ and hasattr(node_type, "_saved_result1")
 
 
 def traced_moments(x: Tensor) -> BatchMoments:

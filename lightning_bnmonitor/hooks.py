@@ -67,15 +67,18 @@ class LayerHook(_Hook):
         root = self.gate.root()
         if root is not None and not root.training:
             return
-        updating = module.training and module.track_running_stats and module.running_mean is not None
         x = args[0] if args else next(iter(kwargs.values()))
         if torch.compiler.is_compiling():
             if _has_channels(x, module) and not torch.compiler.is_exporting():
+                updating = module.training and module.track_running_stats and module.running_mean is not None
                 self.traced += ((traced_moments(x), updating),)
             return
         # Within a backward pass: activation checkpointing recomputes a call that was counted when it was made.
         if self.gate.paused or torch._C._current_graph_task_id() != -1:
             return
+        # The same as above: but `module.running_mean` takes as long as the rest, as modules look up their buffers last.
+        has_buffers = module._buffers.get("running_mean") is not None
+        updating = module.training and module.track_running_stats and has_buffers
         if not _has_channels(x, module) or _is_abstract(x):
             self.skipped += 1
         elif x.numel() == 0:

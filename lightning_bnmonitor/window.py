@@ -161,9 +161,10 @@ class Window:
         for (before, added), group in profiled.items():
             size, old_size = block_size(before + added), block_size(before)
             old_blocks = -(-before // old_size)
-            union = [block * old_size // size for block in range(old_blocks)]
-            union += [batch // size for batch in range(before, before + added)]
-            self._merge(group, slice(0, old_blocks), slice(0, union[-1] + 1), union)
+            first = before // size if size == old_size else 0  # blocks before it stay as they are
+            union = [block * old_size // size - first for block in range(first, old_blocks)]
+            union += [batch // size - first for batch in range(before, before + added)]
+            self._merge(group, slice(first, old_blocks), slice(first, first + union[-1] + 1), union)
         for added, group in aside.items():
             row = slice(_ASIDE, _ROWS)
             self._merge(group, row, row, [0] * (1 + added))
@@ -271,10 +272,10 @@ class Window:
         weight, dof = momentum * after, np.maximum(count - 1, 1)
 
         parts = np.empty((members.shape[1], len(layers), 5))
-        standing = parts[: old.stop - old.start]
-        standing[:] = self._scalars[layers, old].transpose(1, 0, 2)
-        standing[..., _W] *= remains
-        standing[..., [_Q, _QV]] *= (remains**2)[..., None]
+        decay = np.ones((len(layers), 1, 5))
+        decay[..., _W], decay[..., _Q], decay[..., _QV] = remains[:, None], remains[:, None] ** 2, remains[:, None] ** 2
+        self._scalars[layers, : old.stop] *= decay
+        parts[: old.stop - old.start] = self._scalars[layers, old].transpose(1, 0, 2)
         batch = parts[old.stop - old.start :]
         batch[..., _K], batch[..., _N], batch[..., _W] = 1, count, weight
         batch[..., _Q], batch[..., _QV] = weight**2 / count, weight**2 / dof
