@@ -1067,6 +1067,7 @@ def test_a_subclass_that_takes_anything_else_is_skipped_and_disturbs_nothing(lay
     assert torch.equal(report.running_mean, layer.running_mean.double())
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_calls_under_a_transform_or_while_tracing_are_skipped() -> None:
     model = nn.Sequential(nn.BatchNorm1d(C, track_running_stats=False))
     with BatchNormTracker(model) as tracker:
