@@ -275,19 +275,24 @@ class BatchNormTracker:
             layer.forget()
         self._begin_window(self._layers)
         by_name = {layer.name: layer for layer in self._layers}
-        start, unknown = 0, []
+        fitting: dict[torch.device, list[tuple[TrackedLayer, int]]] = {}
+        start, unknown, restored = 0, [], []
         for saved in state["layers"]:
             name, width = saved["name"], saved["width"]
             channels = state["channels"][..., start : start + width]
             start += width
             if name in by_name and by_name[name].module.num_features in (0, width):  # 0: lazy, and not called yet
                 layer = by_name[name]
-                self._place_on(_device_of(layer.module), [(layer, width)])
-                assert layer.window is not None
-                layer.window.restore(layer.index, channels, saved)
-                layer.restore(saved)
+                fitting.setdefault(_device_of(layer.module), []).append((layer, width))
+                restored.append((layer, channels, saved))
             else:
                 unknown.append(name)
+        for device, layers in fitting.items():
+            self._place_on(device, layers)
+        for layer, channels, saved in restored:
+            assert layer.window is not None
+            layer.window.restore(layer.index, channels, saved)
+            layer.restore(saved)
         if unknown:
             warnings.warn(
                 "The saved BatchNorm statistics of these layers are left out, because the model has none of that name "
