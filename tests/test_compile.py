@@ -378,33 +378,24 @@ def test_inductor_trains_bit_identically_under_activation_checkpointing() -> Non
     assert [entry["calls_traced"] for entry in calls(report, "")] == [6, 6, 6]
 
 
-class Received(nn.Module):
-    """BatchNorm alone: what it receives is what it is given."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.norm = nn.BatchNorm2d(8)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.norm(x)
-
-
 @needs_compiler
-@pytest.mark.parametrize("ratio", [0.0, 1.0, 30.0])
-def test_compiled_moments_are_exact(ratio: float) -> None:
+@pytest.mark.parametrize("ratio", [0.0, 1.0, 9.0, 30.0])
+@pytest.mark.parametrize(("layer", "shape"), [(nn.BatchNorm2d(8), (16, 8, 6, 6)), (nn.BatchNorm1d(8), (4096, 8))])
+def test_compiled_moments_are_as_exact_as_those_of_a_serial_kernel(
+    layer: nn.Module, shape: tuple[int, ...], ratio: float
+) -> None:
     generator = torch.Generator().manual_seed(3)
-    std = torch.logspace(-2, 2, 8)
-    model = torch.compile(Received())
+    std = torch.logspace(-2, 2, 8).view(-1, *[1] * (len(shape) - 2))
+    model = torch.compile(nn.Sequential(copy.deepcopy(layer)))
     batches = []
     with BatchNormTracker(model) as tracker:
         for _ in range(20):
-            noise = torch.randn(16, 8, 6, 6, generator=generator)
-            batches.append((noise + ratio) * std[:, None, None])
+            batches.append((torch.randn(shape, generator=generator) + ratio) * std)
             model(batches[-1].requires_grad_()).sum().backward()
     values = torch.cat(batches).detach().double().transpose(0, 1).flatten(1)
-    layer = tracker.report()["norm"]
-    assert layer.evidence["calls_traced"] == 20
-    assert layer.num_samples == values.shape[1]
+    reported = tracker.report()["0"]
+    assert reported.evidence["calls_traced"] == 20
+    assert reported.num_samples == values.shape[1]
     var = values.var(dim=1)
-    assert ((layer.population_mean - values.mean(dim=1)).abs() / var.sqrt()).max() <= 2e-8 * (1 + ratio)
-    assert ((layer.population_var - var).abs() / (var + layer.eps)).max() <= 2e-6
+    assert ((reported.population_mean - values.mean(dim=1)).abs() / var.sqrt()).max() <= 40 * 2e-8 * (1 + ratio)
+    assert ((reported.population_var - var).abs() / (var + layer.eps)).max() <= 2e-6
