@@ -61,6 +61,9 @@ def main() -> None:
     ]
     print(tabulate(rows, headers=["", "published", "lightning_bnmonitor", ""], disable_numparse=True))
     print(f"\n{report.num_batches} batches, {report.num_samples} values per channel; {report!r}")
+    z_mean, z_var = report.evidence["z_mean"], report.evidence["z_var"]
+    print(f"RMS z of the running mean {z_mean:.2f}, of the running variance {z_var:.2f}.")
+    print(report.explanation)
     if any(row[-1] != "same" for row in rows):
         raise SystemExit("A digit differs from the published one.")
 

@@ -19,7 +19,7 @@ from selenium.webdriver import Chrome, ChromeOptions, ChromeService
 from selenium.webdriver.common.by import By
 from selenium.webdriver.support.wait import WebDriverWait
 
-TAGS = r"accuracy|eval_error_max|eval_error/(body\.4|head|stem)"
+TAGS = r"accuracy|unhealthy|eval_error/(body\.4|head|stem)"
 NUM_CARDS = 6
 SHOW_OUTLIERS = '//mat-checkbox[contains(., "Ignore outliers")]//input'
 CLOSE_SETTINGS = '//button[@aria-label="Close side pane"]'

@@ -1,9 +1,17 @@
 """Exact statistics of every BatchNorm layer's inputs beside its running statistics, in TensorBoard."""
 
-from lightning_bnmonitor.callback import BatchNormMonitor
+from lightning_bnmonitor.callback import BatchNormMonitor, UnhealthyBatchNormError
 from lightning_bnmonitor.moments import ChannelMoments, Moments
 from lightning_bnmonitor.report import LayerReport, Report
 from lightning_bnmonitor.tracker import BatchNormTracker
 
 __version__ = "0.1.0"
-__all__ = ["BatchNormMonitor", "BatchNormTracker", "ChannelMoments", "LayerReport", "Moments", "Report"]
+__all__ = [
+    "BatchNormMonitor",
+    "BatchNormTracker",
+    "ChannelMoments",
+    "LayerReport",
+    "Moments",
+    "Report",
+    "UnhealthyBatchNormError",
+]

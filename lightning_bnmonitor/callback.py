@@ -3,17 +3,35 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from lightning_bnmonitor.report import METRICS, Report
+from lightning_bnmonitor.report import LayerReport, Report
 from lightning_bnmonitor.tracker import BatchNormTracker, CaptureMode, as_patterns, check_capture
 
+OnUnhealthy = Literal["warn", "ignore", "raise"]
 _MAX_LAYERS_LOGGED = 100
+_MAX_LAYERS_WARNED_OF = 5
+
+
+class UnhealthyBatchNormError(RuntimeError):
+    """Layers need attention, and ``BatchNormMonitor(on_unhealthy="raise")`` was asked for.
+
+    Args:
+        report: The report of the window at whose end it was raised.
+    """
+
+    def __init__(self, report: Report) -> None:
+        super().__init__(report.brief())
+        self.report = report
+
+    def __reduce__(self) -> tuple[type[UnhealthyBatchNormError], tuple[Report]]:
+        return type(self), (self.report,)
 
 
 class BatchNormMonitor(Callback):
@@ -32,9 +50,12 @@ class BatchNormMonitor(Callback):
             :class:`~lightning_bnmonitor.BatchNormTracker`.
         per_layer: Whether to log scalars for each layer; ``"auto"``: up to 100 layers.
         log_key_prefix: What the logged names begin with, not empty.
+        on_unhealthy: What to do at a window's end if layers need attention: ``"warn"`` of each layer and verdict once,
+            ``"ignore"``, or ``"raise"`` :class:`UnhealthyBatchNormError` on every rank (that has a cost: ranks have to
+            agree, once a window).
 
     **Logged Metrics**, once a window, to every logger of the Trainer, at the step of Lightning's own epoch-end values.
-    The first five are also in ``trainer.callback_metrics`` (for ``ModelCheckpoint`` and ``EarlyStopping``) from the end
+    The first six are also in ``trainer.callback_metrics`` (for ``ModelCheckpoint`` and ``EarlyStopping``) from the end
     of the first window on. A layer's value is the RMS over its channels (``log_var_ratio``: the mean absolute value).
 
     - ``bn/eval_error_max``, ``bn/eval_error_p90``, ``bn/eval_error_median``: over the layers, the RMS error of the
@@ -42,15 +63,18 @@ class BatchNormMonitor(Callback):
       alert.
     - ``bn/act_rmse_max``: the largest RMS error of the normalised activation against the whole window.
     - ``bn/mean_shift_max``: the largest distance of the running mean, in population standard deviations.
+    - ``bn/unhealthy_layers``: the number of layers that need attention (see ``LayerReport.verdict``).
     - ``bn.eval_error/<layer>``, ``bn.act_rmse/<layer>``, ``bn.mean_shift/<layer>``: the same for each layer.
     - ``bn.log_var_ratio/<layer>``: log of the running variance over the population variance.
 
     Layers that were not called in a window or have no running statistics enter no metric.
 
     Raises:
-        ValueError: If an ``every_n_*`` is not a positive integer or both are given, if ``capture`` or ``per_layer`` is
-            unknown, or ``log_key_prefix`` empty; when ``fit`` starts, if a pattern matches no BatchNorm layer.
+        ValueError: If an ``every_n_*`` is not a positive integer or both are given, if ``capture``, ``per_layer`` or
+            ``on_unhealthy`` is unknown, or ``log_key_prefix`` empty; when ``fit`` starts, if a pattern matches no
+            BatchNorm layer.
         TypeError: If ``include`` or ``exclude`` is neither None nor strings.
+        UnhealthyBatchNormError: At the end of a window, with ``on_unhealthy="raise"``, if a layer needs attention.
 
     Example::
 
@@ -68,6 +92,7 @@ class BatchNormMonitor(Callback):
         capture: CaptureMode = "auto",
         per_layer: bool | str = "auto",
         log_key_prefix: str = "bn",
+        on_unhealthy: OnUnhealthy = "warn",
     ) -> None:
         for name, value in (("every_n_epochs", every_n_epochs), ("every_n_train_batches", every_n_train_batches)):
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
@@ -81,6 +106,8 @@ class BatchNormMonitor(Callback):
             raise ValueError(f'`per_layer` must be True, False or "auto", got {per_layer!r}.')
         if not isinstance(log_key_prefix, str) or not log_key_prefix:
             raise ValueError(f"`log_key_prefix` must be a string that is not empty, got {log_key_prefix!r}.")
+        if on_unhealthy not in get_args(OnUnhealthy):
+            raise ValueError(f"`on_unhealthy` must be one of {list(get_args(OnUnhealthy))}, got {on_unhealthy!r}.")
         check_capture(capture)
         self._every_n_epochs = every_n_epochs or 1
         self._every_n_train_batches = every_n_train_batches
@@ -89,6 +116,8 @@ class BatchNormMonitor(Callback):
         self._capture = capture
         self._per_layer = per_layer
         self._log_key_prefix = log_key_prefix
+        self._on_unhealthy = on_unhealthy
+        self._warned_of: set[tuple[str, str]] = set()  # layer and verdict
         self._tracker: BatchNormTracker | None = None
         self._report: Report | None = None
         self._num_batches = 0  # training batches in the window that is open
@@ -108,6 +137,7 @@ class BatchNormMonitor(Callback):
         self._detach()  # a fit that was interrupted may not have
         self._tracker = self._report = None
         self._num_batches, self._is_due = 0, True
+        self._warned_of = set()
         tracker = BatchNormTracker(pl_module, self._include, self._exclude, self._capture)
         self._tracker = tracker.attach()
 
@@ -158,7 +188,7 @@ class BatchNormMonitor(Callback):
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.is_global_zero:
-            print(f"\nBatchNorm: running statistics against the exact ones of the last window\n\n{self.report()}")
+            print(f"\nBatchNorm: running statistics in the last window\n\n{self.report().brief()}")
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
@@ -182,7 +212,7 @@ class BatchNormMonitor(Callback):
         if self._tracker is None or self._num_batches == 0:
             return
         self._num_batches = 0
-        self._report = self._tracker.report()
+        self._report = self._tracker.close()
         prefix = self._log_key_prefix
         summary = {f"{prefix}/{name}": value for name, value in self._report.summary().items()}
         trainer.callback_metrics.update({name: torch.tensor(value, device="cpu") for name, value in summary.items()})
@@ -191,20 +221,40 @@ class BatchNormMonitor(Callback):
         step = max(trainer.fit_loop.epoch_loop._batches_that_stepped - batches_over, 0)
         for logger in trainer.loggers if metrics else ():
             logger.log_metrics(metrics, step=step)
+        self._react(trainer, self._report)
+
+    def _react(self, trainer: Trainer, report: Report) -> None:
+        """Warn or raise if layers need attention."""
+        unhealthy = report.unhealthy
+        # All ranks or none: those that went on would wait for the others for ever.
+        if self._on_unhealthy == "raise" and trainer.strategy.reduce_boolean_decision(bool(unhealthy), all=False):
+            raise UnhealthyBatchNormError(report)
+        if self._on_unhealthy == "warn" and trainer.is_global_zero:
+            news = [layer for layer in unhealthy if (layer.name, layer.verdict) not in self._warned_of]
+            self._warned_of.update((layer.name, layer.verdict) for layer in news)
+            if news:
+                warnings.warn(_warning(news), stacklevel=4)
 
     def _layer_metrics(self, report: Report) -> dict[str, float]:
         if self._per_layer is False or (self._per_layer == "auto" and len(report) > _MAX_LAYERS_LOGGED):
             return {}
         return {
             f"{self._log_key_prefix}.{metric}/{name}": summary[metric]
-            for metric in METRICS
             for name, summary in report.layer_summaries().items()
+            for metric in summary
             if not math.isnan(summary[metric])
         }
 
     def _detach(self) -> None:
         if self._tracker is not None:
             self._tracker.detach()
+
+
+def _warning(layers: Sequence[LayerReport]) -> str:
+    lines = [f"{layer.explanation} {layer.remedy}" for layer in layers[:_MAX_LAYERS_WARNED_OF]]
+    if others := ", ".join(f"{layer.name} ({layer.verdict})" for layer in layers[_MAX_LAYERS_WARNED_OF:]):
+        lines.append(f"Also: {others}.")
+    return "BatchNorm layers need attention:\n" + "\n".join(lines)
 
 
 def _is_last_validation(trainer: Trainer) -> bool:

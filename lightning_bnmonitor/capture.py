@@ -35,6 +35,8 @@ class BatchMoments(NamedTuple):
     """How they were obtained."""
     num_samples: int
     """Values per channel: batch size times the number of positions."""
+    batch_size: int
+    """Samples, ``x.shape[0]``."""
     mean: Tensor
     """Mean, ``(C,)``, float32 or float64."""
     spread: Tensor
@@ -61,7 +63,7 @@ def saved_moments(module: _BatchNorm, x: Tensor, output: object) -> BatchMoments
         batch that the CPU's kernel sums value by value in float32, as it does with one position a sample and if ``x``
         is not contiguous (channels-last, slices): the error grows with the root of the number of values.
     """
-    if not isinstance(output, Tensor) or torch._C._autograd._top_saved_tensors_default_hooks(True) is not None:
+    if not isinstance(output, Tensor) or saved_tensor_hooks_are_active():
         return None
     node = output.grad_fn
     if node is None or not _has_saved_results(type(node)):
@@ -74,7 +76,12 @@ def saved_moments(module: _BatchNorm, x: Tensor, output: object) -> BatchMoments
     serial = num_samples == len(output) or not x.is_contiguous()
     if serial and num_samples > _MAX_SERIAL and x.device.type == "cpu":
         return None
-    return BatchMoments("saved", num_samples, mean, invstd, module.eps, serial)
+    return BatchMoments("saved", num_samples, len(output), mean, invstd, module.eps, serial)
+
+
+def saved_tensor_hooks_are_active() -> bool:
+    """Whether something intercepts what autograd saves: activation checkpointing, ``save_on_cpu``."""
+    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
 
 
 @cache
@@ -92,7 +99,7 @@ def traced_moments(x: Tensor) -> BatchMoments:
     """
     x = _at_least_float32(x.detach())
     var, mean = torch.var_mean(x, _all_but_channels(x), correction=0, keepdim=True)
-    return BatchMoments("traced", x.numel() // x.shape[1], mean.flatten(), var.flatten(), None)
+    return BatchMoments("traced", x.numel() // x.shape[1], x.shape[0], mean.flatten(), var.flatten(), None)
 
 
 @torch.no_grad()
@@ -108,7 +115,8 @@ def pass_moments(x: Tensor) -> BatchMoments:
     centre = x.mean(dims, keepdim=True)
     var, rest = torch.var_mean(x - centre, dims, correction=0)
     wide = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
-    return BatchMoments("pass", x.numel() // x.shape[1], rest.to(wide) + centre.flatten().to(wide), var, None)
+    mean = rest.to(wide) + centre.flatten().to(wide)
+    return BatchMoments("pass", x.numel() // x.shape[1], len(x), mean, var, None)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:

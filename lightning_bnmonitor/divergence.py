@@ -20,7 +20,7 @@ DEAD_VARIANCE = 1e-3
 """A channel is dead when its variance is at most this fraction of ``eps``: BatchNorm's output then is its bias."""
 
 
-def mean_shift(mean: Tensor, var: Tensor, running_mean: Tensor, eps: float) -> Tensor:
+def mean_shift(mean: Tensor, var: Tensor, running_mean: Tensor, eps: float | Tensor) -> Tensor:
     r"""Signed distance of the running mean from the mean, in population standard deviations.
 
     .. math:: d = (\mu_\text{running} - \mu) / \sqrt{\sigma^2 + \epsilon}
@@ -29,7 +29,7 @@ def mean_shift(mean: Tensor, var: Tensor, running_mean: Tensor, eps: float) -> T
         mean: Population mean, ``(C,)``.
         var: Population variance, ``(C,)``.
         running_mean: Running mean, ``(C,)``.
-        eps: The layer's ``eps``.
+        eps: The layer's ``eps``, a number or ``(C,)``.
 
     Returns:
         ``(C,)``, in population standard deviations; positive where the running mean is too large.
@@ -43,7 +43,7 @@ def mean_shift(mean: Tensor, var: Tensor, running_mean: Tensor, eps: float) -> T
     return _finite_only(shift, mean, var, running_mean)
 
 
-def log_var_ratio(var: Tensor, running_var: Tensor, eps: float) -> Tensor:
+def log_var_ratio(var: Tensor, running_var: Tensor, eps: float | Tensor) -> Tensor:
     r"""Signed log ratio of the running variance to the variance.
 
     .. math:: \ln\frac{\sigma^2_\text{running} + \epsilon}{\sigma^2 + \epsilon}
@@ -51,7 +51,7 @@ def log_var_ratio(var: Tensor, running_var: Tensor, eps: float) -> Tensor:
     Args:
         var: Population variance, ``(C,)``.
         running_var: Running variance, ``(C,)``.
-        eps: The layer's ``eps``.
+        eps: The layer's ``eps``, a number or ``(C,)``.
 
     Returns:
         ``(C,)``, dimensionless; positive where the running variance is too large, NaN in dead channels.
@@ -64,7 +64,7 @@ def log_var_ratio(var: Tensor, running_var: Tensor, eps: float) -> Tensor:
     return _finite_only(-_log_ratio(var, running_var, eps), var, running_var, alive=~is_dead(var, eps))
 
 
-def act_rmse(mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, eps: float) -> Tensor:
+def act_rmse(mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, eps: float | Tensor) -> Tensor:
     r"""RMS error of the normalised activation in ``eval()``, exact for any distribution of the inputs.
 
     .. math::
@@ -79,7 +79,7 @@ def act_rmse(mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tenso
         var: Population variance, ``(C,)``.
         running_mean: Running mean, ``(C,)``.
         running_var: Running variance, ``(C,)``.
-        eps: The layer's ``eps``.
+        eps: The layer's ``eps``, a number or ``(C,)``.
 
     Returns:
         ``(C,)``, in units of the normalised activation (whose standard deviation is 1).
@@ -97,7 +97,7 @@ def act_rmse(mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tenso
     return _finite_only(error, mean, var, running_mean, running_var)
 
 
-def kl(mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, eps: float) -> Tensor:
+def kl(mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, eps: float | Tensor) -> Tensor:
     r"""Kullback-Leibler divergence of the running from the exact normal distribution.
 
     .. math::
@@ -111,7 +111,7 @@ def kl(mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, eps
         var: Population variance, ``(C,)``.
         running_mean: Running mean, ``(C,)``.
         running_var: Running variance, ``(C,)``.
-        eps: The layer's ``eps``.
+        eps: The layer's ``eps``, a number or ``(C,)``.
 
     Returns:
         ``(C,)``, in nats, never negative; NaN in dead channels.
@@ -135,7 +135,7 @@ def kl(mean: Tensor, var: Tensor, running_mean: Tensor, running_var: Tensor, eps
     return _finite_only(divergence, mean, var, running_mean, running_var, alive=~is_dead(var, eps))
 
 
-def is_dead(var: Tensor, eps: float) -> Tensor:
+def is_dead(var: Tensor, eps: float | Tensor) -> Tensor:
     """Where a channel is dead: its variance is at most a thousandth of ``eps``, ``(C,)`` bool.
 
     There ``act_rmse`` is still right, but ratios of variances say nothing: ``log_var_ratio`` and ``kl`` are NaN.
@@ -143,13 +143,13 @@ def is_dead(var: Tensor, eps: float) -> Tensor:
     return var <= DEAD_VARIANCE * eps
 
 
-def _log_ratio(var: Tensor, running_var: Tensor, eps: float) -> Tensor:
+def _log_ratio(var: Tensor, running_var: Tensor, eps: float | Tensor) -> Tensor:
     """ln(s / q), by ``log1p`` where the two are close and by the quotient where ``1 + u`` would lose digits."""
     u, s, q = _ratio(var, running_var, eps)
     return torch.where(u.abs() < 0.5, torch.log1p(u), torch.log(s / q))
 
 
-def _ratio(var: Tensor, running_var: Tensor, eps: float) -> tuple[Tensor, Tensor, Tensor]:
+def _ratio(var: Tensor, running_var: Tensor, eps: float | Tensor) -> tuple[Tensor, Tensor, Tensor]:
     """u, s and q: see the top of this file."""
     var, running_var = var.clamp_min(0), running_var.clamp_min(0)
     s, q = var + eps, running_var + eps

@@ -16,7 +16,13 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lightning_bnmonitor.capture import BatchMoments, pass_moments, saved_moments, traced_moments
+from lightning_bnmonitor.capture import (
+    BatchMoments,
+    pass_moments,
+    saved_moments,
+    saved_tensor_hooks_are_active,
+    traced_moments,
+)
 
 
 class Gate:
@@ -49,18 +55,21 @@ class LayerHook(_Hook):
 
     Args:
         gate: Tells whether a call counts.
-        receive: Called with the layer, the batch moments (None of an empty batch) and whether BatchNorm counted the
-            call in ``num_batches_tracked``.
+        receive: Called with the layer, the batch moments (None of an empty batch), whether it was in training mode,
+            and whether BatchNorm counted the call in ``num_batches_tracked``.
     """
 
-    def __init__(self, gate: Gate, receive: Callable[[_BatchNorm, BatchMoments | None, bool], None]) -> None:
+    def __init__(self, gate: Gate, receive: Callable[[_BatchNorm, BatchMoments | None, bool, bool], None]) -> None:
         self.gate = gate
         self.receive = receive
         self.by_pass = False
         self.skipped = 0  # calls that cannot be looked at
+        self.checkpointed = (
+            False  # whether a call may have been recomputed (or was), with another update of the buffers
+        )
         # A compiled graph may not append to a list (that recompiles at every call), but it may leave a tuple behind
         # that it found empty.
-        self.traced: tuple[tuple[BatchMoments, bool], ...] = ()
+        self.traced: tuple[tuple[BatchMoments, bool, bool], ...] = ()
 
     def __call__(self, module: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """The forward hook."""
@@ -71,10 +80,13 @@ class LayerHook(_Hook):
         if torch.compiler.is_compiling():
             if _has_channels(x, module) and not torch.compiler.is_exporting():
                 updating = module.training and module.track_running_stats and module.running_mean is not None
-                self.traced += ((traced_moments(x), updating),)
+                self.traced += ((traced_moments(x), module.training, updating),)
             return
         # Within a backward pass: activation checkpointing recomputes a call that was counted when it was made.
-        if self.gate.paused or torch._C._current_graph_task_id() != -1:
+        if torch._C._current_graph_task_id() != -1:
+            self.checkpointed = True
+            return
+        if self.gate.paused:
             return
         # The same as above: but `module.running_mean` takes as long as the rest, as modules look up their buffers last.
         has_buffers = module._buffers.get("running_mean") is not None
@@ -82,10 +94,13 @@ class LayerHook(_Hook):
         if not _has_channels(x, module) or _is_abstract(x):
             self.skipped += 1
         elif x.numel() == 0:
-            self.receive(module, None, updating)
+            self.receive(module, None, module.training, updating)
         else:
             moments = None if self.by_pass else saved_moments(module, x, output)
-            self.receive(module, moments or pass_moments(x), updating)
+            if moments is None:
+                self.checkpointed |= saved_tensor_hooks_are_active()
+                moments = pass_moments(x)
+            self.receive(module, moments, module.training, updating)
 
 
 def _has_channels(x: object, module: _BatchNorm) -> bool:

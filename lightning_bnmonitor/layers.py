@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import itertools
 import logging
+import math
 import re
 import warnings
 from collections import Counter
@@ -12,6 +13,7 @@ from copy import copy
 from fnmatch import fnmatchcase
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -27,9 +29,20 @@ STASH_LIMIT = 24
 """Calls of a layer that may wait for the next update: so many keep the state below 1 KiB a channel in float64, too."""
 ROOT = "(root)"
 """Name of a layer that is itself the monitored model."""
-_SAVED = ("calls", "tracked_before", "tracked_calls", "updates_per_call", "serial", "first_call")
+_SAVED = (
+    *("calls", "training_calls", "tracked_before", "tracked_calls", "updates_per_call", "momentum"),
+    *("next_updates_per_call", "history", "last_history", "written_outside", "serial", "first_call"),
+    *("calls_in_step", "interrupted"),
+)
 _call_counter = itertools.count()
+_SAVED_OF_HOOK = ("by_pass", "skipped", "checkpointed")
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
+
+
+History = tuple[float, float, float]
+"""The weight that the initial values have in the buffers, and the sums of squared weights over n and n - 1 of all
+batches since. None in its place: not known, as the buffers were there before."""
+_FRESH: History = (1.0, 0.0, 0.0)
 
 
 class TrackedLayer:
@@ -52,15 +65,39 @@ class TrackedLayer:
         self.index = -1
         self.first_call = -1  # the earlier it was called for the first time, the smaller
         self.serial = False  # whether its moments came from a kernel that sums value by value
-        self.updates_per_call = 1
-        self.begin_window(0)
+        self.next_updates_per_call = 1
+        self.calls_in_step: int | None = None  # since the last training step ended; None before the first has
+        self.momentum: float | None = None  # the effective one of the last call
+        self.end: Tensor | None = None  # the buffers when the last window ended
+        self.last_history: History | None = None  # and what they were made of
+        self.begin_window(None, None)
 
-    def begin_window(self, num_batches_tracked: int) -> None:
-        """Count calls from 0, on buffers that were updated so many times before."""
+    def begin_window(self, buffers: Tensor | None, num_batches_tracked: int | None) -> None:
+        """Count calls from 0, on these buffers, ``(2, C)``, that were updated so often before (None: not known)."""
         self.calls: dict[Path, int] = dict.fromkeys(PATHS, 0)
+        self.training_calls = 0
         self.tracked_before = num_batches_tracked
         self.tracked_calls = 0
-        self.hook.skipped = 0
+        self.updates_per_call = self.next_updates_per_call
+        self.hook.skipped, self.hook.checkpointed = 0, False
+        self.interrupted = False  # whether it was resumed from the middle of a step
+        self.start = buffers
+        self.written_outside = self.end is not None and not _same(self.end, buffers)
+        if self.end is not None and not self.written_outside:
+            self.history = self.last_history
+        else:
+            initial = not num_batches_tracked and (buffers is None or _are_initial(buffers))
+            self.history = _FRESH if initial else None
+
+    def end_window(self, buffers: Tensor | None, history: History | None, updates: float) -> None:
+        """Keep what the next window goes on from: the buffers, what they are made of, how often a call updates them.
+
+        A call is taken to update them repeatedly if it was recomputed and that is what they were updated by.
+        """
+        self.end, self.last_history = buffers, history
+        repeated = self.hook.checkpointed and updates >= 1 and float(updates).is_integer()
+        if not math.isnan(updates):
+            self.next_updates_per_call = int(updates) if repeated else 1
 
     @property
     def num_calls(self) -> int:
@@ -73,47 +110,68 @@ class TrackedLayer:
         mean, var = self.module.running_mean, self.module.running_var
         return () if mean is None or var is None or is_lazy(mean) or mean.is_meta else (mean, var)
 
-    def receive(self, module: _BatchNorm, moments: BatchMoments | None, updating: bool) -> None:
+    def receive(self, module: _BatchNorm, moments: BatchMoments | None, training: bool, updating: bool) -> None:
         """Take the moments of one call, None of an empty batch.
 
-        ``updating`` tells whether BatchNorm counted the call in ``num_batches_tracked``.
+        ``training`` tells its mode, ``updating`` whether BatchNorm counted it in ``num_batches_tracked``.
         """
         if len(self.stash) >= STASH_LIMIT:
             self.flush()
         if moments is not None:
             if self.first_call < 0:
                 self.first_call = next(_call_counter)
-            momentum = self._effective_momentum(module.momentum) if updating else 0.0
-            self.stash.append(Batch(moments.num_samples, moments.mean, moments.spread, moments.eps, momentum))
+            weight = self._effective_momentum(module.momentum) if updating else 0.0
+            self.momentum = weight if updating else self.momentum
+            self.stash.append(
+                Batch(moments.num_samples, moments.mean, moments.spread, moments.eps, weight, moments.batch_size)
+            )
             self.calls[moments.path] += 1
+            self.training_calls += training
+            if self.calls_in_step is not None:
+                self.calls_in_step += 1
             self.serial |= moments.serial
         self.tracked_calls += updating
 
-    def updates_of_a_call(self, num_batches_tracked: int) -> float:
-        """Updates of the buffers for each call that was to update them; NaN before the first, or if they were reset."""
-        updates = num_batches_tracked - self.tracked_before
-        return updates / self.tracked_calls if self.tracked_calls and updates >= 0 else float("nan")
+    def updates_of_a_call(self, num_batches_tracked: int | None) -> float:
+        """Updates of the buffers for each call that was to update them; NaN before the first, or if not counted.
+
+        Negative if the counter was set back.
+        """
+        if num_batches_tracked is None or not self.tracked_calls:
+            return float("nan")
+        return (num_batches_tracked - (self.tracked_before or 0)) / self.tracked_calls
 
     def forget(self) -> None:
-        """Drop what waits for an update, and the place in the window."""
-        self.stash, self.window, self.index, self.hook.traced = [], None, -1, ()
+        """Drop what waits for an update, the place in the window, and the windows before."""
+        self.stash, self.window, self.index, self.hook.traced, self.end = [], None, -1, (), None
+
+    def buffer_state(self, width: int) -> Tensor:
+        """What :meth:`restore` needs per channel, ``(4, C)``: the buffers as they were at the windows' ends."""
+        missing = torch.full((2, width), torch.nan, dtype=torch.float64, device="cpu")
+        return torch.cat([missing if buffers is None else buffers for buffers in (self.start, self.end)])
 
     def state(self) -> dict[str, Any]:
-        """What :meth:`restore` needs, in primitives."""
-        hook = {"by_pass": self.hook.by_pass, "skipped": self.hook.skipped}
-        return {field: copy(getattr(self, field)) for field in _SAVED} | hook
+        """What :meth:`restore` needs besides, in primitives."""
+        hook = {field: getattr(self.hook, field) for field in _SAVED_OF_HOOK}
+        known = {"has_start": self.start is not None, "has_end": self.end is not None}
+        return {field: copy(getattr(self, field)) for field in _SAVED} | hook | known
 
-    def restore(self, state: Mapping[str, Any]) -> None:
-        """Go on as the layer whose :meth:`state` this is."""
+    def restore(self, state: Mapping[str, Any], buffers: Tensor) -> None:
+        """Go on as the layer whose :meth:`state` and :meth:`buffer_state` these are."""
+        self.start = buffers[:2].clone() if state["has_start"] else None
+        self.end = buffers[2:].clone() if state["has_end"] else None
         for field in _SAVED:
             setattr(self, field, copy(state[field]))
-        self.hook.by_pass, self.hook.skipped = state["by_pass"], state["skipped"]
+        for field in _SAVED_OF_HOOK:
+            setattr(self.hook, field, state[field])
+        self.interrupted |= bool(self.calls_in_step)
+        self.calls_in_step = None
 
     def _effective_momentum(self, momentum: float | None) -> float:
         """Weight of the call in the buffers right after it, if it updates them ``updates_per_call`` times."""
         updates = self.updates_per_call
         if momentum is None:  # a cumulative average: its k-th update has weight 1/k
-            return updates / (self.tracked_before + (self.tracked_calls + 1) * updates)
+            return updates / ((self.tracked_before or 0) + (self.tracked_calls + 1) * updates)
         return momentum if updates == 1 else 1 - (1 - momentum) ** updates
 
 
@@ -165,8 +223,8 @@ def find_layers(
     return chosen
 
 
-def running_stats(layers: Sequence[TrackedLayer]) -> Iterator[list[Tensor]]:
-    """Float64 CPU copies of each layer's running mean and variance (none where it has none), by one copy per device."""
+def running_stats(layers: Sequence[TrackedLayer]) -> Iterator[Tensor | None]:
+    """Float64 CPU copies of the layers' running statistics, ``(2, C)``, None if there are none; one copy per device."""
     by_device: dict[torch.device, list[Tensor]] = {}
     for layer in layers:
         for buffer in layer.running_stats:
@@ -176,19 +234,29 @@ def running_stats(layers: Sequence[TrackedLayer]) -> Iterator[list[Tensor]]:
         for device, buffers in by_device.items()
     }
     for layer in layers:
-        yield [next(copies[buffer.device]) for buffer in layer.running_stats]
+        stats = [next(copies[buffer.device]) for buffer in layer.running_stats]
+        yield torch.stack(stats) if stats else None
 
 
-def num_batches_tracked(layers: Sequence[TrackedLayer]) -> list[int]:
-    """``num_batches_tracked`` of each layer, 0 where there is none, by one copy per device."""
+def num_batches_tracked(layers: Sequence[TrackedLayer]) -> list[int | None]:
+    """``num_batches_tracked`` of each layer, None where there is none, by one copy per device."""
     known = [
         (index, tracked)
         for index, layer in enumerate(layers)
         if (tracked := layer.module.num_batches_tracked) is not None and not tracked.is_meta
     ]
-    counts = [0] * len(layers)
+    counts: list[int | None] = [None] * len(layers)
     for device in {tracked.device for _, tracked in known}:
         there = [(index, tracked) for index, tracked in known if tracked.device == device]
         for (index, _), count in zip(there, torch.stack([tracked for _, tracked in there]).tolist(), strict=True):
             counts[index] = count
     return counts
+
+
+def _are_initial(buffers: Tensor) -> bool:
+    mean, var = buffers.numpy()
+    return bool((mean == 0).all() and (var == 1).all())
+
+
+def _same(one: Tensor, other: Tensor | None) -> bool:
+    return other is not None and np.array_equal(one.numpy(), other.numpy(), equal_nan=True)

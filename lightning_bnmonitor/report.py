@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import html
 import math
 import re
-from collections.abc import Callable, Iterable, Iterator, Mapping
+import textwrap
+from collections import Counter
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -14,9 +17,9 @@ from tabulate import tabulate
 from torch import Tensor
 
 from lightning_bnmonitor import divergence
+from lightning_bnmonitor.diagnosis import METRICS, Diagnosis
 
-METRICS = ("eval_error", "act_rmse", "mean_shift", "log_var_ratio")
-"""What :meth:`LayerReport.summary` has one number for."""
+_EXPLAINED = 3  # layers in need of attention that a printed report explains
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,10 +51,18 @@ class LayerReport:
     """The module's buffer, NaN if it has none."""
     running_var: Tensor
     """The module's buffer, NaN if it has none."""
+    now_mean: Tensor
+    """Mean at the end of the window, with the weights as they are then; with too few batches the population's."""
+    now_var: Tensor
+    """Unbiased variance at the end of the window; with too few batches the population's."""
+    z_mean: Tensor
+    """The running mean against the window's, over what its sampling noise explains; 0 if it cannot be told."""
+    z_var: Tensor
+    """The running variance against the batches' in the window, over what its sampling noise explains; 0 likewise."""
     has_running_stats: bool
     """Whether the module has buffers; if not, ``eval()`` normalises by the batch, too."""
-    counters: Mapping[str, float]
-    """What was counted: see :attr:`evidence`."""
+    diagnosis: Diagnosis
+    """Verdict, flags, evidence."""
 
     @property
     def mean_shift(self) -> Tensor:
@@ -75,37 +86,82 @@ class LayerReport:
 
     @property
     def eval_error(self) -> Tensor:
-        """RMS error of the normalised activation that ``eval()`` makes, against the population of this window.
+        """RMS error of the normalised activation that ``eval()`` makes with the weights at the end of the window.
 
-        Infinite in a channel that was called and whose running statistics are not finite: it gives NaN in ``eval()``.
+        That is the running statistics against :attr:`now_mean` and :attr:`now_var`. Infinite in a channel that was
+        called and whose running statistics are not finite: it gives NaN in ``eval()``.
         """
         broken = ~(torch.isfinite(self.running_mean) & torch.isfinite(self.running_var))
         comparable = self.has_running_stats and self.num_samples > 0
-        return torch.where(broken & comparable, torch.inf, self.act_rmse)
+        now = self.now_mean, self.now_var, self.running_mean, self.running_var
+        return torch.where(broken & comparable, torch.inf, divergence.act_rmse(*now, self.eps))
+
+    @property
+    def verdict(self) -> str:
+        """What is the matter with the layer, in a word: ``healthy``, ``noisy``, ``lagging``, ..."""
+        return self.diagnosis.verdict
+
+    @property
+    def flags(self) -> tuple[str, ...]:
+        """What else is to be said: ``dead-channels``, ``written-outside``, ..."""
+        return self.diagnosis.flags
+
+    @property
+    def needs_attention(self) -> bool:
+        """Whether something should be done."""
+        return self.diagnosis.needs_attention
+
+    @property
+    def explanation(self) -> str:
+        """What was found and what it means, with this layer's numbers; all of them are in :attr:`evidence`."""
+        return f"{self.name}: {self.verdict}. {self.diagnosis.explanation}"
+
+    @property
+    def remedy(self) -> str:
+        """What to do about it; empty if there is nothing to do."""
+        return self.diagnosis.remedy
 
     @property
     def evidence(self) -> dict[str, float]:
-        """What the numbers rest on.
+        """What verdict, explanation and remedy rest on. What could not be told is absent.
 
+        Errors are RMS errors of the normalised activation in ``eval()``, over the channels.
+
+        - ``eval_error``, ``act_rmse``, ``mean_shift``, ``log_var_ratio``: see :meth:`summary`.
+        - ``noise_error``: what the sampling noise of the running statistics makes of it: the floor that is reached
+          however long one trains. ``now_error``: what the noise of the present statistics adds to ``eval_error``.
+        - ``warmup_error``: what is left of the initial values makes; their weight is ``initial_weight``.
+        - ``lag_error``: the running statistics being those of earlier weights or data makes, chance taken off;
+          0 where it may be chance. ``drift_error``: the same of the window's statistics against the present ones.
+        - ``z_mean``, ``z_var``: RMS over channels of :attr:`z_mean` and :attr:`z_var`, about 1 if only chance is at
+          work. ``max_score``: the largest deviation of any channel in any of the tests, on the scale of a standard
+          normal variable: an effect in few channels shows here.
+        - ``batches``: batches that updated the running statistics; ``samples_per_batch``: values per channel in them;
+          ``batch_size``: samples in them; ``degrees_of_freedom``: of the variance between batches.
+        - ``drift_per_batch``: how far the inputs' mean and variance move per batch; ``jitter``: by how much those of
+          a batch differ by sampling noise; ``severity``: ``eval_error`` squared over ``jitter`` squared
+          (m / (2 - m) is what momentum m makes by itself; above 1 the last batch's statistics would serve better).
+        - ``ordering_ratio``, ``ordering_limit``: variance between parts of the window over that expected from
+          neighbouring batches, and what chance explains of it; ``ordering_share``: its share of the variance,
+          ``trend_share``: the part of that which is a steady movement.
+        - ``grouping_ratio``, ``grouping_limit``: variance of batch means over that of as many independent samples, and
+          what chance explains of it; ``grouping_share``: its share of the variance.
+        - ``momentum``, ``effective_momentum``: the module's, and that of the last call, all its updates together.
+        - ``recommended_momentum``, ``recommended_error``, ``recommended_batch_size``, ``compensated_momentum``,
+          ``batches_to_go``: the numbers of the remedy.
+        - ``updates_per_call``: updates of the buffers for each call that was to update them (1; 2 under activation
+          checkpointing); ``assumed_updates_per_call``: what was assumed, where that is something else.
         - ``calls_saved``, ``calls_traced``, ``calls_pass``: calls whose batch moments were read off the kernel, were
           computed in a compiled graph, and were computed by a pass over the input.
         - ``calls_skipped``: calls that could not be looked at and are not in ``num_batches``: within a transform of
           ``torch.func`` (``vmap``, ``grad``), while tracing, of fake tensors, and of anything but ``(N, C, *)``.
-        - ``updates_per_call``: updates of the buffers for each call that was to update them (1; 2 under activation
-          checkpointing). Absent if no call was, or if ``num_batches_tracked`` was reset meanwhile.
-        - ``dead_channels``: channels whose variance is at most a thousandth of ``eps``.
-        - ``non_finite_channels``: channels with a population or a running statistic that is not finite.
+        - ``calls_not_updating``: calls in training mode that left the running statistics as they were.
+        - ``num_features``; ``dead_channels``: channels whose variance is at most a thousandth of ``eps``;
+          ``non_finite_channels``: channels with a value or a running statistic that is not finite,
+          ``non_finite_running_stats``: with such a running statistic; ``first_bad_batch``, ``first_bad_channel``: the
+          first call in the window with such a value, counted from 1, and the first such channel in it, from 0.
         """
-        known = [self.population_mean, self.population_var] if self.num_samples > 1 else []
-        known += [self.running_mean, self.running_var] if self.has_running_stats else []
-        finite = [torch.isfinite(values) for values in known] or [
-            torch.ones(self.num_features, dtype=torch.bool, device="cpu")
-        ]
-        return {
-            **self.counters,
-            "dead_channels": float(divergence.is_dead(self.population_var, self.eps).sum()),
-            "non_finite_channels": float(self.num_features - torch.stack(finite).all(dim=0).sum()),
-        }
+        return dict(self.diagnosis.evidence)
 
     def summary(self) -> dict[str, float]:
         """One number for each of ``eval_error``, ``act_rmse``, ``mean_shift`` and ``log_var_ratio``.
@@ -122,10 +178,13 @@ class LayerReport:
 
     def to_dict(self) -> dict[str, Any]:
         """Everything in JSON's types, per channel as lists; what JSON lacks as "NaN", "Infinity" and "-Infinity"."""
-        per_channel = ("population_mean", "population_var", "running_mean", "running_var", "kl", *METRICS)
-        scalars = ("name", "type", "num_features", "eps", "momentum", "num_batches", "num_samples")
+        scalars = ("name", "type", "num_features", "eps", "momentum", "num_batches", "num_samples", "has_running_stats")
+        words = ("verdict", "needs_attention", "explanation", "remedy")
+        moments = ("population_mean", "population_var", "running_mean", "running_var", "now_mean", "now_var")
+        per_channel = (*moments, *METRICS, "kl", "z_mean", "z_var")
         return {
-            **{field: _jsonable(getattr(self, field)) for field in (*scalars, *per_channel)},
+            **{field: _jsonable(getattr(self, field)) for field in (*scalars, *words, *per_channel)},
+            "flags": list(self.flags),
             "summary": _jsonable(self.summary()),
             "evidence": _jsonable(self.evidence),
         }
@@ -136,9 +195,8 @@ class LayerReport:
 
     def __repr__(self) -> str:
         numbers = ", ".join(f"{metric}={value:.3g}" for metric, value in self.summary().items())
-        return (
-            f"LayerReport({self.name!r}, {self.type}({self.num_features}), num_batches={self.num_batches}, {numbers})"
-        )
+        kind = f"{self.type}({self.num_features})"
+        return f"LayerReport({self.name!r}, {kind}, {self.verdict!r}, num_batches={self.num_batches}, {numbers})"
 
 
 class Report(Mapping[str, LayerReport]):
@@ -149,11 +207,13 @@ class Report(Mapping[str, LayerReport]):
 
     Args:
         layers: The layers' reports.
+        summaries: Their :meth:`LayerReport.summary` in the same order, where it is known already.
     """
 
-    def __init__(self, layers: Iterable[LayerReport]) -> None:
+    def __init__(self, layers: Iterable[LayerReport], summaries: Iterable[Mapping[str, float]] | None = None) -> None:
         self._layers = {layer.name: layer for layer in layers}
-        self._summaries = {name: layer.summary() for name, layer in self._layers.items()}
+        known = summaries or (layer.summary() for layer in self._layers.values())
+        self._summaries = {name: dict(summary) for name, summary in zip(self._layers, known, strict=True)}
 
     def __getitem__(self, name: str) -> LayerReport:
         try:
@@ -168,7 +228,7 @@ class Report(Mapping[str, LayerReport]):
         return len(self._layers)
 
     def worst(self, n: int | None = None) -> list[LayerReport]:
-        """The layers with the largest ``eval_error`` first, at most ``n``; layers that have none come last.
+        """At most ``n`` layers: those that need attention first, the larger ``eval_error`` before the smaller.
 
         Raises:
             ValueError: If ``n`` is negative.
@@ -176,17 +236,23 @@ class Report(Mapping[str, LayerReport]):
         if n is not None and n < 0:
             raise ValueError(f"`n` must not be negative, got {n}.")
 
-        def badness(layer: LayerReport) -> float:
+        def goodness(layer: LayerReport) -> tuple[bool, float]:
             error = self._summaries[layer.name]["eval_error"]
-            return math.inf if math.isnan(error) else -error
+            return not layer.needs_attention, math.inf if math.isnan(error) else -error
 
-        return sorted(self._layers.values(), key=badness)[:n]
+        return sorted(self._layers.values(), key=goodness)[:n]
+
+    @property
+    def unhealthy(self) -> list[LayerReport]:
+        """The layers that need attention, the worst first."""
+        return [layer for layer in self.worst() if layer.needs_attention]
 
     def summary(self) -> dict[str, float]:
-        """The model in five numbers, over the layers that were called and have running statistics.
+        """The model in six numbers, over the layers that were called and have running statistics.
 
         ``eval_error_max``, ``eval_error_p90`` (not exceeded by 90 % of the layers), ``eval_error_median``,
-        ``act_rmse_max`` and ``mean_shift_max``. Empty if there is no such layer.
+        ``act_rmse_max`` and ``mean_shift_max``: absent if there is no such layer. ``unhealthy_layers``: the number of
+        layers that need attention; absent if there is no layer at all.
         """
         values = {
             metric: [s[metric] for s in self._summaries.values() if not math.isnan(s[metric])] for metric in METRICS
@@ -199,6 +265,8 @@ class Report(Mapping[str, LayerReport]):
         for metric in ("act_rmse", "mean_shift"):
             if values[metric]:
                 summary[f"{metric}_max"] = max(values[metric])
+        if self._layers:
+            summary["unhealthy_layers"] = float(len(self.unhealthy))
         return summary
 
     def layer_summaries(self) -> dict[str, dict[str, float]]:
@@ -213,33 +281,82 @@ class Report(Mapping[str, LayerReport]):
         }
 
     def to_markdown(self) -> str:
-        """The table, the worst layer first; names are escaped."""
-        return self._table("github", lambda name: re.sub(r"([\\`*\[\]<>|])", r"\\\1", name))
+        """What :meth:`__str__` says, in Markdown; names are escaped."""
+        table = self._table("github", _escape)
+        items = [
+            f"- **{_escape(layer.name)}**: {layer.verdict}. {_escape(layer.diagnosis.explanation)} {layer.remedy}"
+            for layer in self.unhealthy[:_EXPLAINED]
+        ]
+        return "\n\n".join(part for part in (self._headline, table, "\n".join(items)) if part)
+
+    def brief(self, n: int | None = 10) -> str:
+        """One sentence on the model, the table of the ``n`` worst layers, and the first three of them explained.
+
+        Raises:
+            ValueError: If ``n`` is negative.
+        """
+        worst = self.worst(n)
+        table = [self._table("simple", layers=worst)] if worst else []
+        texts = [
+            textwrap.fill(f"{layer.explanation} {layer.remedy}", 120, subsequent_indent="  ", break_long_words=False)
+            for layer in worst[:_EXPLAINED]
+            if layer.needs_attention
+        ]
+        return "\n\n".join([self._headline, *table, *texts])
 
     def __str__(self) -> str:
-        return self._table("simple") if self._layers else "No BatchNorm layer was monitored."
+        """:meth:`brief` with all layers."""
+        return self.brief(None)
 
     def _repr_html_(self) -> str:
-        return self._table("html")
+        items = "".join(
+            f"<li>{html.escape(f'{layer.explanation} {layer.remedy}')}</li>" for layer in self.unhealthy[:_EXPLAINED]
+        )
+        explained = f"<ul>{items}</ul>" if items else ""
+        return f"<p>{html.escape(self._headline)}</p>{self._table('html') if self._layers else ''}{explained}"
 
     def __repr__(self) -> str:
         return f"Report({list(self._layers.values())!r})"
 
-    def _table(self, style: str, escape: Callable[[str], str] = str) -> str:
+    @property
+    def _headline(self) -> str:
+        if not self._layers:
+            return "No BatchNorm layer was monitored."
+        layers = f"{len(self)} BatchNorm layer{'s' * (len(self) > 1)}"
+        unhealthy = self.unhealthy
+        if not unhealthy:
+            return f"None of {layers} needs attention."
+        verdicts = Counter(layer.verdict for layer in unhealthy)
+        listed = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
+        return f"{len(unhealthy)} of {layers} need{'s' * (len(unhealthy) == 1)} attention: {listed}."
+
+    def _table(
+        self, style: str, escape: Callable[[str], str] = str, layers: Sequence[LayerReport] | None = None
+    ) -> str:
         rows = [
             [
                 escape(layer.name),
+                ", ".join([layer.verdict, *layer.flags]),
+                *(_number(value) for value in (self._summaries[layer.name]["eval_error"], self._floor(layer))),
+                *(_number(self._summaries[layer.name][metric]) for metric in METRICS[1:]),
                 layer.num_features,
                 layer.num_batches,
                 layer.num_samples,
-                *self._summaries[layer.name].values(),
             ]
-            for layer in self.worst()
+            for layer in (self.worst() if layers is None else layers)
         ]
-        headers = ["layer", "channels", "batches", "samples", *METRICS]
-        cells = [[cell if not isinstance(cell, float) else _number(cell) for cell in row] for row in rows]
-        align = ("left", *["right"] * (len(headers) - 1))
-        return tabulate(cells, headers=headers, tablefmt=style, disable_numparse=True, colalign=align if rows else None)
+        headers = ["layer", "verdict", "eval_error", "noise", *METRICS[1:], "channels", "batches", "samples"]
+        align = ("left", "left", *["right"] * (len(headers) - 2))
+        return tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True, colalign=align if rows else None)
+
+    @staticmethod
+    def _floor(layer: LayerReport) -> float:
+        return layer.diagnosis.evidence.get("noise_error", math.nan)
+
+
+def _escape(text: str) -> str:
+    """Text that Markdown shows as it is."""
+    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", text)
 
 
 def _number(value: float) -> str:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
@@ -10,19 +9,19 @@ from contextlib import contextmanager
 from typing import Any, Literal, get_args
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bnmonitor.capture import PATHS, BatchMoments
+from lightning_bnmonitor.assessment import assess, end_windows
+from lightning_bnmonitor.capture import BatchMoments
 from lightning_bnmonitor.hooks import Attachment, Gate
 from lightning_bnmonitor.layers import STASH_LIMIT, TrackedLayer, find_layers, num_batches_tracked, running_stats
-from lightning_bnmonitor.report import LayerReport, Report
-from lightning_bnmonitor.window import Batch, Population, Window
+from lightning_bnmonitor.report import Report
+from lightning_bnmonitor.window import Batch, Window
 
 CaptureMode = Literal["auto", "pass"]
-_STATE_VERSION = 1
-# |mean| / sqrt(var + eps) above which what a kernel saved is not exact enough:
-_MAX_RATIO, _MAX_RATIO_SERIAL = 100.0, 10.0
+_STATE_VERSION = 2
+_BUFFER_ROWS = 4  # per channel: the running statistics when the window began, and when the last one ended
 
 
 class BatchNormTracker:
@@ -32,7 +31,7 @@ class BatchNormTracker:
     that validation does not, and frozen layers inside a training model do. Nothing that is computed changes: hooks only
     read, and never wait for the device within a step.
 
-    State is 544 bytes a channel, about 700 bytes a layer, and the batch moments of up to 24 calls (8 bytes a channel
+    State is 584 bytes a channel, about 850 bytes a layer, and the batch moments of up to 24 calls (8 bytes a channel
     each, 16 for a float64 model). It is float64, on the layers' device (on the CPU for MPS, which has no float64).
 
     Args:
@@ -76,8 +75,10 @@ class BatchNormTracker:
         self._gate = Gate(model)
         self._layers: list[TrackedLayer] = []  # in the order of the model's modules
         self._windows: dict[torch.device, Window] = {}
-        self._placed: list[TrackedLayer] = []  # those that have a place in a window, in the order of first call
+        # Those that have a place in a window, in the order of their first call; the model may have lost them since.
+        self._placed: list[TrackedLayer] = []
         self._attachment: Attachment | None = None
+        self._closed: Report | None = None  # the report of a window that has ended, until the next one begins
         self._pending: Mapping[str, Any] | None = None
 
     def __enter__(self) -> BatchNormTracker:
@@ -111,7 +112,6 @@ class BatchNormTracker:
         known = {layer.module: layer for layer in self._layers}
         found = find_layers(model, self._include, self._exclude)
         self._layers = [known.get(module) or self._new_layer(name, module) for name, module in found.items()]
-        self._placed = [layer for layer in self._placed if layer in self._layers]
         self._begin_window([layer for layer in self._layers if layer.module not in known])
         hooks = {layer.module: layer.hook for layer in self._layers}
         self._attachment = Attachment(model, hooks, drain=self._drain, after_step=self.step)
@@ -133,7 +133,11 @@ class BatchNormTracker:
         The steps of ``torch.optim`` optimizers are noticed without it.
         """
         self._drain()
-        if any(len(layer.stash) >= STASH_LIMIT for layer in self._layers):
+        full = False
+        for layer in self._layers:
+            layer.calls_in_step = 0
+            full |= len(layer.stash) >= STASH_LIMIT
+        if full:
             self.flush()
 
     @contextmanager
@@ -160,41 +164,34 @@ class BatchNormTracker:
         for layer in waiting:
             layer.stash = []
 
+    def close(self) -> Report:
+        """End the window and report it. What is called until :meth:`reset` does not count.
+
+        If something else writes running statistics in between, this is noticed when the next window begins.
+        """
+        if self._closed is None:
+            self._closed = self._assess(ends=True)
+            self._gate.paused += 1
+        return self._closed
+
     @torch.inference_mode(False)
     def reset(self) -> None:
-        """End the window and begin another.
+        """End the window, if that has not been done, and begin another.
 
         What this one has shown decides how the next one looks. If the absolute mean exceeded 100 times sqrt(var + eps)
         in any channel of a layer (10 times if its inputs had one position a sample or were in channels-last format),
         its moments are taken by a pass. If its buffers were updated u times a call (activation checkpointing), its
         momentum is taken to be that of u updates.
         """
-        self.flush()
+        self.close()
         for window in self._windows.values():
-            population = window.population()
-            for layer in self._placed:
-                if layer.window is window and layer.num_calls:
-                    channels = window.channels(layer.index)
-                    ratio = population.mean[channels].abs() / (population.var[channels] + layer.module.eps).sqrt()
-                    limit = _MAX_RATIO_SERIAL if layer.serial else _MAX_RATIO
-                    layer.hook.by_pass = self._always_pass or bool((ratio > limit).any())
             window.reset()
-        for layer, tracked in zip(self._layers, num_batches_tracked(self._layers), strict=True):
-            updates = layer.updates_of_a_call(tracked)
-            layer.updates_per_call = int(updates) if updates >= 1 and updates.is_integer() else 1
         self._begin_window(self._layers)
+        self._reopen()
 
     def report(self) -> Report:
         """Where the running statistics stand against what the layers have received in this window, on this rank."""
-        self.flush()
-        populations = {device: window.population() for device, window in self._windows.items()}
-        layers = self._placed + [layer for layer in self._layers if layer.window is None]
-        running = running_stats(layers)
-        tracked = num_batches_tracked(layers)
-        return Report(
-            _layer_report(layer, populations, stats, updates)
-            for layer, stats, updates in zip(layers, running, tracked, strict=True)
-        )
+        return self._assess() if self._closed is None else self._closed
 
     def state_dict(self) -> dict[str, Any]:
         """The window so far, as one CPU tensor and primitives: for a checkpoint in mid-window."""
@@ -202,19 +199,21 @@ class BatchNormTracker:
             return dict(self._pending)
         self.flush()
         channels = {device: window.channel_state() for device, window in self._windows.items()}
-        parts, layers = [torch.empty(*Window.CHANNEL_SHAPE, 0, dtype=torch.float64, device="cpu")], []
-        for layer in self._placed:
+        parts, layers = [torch.empty(Window.CHANNEL_ROWS + _BUFFER_ROWS, 0, dtype=torch.float64, device="cpu")], []
+        present = set(self._layers)
+        for layer in (layer for layer in self._placed if layer in present):
             assert layer.window is not None
-            parts.append(channels[layer.window.device][..., layer.window.channels(layer.index)])
-            layers.append(
-                {
-                    "name": layer.name,
-                    "width": layer.window.widths[layer.index],
-                    **layer.window.layer_state(layer.index),
-                    **layer.state(),
-                }
-            )
-        return {"version": _STATE_VERSION, "channels": torch.cat(parts, dim=-1), "layers": layers}
+            width = layer.window.widths[layer.index]
+            own = channels[layer.window.device][:, layer.window.channels(layer.index)]
+            parts.append(torch.cat([own, layer.buffer_state(width)]))
+            state = {**layer.window.layer_state(layer.index), **layer.state()}
+            layers.append({"name": layer.name, "width": width, **state})
+        return {
+            "version": _STATE_VERSION,
+            "closed": self._closed is not None,
+            "channels": torch.cat(parts, dim=-1),
+            "layers": layers,
+        }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on with a saved window in the place of the present one; before :meth:`attach`, as soon as that is called.
@@ -235,22 +234,36 @@ class BatchNormTracker:
         else:
             self._pending = state_dict
 
+    @torch.inference_mode(False)
+    def _assess(self, ends: bool = False) -> Report:
+        self.flush()
+        layers = self._placed + [layer for layer in self._layers if layer.window is None]
+        assessment = assess(layers, self._windows, reported=set(self._layers))
+        if ends:
+            end_windows(assessment, self._always_pass)
+        return assessment.report
+
+    def _reopen(self) -> None:
+        if self._closed is not None:
+            self._closed = None
+            self._gate.paused -= 1
+
     def _new_layer(self, name: str, module: _BatchNorm) -> TrackedLayer:
         layer = TrackedLayer(name, module, self._gate, self.flush)
         layer.hook.by_pass = self._always_pass
         return layer
 
     def _begin_window(self, layers: list[TrackedLayer]) -> None:
-        for layer, tracked in zip(layers, num_batches_tracked(layers), strict=True):
-            layer.begin_window(tracked)
+        for layer, buffers, tracked in zip(layers, running_stats(layers), num_batches_tracked(layers), strict=True):
+            layer.begin_window(buffers, tracked)
 
     def _drain(self) -> None:
         """Take what compiled graphs have left behind."""
         for layer in self._layers:
             if layer.hook.traced:
                 traced, layer.hook.traced = layer.hook.traced, ()
-                for moments, updating in traced if not self._gate.paused else ():
-                    layer.receive(layer.module, _own(moments) if moments.num_samples else None, updating)
+                for moments, training, updating in traced if not self._gate.paused else ():
+                    layer.receive(layer.module, _own(moments) if moments.num_samples else None, training, updating)
 
     def _place(self, layers: list[TrackedLayer]) -> None:
         """Give layers that were called for the first time their place in the flat channel space of their device."""
@@ -271,6 +284,7 @@ class BatchNormTracker:
     @torch.inference_mode(False)
     def _restore(self, state: Mapping[str, Any]) -> None:
         self._windows, self._placed = {}, []
+        self._reopen()
         for layer in self._layers:
             layer.forget()
         self._begin_window(self._layers)
@@ -279,7 +293,7 @@ class BatchNormTracker:
         start, unknown, restored = 0, [], []
         for saved in state["layers"]:
             name, width = saved["name"], saved["width"]
-            channels = state["channels"][..., start : start + width]
+            channels = state["channels"][:, start : start + width]
             start += width
             if name in by_name and by_name[name].module.num_features in (0, width):  # 0: lazy, and not called yet
                 layer = by_name[name]
@@ -291,8 +305,11 @@ class BatchNormTracker:
             self._place_on(device, layers)
         for layer, channels, saved in restored:
             assert layer.window is not None
-            layer.window.restore(layer.index, channels, saved)
-            layer.restore(saved)
+            layer.window.restore(layer.index, channels[:-_BUFFER_ROWS], saved)
+            layer.restore(saved, channels[-_BUFFER_ROWS:])
+        if state["closed"]:
+            self._closed = self._assess()
+            self._gate.paused += 1
         if unknown:
             warnings.warn(
                 "The saved BatchNorm statistics of these layers are left out, because the model has none of that name "
@@ -323,39 +340,6 @@ def _own(moments: BatchMoments) -> BatchMoments:
         return moments
     mean, spread = torch.stack([moments.mean, moments.spread])
     return moments._replace(mean=mean, spread=spread)
-
-
-def _layer_report(
-    layer: TrackedLayer, populations: Mapping[torch.device, Population], running: Sequence[Tensor], num_tracked: int
-) -> LayerReport:
-    module = layer.module
-    if layer.window is None:
-        count, mean, var = 0, *torch.full((2, module.num_features), torch.nan, dtype=torch.float64, device="cpu")
-    else:
-        population, channels = populations[layer.window.device], layer.window.channels(layer.index)
-        count = int(population.num_samples[layer.index])
-        mean, var = population.mean[channels], population.var[channels]
-    missing = torch.full_like(mean, torch.nan)
-    updates = layer.updates_of_a_call(num_tracked)
-    return LayerReport(
-        name=layer.name,
-        type=type(module).__name__,
-        num_features=len(mean),
-        eps=module.eps,
-        momentum=module.momentum,
-        num_batches=layer.num_calls,
-        num_samples=count,
-        population_mean=mean,
-        population_var=var,
-        running_mean=running[0] if running else missing,
-        running_var=running[1] if running else missing,
-        has_running_stats=bool(running),
-        counters={
-            **{f"calls_{path}": float(layer.calls[path]) for path in PATHS},
-            "calls_skipped": float(layer.hook.skipped),
-            **({} if math.isnan(updates) else {"updates_per_call": updates}),
-        },
-    )
 
 
 def _device_of(module: nn.Module) -> torch.device:

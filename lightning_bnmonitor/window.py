@@ -21,17 +21,16 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_bnmonitor.moments import merge_moments
+from lightning_bnmonitor.segments import FloatArray
 
 MAX_BLOCKS = 16
 _ASIDE = MAX_BLOCKS  # the row of batches that updated no buffer
 _ROWS = MAX_BLOCKS + 1
-_K, _N, _W, _Q, _QV = range(5)  # what a block sums per layer
+_K, _N, _W, _Q, _QV, _B = range(6)  # what a block sums per layer
 _A, _S = range(2)  # what a layer keeps of its momenta
 _FRESH = (1.0, 0.0)  # A and S of a window that begins
 _MAX_CACHED_GROUPS = 64
 _VALUE, _M2 = range(2)  # what a block keeps per channel, for the mean buffer and for the variance buffer
-
-FloatArray = NDArray[np.float64]
 
 
 class Batch(NamedTuple):
@@ -47,33 +46,39 @@ class Batch(NamedTuple):
     """The layer's ``eps`` where ``spread`` is an inverse standard deviation."""
     momentum: float
     """Weight of this batch in the running statistics right after the call; 0 if it updated none."""
+    batch_size: int
+    """Samples (``x.shape[0]``), each of which has ``num_samples / batch_size`` positions."""
 
 
 class Blocks(NamedTuple):
-    """The J blocks of one layer in the order of time, float64. Per-channel fields are ``(J, C)`` CPU tensors."""
+    """The blocks of all layers in the order of time, on the host in float64.
 
+    There are 16 for every layer; those that a window is too short for come last and are 0 throughout. What is kept per
+    channel is flat over all layers' channels, for the means at index 0 of the axis of 2, for the variances at index 1.
+    """
+
+    widths: NDArray[np.int64]
+    """Channels of each layer, ``(layers,)``."""
     num_batches: FloatArray
-    """K: batches in each block, ``(J,)``."""
+    """K: batches in each block, ``(layers, 16)``."""
     num_samples: FloatArray
-    """n: values per channel, ``(J,)``."""
+    """n: values per channel, ``(layers, 16)``."""
+    batch_size: FloatArray
+    """Samples, ``(layers, 16)``: the sum over the batches."""
     weight: FloatArray
-    """W: the sum of the weights that the batches have in the running statistics now, ``(J,)``."""
-    noise_mean: FloatArray
-    """Q: the sum of squared weights over n of each batch, ``(J,)``."""
-    noise_var: FloatArray
-    """Qv: the sum of squared weights over n - 1 of each batch, ``(J,)``."""
-    mean: Tensor
-    """b: mean of the batch means, weighted by n."""
-    mean_m2: Tensor
-    """M_b: sum of n-weighted squared deviations of the batch means from it."""
-    var: Tensor
-    """v: mean of the unbiased batch variances, weighted by n - 1."""
-    var_m2: Tensor
-    """M_v: sum of (n - 1)-weighted squared deviations of the batch variances from it."""
-    decay: float
-    """A: the weight that the buffers at the window's start still have in those of now."""
-    rounding: float
-    """S: the sum of the decays that each update's float32 rounding has undergone since."""
+    """W: the sum of the weights that the batches have in the running statistics now, ``(layers, 16)``."""
+    noise: FloatArray
+    """Q: the sum of squared weights over n (mean) and over n - 1 (variance) of each batch, ``(2, layers, 16)``."""
+    value: FloatArray
+    """Mean of the batch means, weighted by n, and of the unbiased batch variances, by n - 1, ``(16, 2, channels)``."""
+    m2: FloatArray
+    """The weighted sum of their squared deviations from it, ``(16, 2, channels)``."""
+    decay: FloatArray
+    """A: the weight that the buffers at the window's start still have in those of now, ``(layers,)``."""
+    rounding: FloatArray
+    """S: the sum of the decays that each update's float32 rounding has undergone since, ``(layers,)``."""
+    first_bad: FloatArray
+    """The first call in the window with a value that is not finite, counted from 1, ``(channels,)``; inf if none."""
 
 
 class Population(NamedTuple):
@@ -87,7 +92,7 @@ class Population(NamedTuple):
     """Unbiased variance, NaN in layers that saw fewer than two values."""
 
 
-_Calls = tuple[int, list[Batch]]  # a layer's index and its batches
+_Calls = tuple[int, list[tuple[int, Batch]]]  # a layer's index, and its batches with their number in the window
 
 
 def block_size(num_batches: int) -> int:
@@ -98,6 +103,42 @@ def block_size(num_batches: int) -> int:
     return size
 
 
+def paired(blocks: Blocks) -> Blocks:
+    """Blocks of single batches merged in pairs, so that there is a variance within."""
+    single = (blocks.num_batches.max(axis=1, initial=0) == 1).nonzero()[0]
+    if not len(single):
+        return blocks
+    ends = np.cumsum(blocks.widths)
+    weights = np.stack([blocks.num_samples, blocks.num_samples - blocks.num_batches]).transpose(1, 2, 0)  # (L, 16, 2)
+    one, other = weights[single, 0::2, :, None], weights[single, 1::2, :, None]
+    share = np.divide(other, one + other, out=np.zeros_like(one), where=other > 0)
+    everything = len(single) == len(ends)
+    value, m2 = (np.zeros_like(part) if everything else part.copy() for part in (blocks.value, blocks.m2))
+    for index, layer in enumerate(single):
+        own = slice(ends[layer] - blocks.widths[layer], ends[layer])
+        single_batches = blocks.value[..., own]
+        step = np.where(share[index] > 0, single_batches[1::2] - single_batches[0::2], 0)
+        value[..., own] = m2[..., own] = 0
+        value[: MAX_BLOCKS // 2, :, own] = single_batches[0::2] + step * share[index]
+        m2[: MAX_BLOCKS // 2, :, own] = step**2 * (share[index] * one[index])
+
+    def halved(scalars: FloatArray) -> FloatArray:
+        scalars = scalars.copy()
+        scalars[..., single, : MAX_BLOCKS // 2] = scalars[..., single, 0::2] + scalars[..., single, 1::2]
+        scalars[..., single, MAX_BLOCKS // 2 :] = 0
+        return scalars
+
+    return blocks._replace(
+        num_batches=halved(blocks.num_batches),
+        num_samples=halved(blocks.num_samples),
+        batch_size=halved(blocks.batch_size),
+        weight=halved(blocks.weight),
+        noise=halved(blocks.noise),
+        value=value,
+        m2=m2,
+    )
+
+
 class Window:
     """Blocks of all layers on one device.
 
@@ -106,13 +147,15 @@ class Window:
     """
 
     CHANNEL_SHAPE: ClassVar[tuple[int, ...]] = (2, _ROWS, 2)  # value and M2; of each row; of mean and variance
+    CHANNEL_ROWS: ClassVar[int] = 2 * _ROWS * 2 + 1  # all of these, and the first call that was not finite
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self.widths: list[int] = []
         self._starts = [0]
         self._channels = torch.zeros(*self.CHANNEL_SHAPE, 0, dtype=torch.float64, device=device)
-        self._scalars: FloatArray = np.zeros((0, _ROWS, 5))
+        self._first_bad = torch.zeros(0, dtype=torch.float64, device=device)
+        self._scalars: FloatArray = np.zeros((0, _ROWS, 6))
         self._momenta: FloatArray = np.zeros((0, 2))
         self._columns: dict[tuple[int, ...], tuple[Tensor | None, Tensor]] = {}
 
@@ -123,7 +166,8 @@ class Window:
             self.widths.append(width)
             self._starts.append(self._starts[-1] + width)
         self._channels = torch.cat([self._channels, self._channels.new_zeros(*self.CHANNEL_SHAPE, sum(widths))], dim=-1)
-        self._scalars = np.concatenate([self._scalars, np.zeros((len(widths), _ROWS, 5))])
+        self._first_bad = torch.cat([self._first_bad, self._first_bad.new_full((sum(widths),), torch.inf)])
+        self._scalars = np.concatenate([self._scalars, np.zeros((len(widths), _ROWS, 6))])
         self._momenta = np.concatenate([self._momenta, np.tile(_FRESH, (len(widths), 1))])
         self._columns.clear()
         return range(first, len(self.widths))
@@ -135,6 +179,7 @@ class Window:
     def reset(self) -> None:
         """Forget all batches, keep the layers."""
         self._channels = torch.zeros_like(self._channels)
+        self._first_bad = torch.full_like(self._first_bad, torch.inf)
         self._scalars[:] = 0
         self._momenta[:] = _FRESH
 
@@ -150,13 +195,14 @@ class Window:
         """
         profiled: dict[tuple[int, int], list[_Calls]] = defaultdict(list)
         aside: dict[int, list[_Calls]] = defaultdict(list)
-        history = self._scalars[:, :MAX_BLOCKS, _K].sum(axis=1)
+        history, counted = self._scalars[:, :MAX_BLOCKS, _K].sum(axis=1), self._scalars[..., _K].sum(axis=1)
         for layer in sorted(batches):
-            updating = [batch for batch in batches[layer] if batch.momentum]
+            calls = list(enumerate(batches[layer], start=int(counted[layer]) + 1))
+            updating = [call for call in calls if call[1].momentum]
             if updating:
                 profiled[int(history[layer]), len(updating)].append((layer, updating))
-            if len(updating) < len(batches[layer]):
-                other = [batch for batch in batches[layer] if not batch.momentum]
+            if len(updating) < len(calls):
+                other = [call for call in calls if not call[1].momentum]
                 aside[len(other)].append((layer, other))
         for (before, added), group in profiled.items():
             size, old_size = block_size(before + added), block_size(before)
@@ -172,41 +218,42 @@ class Window:
     def population(self) -> Population:
         """Exact moments over all batches of the window, whether they updated the running statistics or not."""
         _, layer_of = self._columns_of(tuple(range(len(self.widths))))
-        count = self._scalars[:, :, _N]
-        table = np.concatenate([count, count - self._scalars[:, :, _K]], axis=1).T
-        n, g = torch.split(self._to_device(table).index_select(1, layer_of), _ROWS)
-        within = g * self._channels[_VALUE, :, 1]
-        everything = torch.ones(1, _ROWS, dtype=torch.float64, device=self.device)
-        total, mean, m2 = merge_moments(n, self._channels[_VALUE, :, 0], self._channels[_M2, :, 0] + within, everything)
+        used = np.flatnonzero(self._scalars[:, :, _K].any(axis=0))
+        num_rows = int(used[-1]) + 1 if len(used) else 1
+        scalars, channels = self._scalars[:, :num_rows], self._channels[:, :num_rows]
+        count = scalars[..., _N]
+        table = np.concatenate([count, count - scalars[..., _K]], axis=1).T
+        n, g = torch.split(self._to_device(table).index_select(1, layer_of), num_rows)
+        within = g * channels[_VALUE, :, 1]
+        everything = torch.ones(1, num_rows, dtype=torch.float64, device=self.device)
+        total, mean, m2 = merge_moments(n, channels[_VALUE, :, 0], channels[_M2, :, 0] + within, everything)
         finite, missing = torch.isfinite(mean) & torch.isfinite(m2), torch.full_like(mean, torch.nan)
         mean = torch.where(finite & (total > 0), mean, missing)
         var = torch.where(finite & (total > 1), m2 / (total - 1), missing)
         mean, var = torch.cat([mean, var]).cpu()
         return Population(count.sum(axis=1), mean, var)
 
-    def blocks(self, layer: int) -> Blocks:
-        """The profile of one layer: what its batches that updated the running statistics look like, block by block."""
-        scalars = self._scalars[layer, :MAX_BLOCKS]
-        scalars = scalars[scalars[:, _K] > 0]
-        channels = self._channels[:, : len(scalars), :, self.channels(layer)].cpu().clone()
-        num_batches, num_samples, weight, noise_mean, noise_var = scalars.T.copy()
+    def blocks(self) -> Blocks:
+        """The batches that updated the running statistics, block by block. On the CPU, valid until the next update."""
+        scalars = self._scalars[:, :MAX_BLOCKS].copy()
+        channels = self._channels[:, :MAX_BLOCKS].cpu().numpy()
         return Blocks(
-            num_batches=num_batches,
-            num_samples=num_samples,
-            weight=weight,
-            noise_mean=noise_mean,
-            noise_var=noise_var,
-            mean=channels[_VALUE, :, 0],
-            mean_m2=channels[_M2, :, 0],
-            var=channels[_VALUE, :, 1],
-            var_m2=channels[_M2, :, 1],
-            decay=float(self._momenta[layer, _A]),
-            rounding=float(self._momenta[layer, _S]),
+            widths=np.array(self.widths, dtype=np.int64),
+            num_batches=scalars[..., _K],
+            num_samples=scalars[..., _N],
+            batch_size=scalars[..., _B],
+            weight=scalars[..., _W],
+            noise=np.stack([scalars[..., _Q], scalars[..., _QV]]),
+            value=channels[_VALUE],
+            m2=channels[_M2],
+            decay=self._momenta[:, _A].copy(),
+            rounding=self._momenta[:, _S].copy(),
+            first_bad=self._first_bad.cpu().numpy(),
         )
 
     def channel_state(self) -> Tensor:
-        """A CPU copy of what is kept per channel, ``(2, 17, 2, channels)``: see :meth:`restore`."""
-        return self._channels.cpu().clone()
+        """A CPU copy of what is kept per channel, ``(CHANNEL_ROWS, channels)``: see :meth:`restore`."""
+        return torch.cat([self._channels.flatten(0, 2), self._first_bad[None]]).cpu()
 
     def layer_state(self, layer: int) -> dict[str, list[Any]]:
         """What is kept per layer, in primitives: see :meth:`restore`."""
@@ -214,7 +261,9 @@ class Window:
 
     def restore(self, layer: int, channels: Tensor, state: Mapping[str, Any]) -> None:
         """Give a layer the state that another window had for it: its channels' part and its own."""
-        self._channels[..., self.channels(layer)] = channels.to(self.device)
+        own = self.channels(layer)
+        self._channels[..., own] = channels[:-1].view(*self.CHANNEL_SHAPE, -1).to(self.device)
+        self._first_bad[own] = channels[-1].to(self.device)
         self._scalars[layer] = state["scalars"]
         self._momenta[layer] = state["momenta"]
 
@@ -232,17 +281,20 @@ class Window:
         num_parts, num_added, width = len(union), len(group[0][1]), len(layer_of)
 
         expanded = self._to_device(table).index_select(1, layer_of)
-        weight, bessel, eps = torch.split(expanded, [2 * num_parts, num_added, num_added])
+        weight, bessel, eps, number = torch.split(expanded, [2 * num_parts, num_added, num_added, num_added])
         stashed = [
             tensor if tensor.device == self.device else tensor.to(self.device)
             for t in range(num_added)
             for field in ("mean", "spread")
             for _, batches in group
-            for tensor in (getattr(batches[t], field),)
+            for tensor in (getattr(batches[t][1], field),)
         ]
         added = torch.cat(stashed).to(torch.float64).view(num_added, 2, width)
         mean, spread = added.unbind(1)
         var = torch.where(torch.isnan(eps), spread, spread.pow(-2) - eps).clamp_min(0) * bessel
+
+        nothing = (mean + var) * 0  # or NaN
+        first_bad = torch.where(nothing == 0, torch.inf, number).amin(dim=0)
 
         rows = self._channels[:, old] if columns is None else self._channels[:, old].index_select(3, columns)
         value = torch.cat([rows[_VALUE], torch.stack([mean, var], dim=1)])
@@ -255,29 +307,37 @@ class Window:
             merged, new = torch.cat([merged, freed], dim=1), slice(new.start, old.stop)
         if columns is None:
             self._channels[:, new] = merged
+            self._first_bad = torch.minimum(self._first_bad, first_bad)
         else:
             self._channels[:, new].index_copy_(3, columns, merged)
+            self._first_bad[columns] = torch.minimum(self._first_bad[columns], first_bad)
 
     def _merge_scalars(self, group: list[_Calls], old: slice, new: slice, members: FloatArray) -> FloatArray:
         """The same for what is kept per layer, on the host.
 
-        Returns a table of what the merge of the channels needs, ``(2P + 2k, layers)``: the weights n and n - K of each
-        part, then n / (n - 1) and eps of each of the k batches.
+        Returns a table of what the merge of the channels needs, ``(2P + 3k, layers)``: the weights n and n - K of each
+        part, then n / (n - 1), eps and the number in the window of each of the k batches.
         """
         layers = [layer for layer, _ in group]
-        added = [[(b.num_samples, b.momentum, np.nan if b.eps is None else b.eps) for b in calls] for _, calls in group]
-        count, momentum, eps = np.array(added, dtype=float).transpose(2, 1, 0)  # (k, layers) each
+        added = [
+            [
+                (b.num_samples, b.momentum, np.nan if b.eps is None else b.eps, b.batch_size, number)
+                for number, b in calls
+            ]
+            for _, calls in group
+        ]
+        count, momentum, eps, batch_size, number = np.array(added, dtype=float).transpose(2, 1, 0)  # (k, layers) each
         since = np.cumprod(1 - momentum[::-1], axis=0)[::-1]  # what remains at the end of what stood before each batch
         remains, after = since[0], np.concatenate([since[1:], np.ones_like(since[:1])])
         weight, dof = momentum * after, np.maximum(count - 1, 1)
 
-        parts = np.empty((members.shape[1], len(layers), 5))
-        decay = np.ones((len(layers), 1, 5))
+        parts = np.empty((members.shape[1], len(layers), 6))
+        decay = np.ones((len(layers), 1, 6))
         decay[..., _W], decay[..., _Q], decay[..., _QV] = remains[:, None], remains[:, None] ** 2, remains[:, None] ** 2
         self._scalars[layers, : old.stop] *= decay
         parts[: old.stop - old.start] = self._scalars[layers, old].transpose(1, 0, 2)
         batch = parts[old.stop - old.start :]
-        batch[..., _K], batch[..., _N], batch[..., _W] = 1, count, weight
+        batch[..., _K], batch[..., _N], batch[..., _W], batch[..., _B] = 1, count, weight, batch_size
         batch[..., _Q], batch[..., _QV] = weight**2 / count, weight**2 / dof
 
         self._scalars[layers, old] = 0
@@ -285,7 +345,7 @@ class Window:
         self._momenta[layers, _A] *= remains
         self._momenta[layers, _S] = self._momenta[layers, _S] * remains + (after * (momentum > 0)).sum(axis=0)
         weights = np.stack([parts[..., _N], parts[..., _N] - parts[..., _K]], axis=1)
-        return np.concatenate([weights.reshape(-1, len(layers)), count / dof, eps])
+        return np.concatenate([weights.reshape(-1, len(layers)), count / dof, eps, number])
 
     def _columns_of(self, layers: tuple[int, ...]) -> tuple[Tensor | None, Tensor]:
         """The flat columns of some layers (None: all of them), and for each of these which of the layers it is of."""

@@ -3,10 +3,16 @@
 import copy
 import csv
 import math
+import os
 import pickle
 import random
+import re
 import signal
+import socket
 import statistics
+import subprocess
+import sys
+import warnings
 from collections import OrderedDict, defaultdict
 from itertools import pairwise
 from pathlib import Path
@@ -17,6 +23,7 @@ import numpy as np
 import pytest
 import pytorch_lightning
 import torch
+from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
@@ -25,19 +32,24 @@ from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils.data import DataLoader, Dataset, IterableDataset, TensorDataset
 
-from lightning_bnmonitor import BatchNormMonitor, Report
+from lightning_bnmonitor import BatchNormMonitor, Report, UnhealthyBatchNormError
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
     pytest.mark.filterwarnings("ignore::pytorch_lightning.utilities.warnings.PossibleUserWarning"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory"),
+    pytest.mark.filterwarnings("ignore:BatchNorm layers need attention"),
 ]
 
 LAYERS = ("body.wide", "body.narrow")
-SUMMARY = ("eval_error_max", "eval_error_p90", "eval_error_median", "act_rmse_max", "mean_shift_max")
+SUMMARY = (
+    *("eval_error_max", "eval_error_p90", "eval_error_median", "act_rmse_max", "mean_shift_max"),
+    "unhealthy_layers",
+)
 PER_LAYER = ("eval_error", "act_rmse", "mean_shift", "log_var_ratio")
 SUMMARY_TAGS = {f"bn/{name}" for name in SUMMARY}
 LAYER_TAGS = {f"bn.{name}/{layer}" for name in PER_LAYER for layer in LAYERS}
+JUDGED = "bn/unhealthy_layers"  # the one that rests on verdicts, which are tested elsewhere
 BATCHES = 6  # training batches in an epoch, unless limited
 BATCH_SIZE = 8
 
@@ -120,8 +132,15 @@ class Stream(IterableDataset):
 # -------------------------------------------------------------------------------------------- the independent reference
 
 
+class Call(NamedTuple):
+    values: np.ndarray
+    """What a layer received, (C, values) float64."""
+    updates: bool
+    """Whether that changed its running statistics."""
+
+
 class Batch(NamedTuple):
-    inputs: dict[str, list[torch.Tensor]]
+    calls: dict[str, list[Call]]
     buffers: dict[str, tuple[np.ndarray, np.ndarray]]
 
 
@@ -130,7 +149,7 @@ class Recorder(Callback):
 
     def __init__(self) -> None:
         self.batches: list[Batch] = []
-        self.inputs: dict[str, list[torch.Tensor]] | None = None
+        self.calls: dict[str, list[Call]] | None = None
         self.handles = []
 
     def on_fit_start(self, trainer, pl_module):
@@ -139,11 +158,13 @@ class Recorder(Callback):
             self.handles.append(layer.register_forward_pre_hook(lambda _, args, name=name: self.store(name, args[0])))
 
     def store(self, name, x):
-        if self.inputs is not None:
-            self.inputs[name].append(x.detach().clone())
+        if self.calls is not None:
+            values = np.moveaxis(x.detach().double().numpy(), 1, 0).reshape(x.shape[1], -1)
+            layer = self.layers[name]
+            self.calls[name].append(Call(values, layer.training and layer.running_mean is not None))
 
     def on_train_batch_start(self, trainer, pl_module, batch, batch_idx):
-        self.inputs = defaultdict(list)
+        self.calls = defaultdict(list)
 
     def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
         buffers = {
@@ -151,20 +172,23 @@ class Recorder(Callback):
             for name, layer in self.layers.items()
             if layer.running_mean is not None
         }
-        self.batches.append(Batch(self.inputs, buffers))
-        self.inputs = None
+        self.batches.append(Batch(self.calls, buffers))
+        self.calls = None
 
     def on_train_epoch_end(self, trainer, pl_module):
-        self.inputs = None
+        self.calls = None
 
     def teardown(self, trainer, pl_module, stage):
         for handle in self.handles:
             handle.remove()
 
+    def calls_in(self, window: tuple[int, int], layer: str) -> list[Call]:
+        """A layer's calls in the training batches from the first to before the last."""
+        return [call for batch in self.batches[slice(*window)] for call in batch.calls[layer]]
+
     def population(self, window: tuple[int, int], layer: str) -> np.ndarray:
-        """What a layer received in the training batches from the first to before the last, (C, values) float64."""
-        calls = [x for batch in self.batches[slice(*window)] for x in batch.inputs[layer]]
-        return np.concatenate([np.moveaxis(x.double().numpy(), 1, 0).reshape(x.shape[1], -1) for x in calls], axis=1)
+        """What a layer received in them, (C, values) float64."""
+        return np.concatenate([call.values for call in self.calls_in(window, layer)], axis=1)
 
     def layer_values(self, window: tuple[int, int], layer: str) -> dict[str, float]:
         """The four numbers of a layer, from every value by itself."""
@@ -175,15 +199,18 @@ class Recorder(Callback):
         in_eval = (x - running_mean[:, None]) / running_std[:, None]
         error = in_eval - (x - mean[:, None]) / std[:, None]
         mean_square = error.var(axis=1, ddof=1) + error.mean(axis=1) ** 2
+        now_mean, now_var = moments_now(self.calls_in(window, layer), eps)
+        gain = 1 / running_std - 1 / np.sqrt(now_var + eps)
+        mean_square_now = gain**2 * now_var + ((running_mean - now_mean) / running_std) ** 2
         return {
-            "eval_error": math.sqrt(mean_square.mean()),
+            "eval_error": math.sqrt(mean_square_now.mean()),
             "act_rmse": math.sqrt(mean_square.mean()),
             "mean_shift": math.sqrt((((running_mean - mean) / std) ** 2).mean()),
             "log_var_ratio": float(np.abs(2 * np.log(running_std / std)).mean()),
         }
 
     def expected(self, window: tuple[int, int], layers=LAYERS) -> dict[str, float]:
-        """All that is to be logged for a window."""
+        """All that is to be logged for a window, but :data:`JUDGED`."""
         values = {layer: self.layer_values(window, layer) for layer in layers}
         errors = sorted(value["eval_error"] for value in values.values())
         summary = {
@@ -196,6 +223,53 @@ class Recorder(Callback):
         return summary | {
             f"bn.{name}/{layer}": value for layer, metrics in values.items() for name, value in metrics.items()
         }
+
+
+def moments_now(calls: list[Call], eps: float) -> tuple[np.ndarray, np.ndarray]:
+    """Mean and unbiased variance at the end of a window of up to 32 updates, (C,) each, from the definition.
+
+    The last eighth of the calls that updated the buffers, in whole pairs, is extrapolated to the window's end as far as
+    the last three eighths agree on a direction. With fewer than two such calls: those of all values.
+    """
+    values = np.concatenate([call.values for call in calls], axis=1)
+    updates = [call.values for call in calls if call.updates]
+    assert len(updates) <= 32  # more: longer blocks than pairs
+    if len(updates) < 2:
+        return values.mean(axis=1), values.var(axis=1, ddof=1)
+    values = np.concatenate(updates, axis=1)
+    pairs = [updates[i : i + 2] for i in range(0, len(updates), 2)]
+    runs, target = [], len(updates) / 8
+    while pairs and len(runs) < 3:
+        lengths = [sum(map(len, pairs[start:])) for start in range(len(pairs))]  # the longer first
+        start = int(np.argmin([abs(length - target) for length in lengths]))
+        runs.append([x for pair in pairs[start:] for x in pair])
+        pairs, target = pairs[:start], len(runs[0])
+
+    def averages(run):
+        """Mean of a run's values, and the average of the unbiased variances of its calls."""
+        sizes = np.array([x.shape[1] for x in run])
+        variances = np.array([x.var(axis=1, ddof=1) for x in run])
+        return np.stack([np.concatenate(run, axis=1).mean(axis=1), np.average(variances, axis=0, weights=sizes - 1)])
+
+    a, *rest = map(averages, runs)
+    now = a.copy()
+    if len(rest) == 2:
+        b, c = rest
+        scaled = values.var(axis=1, ddof=1) + eps
+        unit = np.stack([np.sqrt(scaled), 2 * scaled])
+        first, second, third = map(len, runs)
+        for f in range(2):
+            late, early, k = ((a - b) / unit)[f], ((b - c) / unit)[f], (second + third) / (first + second)
+            trust = np.clip(k * (late @ early) / max(k**2 * (late @ late), early @ early), 0, 1)
+            now[f] += trust * first / (first + second) * (a - b)[f]
+
+    between = sum(
+        x.shape[1] * (x.mean(axis=1) - np.concatenate(pair, axis=1).mean(axis=1)) ** 2
+        for pair in (updates[i : i + 2] for i in range(0, len(updates), 2))
+        for x in pair
+    ) / (len(updates) // 2)
+    share = (len(updates) - 1) / (values.shape[1] - 1)
+    return now[0], np.maximum(now[1] + share * (between - now[1]), 0)
 
 
 def close(value):
@@ -277,6 +351,7 @@ def test_event_file_has_one_point_a_window_of_each_documented_tag_with_exact_val
     assert epoch_end_steps == steps_of(scalars["val_loss"]) == [5, 11, 17]
     for tag in SUMMARY_TAGS | LAYER_TAGS:
         assert steps_of(scalars[tag]) == epoch_end_steps, tag
+    for tag in SUMMARY_TAGS - {JUDGED} | LAYER_TAGS:
         expected = [recorder.expected((start, start + BATCHES))[tag] for start in (0, 6, 12)]
         assert all(math.isfinite(value) for _, value in scalars[tag])
         assert [value for _, value in scalars[tag]] == close(expected), tag
@@ -302,11 +377,13 @@ def test_log_var_ratio_of_a_layer_is_a_mean_of_magnitudes(tmp_path):
 def test_metrics_reach_every_logger_there_is(tmp_path, logger):
     tensorboard, in_csv = TensorBoardLogger(tmp_path / "tb"), CSVLogger(tmp_path / "csv")
     loggers = {"none": False, "csv": in_csv, "tensorboard": tensorboard, "both": [tensorboard, in_csv]}[logger]
-    recorder = Recorder()
-    trainer = trainer_for(tmp_path, recorder, BatchNormMonitor(), max_epochs=2, logger=loggers)
+    recorder, monitor, judgements = Recorder(), BatchNormMonitor(), []
+    judge = OnTrainBatchEnd(lambda count: judgements.append(len(monitor.report().unhealthy)) if count % 6 == 0 else 0)
+    trainer = trainer_for(tmp_path, recorder, monitor, judge, max_epochs=2, logger=loggers)
     trainer.fit(Net(), train_data(), val_data())
     windows = [recorder.expected((0, 6)), recorder.expected((6, 12))]
     expected = {tag: [(5, close(windows[0][tag])), (11, close(windows[1][tag]))] for tag in windows[0]}
+    expected[JUDGED] = list(zip([5, 11], judgements, strict=True))
     if logger in ("tensorboard", "both"):
         scalars = events(tmp_path / "tb")
         assert {tag: scalars[tag] for tag in ours(scalars)} == expected
@@ -317,6 +394,7 @@ def test_metrics_reach_every_logger_there_is(tmp_path, logger):
     if logger == "none":
         assert not list(tmp_path.iterdir())
     ours_in_callback_metrics = {name: value for name, value in trainer.callback_metrics.items() if "bn" in name}
+    windows[1][JUDGED] = judgements[1]
     assert ours_in_callback_metrics == {tag: close(windows[1][tag]) for tag in SUMMARY_TAGS}
 
 
@@ -366,7 +444,10 @@ def test_include_and_exclude_choose_layers_by_pattern(tmp_path, arguments, monit
     assert list(monitor.report()) == monitored
     expected = recorder.expected((0, BATCHES), layers=monitored)
     scalars = events(tmp_path)
-    assert {tag: scalars[tag] for tag in ours(scalars)} == {tag: [(5, close(value))] for tag, value in expected.items()}
+    assert {tag: scalars[tag] for tag in ours(scalars) - {JUDGED}} == {
+        tag: [(5, close(value))] for tag, value in expected.items()
+    }
+    assert JUDGED in scalars
 
 
 # -------------------------------------------------------------------------------------------------------------- windows
@@ -532,7 +613,8 @@ def check_windows(tmp_path, model, data, monitor, options, windows, steps):
     assert ours(scalars) == SUMMARY_TAGS | LAYER_TAGS
     expected = [recorder.expected(window) for window in windows]
     for tag in ours(scalars):
-        assert [value for _, value in scalars[tag]] == close([window[tag] for window in expected]), tag
+        if tag != JUDGED:
+            assert [value for _, value in scalars[tag]] == close([window[tag] for window in expected]), tag
         if steps is not None:
             assert steps_of(scalars[tag]) == steps, tag
         if len(windows) == len(scalars["train_loss"]):  # windows of an epoch: where Lightning puts its own values
@@ -584,9 +666,10 @@ def check_windows_of_calls(tmp_path, model, monitor):
     recorder = Recorder()
     trainer_for(tmp_path, recorder, monitor, logger=True, limit_train_batches=4).fit(model, train_data())
     scalars = events(tmp_path)
-    assert {tag: scalars[tag] for tag in ours(scalars)} == {
+    assert {tag: scalars[tag] for tag in ours(scalars) - {JUDGED}} == {
         tag: [(3, close(value))] for tag, value in recorder.expected((0, 4)).items()
     }
+    assert steps_of(scalars[JUDGED]) == [3]
     assert num_batches(monitor.report()) == dict.fromkeys(LAYERS, 8)
 
 
@@ -625,7 +708,7 @@ def test_model_checkpoint_sees_the_window_that_has_just_ended(tmp_path, argument
     }
 
 
-@pytest.mark.parametrize("tag", sorted(SUMMARY_TAGS))
+@pytest.mark.parametrize("tag", sorted(SUMMARY_TAGS - {JUDGED}))
 def test_every_summary_tag_can_be_monitored_by_model_checkpoint_with_its_defaults(tmp_path, tag):
     recorder, checkpoint = Recorder(), ModelCheckpoint(dirpath=tmp_path, monitor=tag)
     trainer_for(tmp_path, recorder, BatchNormMonitor(), checkpoint, max_epochs=3).fit(Net(), train_data(), val_data())
@@ -1139,16 +1222,18 @@ def test_a_layer_without_running_statistics_and_an_unused_one_are_reported_as_na
         assert scalars[tag][-1] == (11, close(value)), tag
 
 
-def test_a_model_whose_only_layer_has_no_running_statistics_logs_nothing(tmp_path):
+def test_a_model_whose_only_layer_has_no_running_statistics_logs_that_none_is_unhealthy_and_nothing_else(tmp_path):
     network = nn.Sequential(nn.Flatten(), nn.BatchNorm1d(6, track_running_stats=False), nn.Linear(6, 1))
     monitor, loggers = BatchNormMonitor(), [TensorBoardLogger(tmp_path), CSVLogger(tmp_path)]
     trainer = trainer_for(tmp_path, monitor, logger=loggers)
     trainer.fit(Net(network), train_data())
     assert num_batches(monitor.report()) == {"body.1": BATCHES}
-    assert ours(events(tmp_path)) == set()
-    (row,) = read_csv(tmp_path)
-    assert set(row) == {"epoch", "step", "train_loss"}
-    assert set(trainer.callback_metrics) == {"train_loss"}
+    scalars = events(tmp_path)
+    assert {tag: scalars[tag] for tag in ours(scalars)} == {JUDGED: [(5, 0.0)]}
+    rows = read_csv(tmp_path)
+    assert {key for row in rows for key, value in row.items() if value} == {"epoch", "step", "train_loss", JUDGED}
+    assert set(trainer.callback_metrics) == {"train_loss", JUDGED}
+    assert trainer.callback_metrics[JUDGED] == 0
 
 
 @pytest.mark.parametrize("poison", [math.nan, math.inf])
@@ -1165,9 +1250,332 @@ def test_a_running_statistic_that_is_not_finite_makes_the_largest_eval_error_inf
     assert scalars["bn/eval_error_max"] == [(5, math.inf)]
     assert scalars["bn.eval_error/body.wide"] == [(5, math.inf)]
     assert math.isinf(trainer.callback_metrics["bn/eval_error_max"])
+    assert trainer.callback_metrics[JUDGED] == 1
     untouched = recorder.layer_values((0, BATCHES), "body.narrow")
     assert scalars["bn.eval_error/body.narrow"] == [(5, close(untouched["eval_error"]))]
     assert all(math.isfinite(scalars[f"bn.{name}/body.wide"][0][1]) for name in ("act_rmse", "mean_shift"))
+
+
+# ----------------------------------------------------------------------------------------- when layers need attention
+
+
+class AtRest(Net):
+    """Learns nothing. One layer is healthy from the first epoch of 20 batches on, the other noisy."""
+
+    def __init__(self) -> None:
+        torch.manual_seed(0)
+        network = body()
+        del network.dropout
+        network.wide.momentum, network.narrow.momentum = 0.2, 0.9
+        super().__init__(network)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+class OnTrainEpochStart(Callback):
+    """Does something at the beginning of some epochs."""
+
+    def __init__(self, actions) -> None:
+        self.actions = actions
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        self.actions.get(trainer.current_epoch, lambda _: None)(pl_module.body)
+
+
+def poison(layer):
+    return lambda network: network.get_submodule(layer).running_mean.fill_(math.nan)
+
+
+def warned(run) -> list[str]:
+    """The warnings about layers that something gives."""
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run()
+    return [str(warning.message) for warning in caught if "BatchNorm" in str(warning.message)]
+
+
+class SideBySide(nn.Module):
+    """A noisy layer, or several of them."""
+
+    def __init__(self, num_layers: int) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.BatchNorm1d(6, momentum=0.9) for _ in range(num_layers))
+        self.out = nn.Linear(6, 1)
+
+    def forward(self, x):
+        return self.out(sum(layer(x.flatten(1)) for layer in self.layers))
+
+
+def fit(tmp_path, monitor, *callbacks, model=None, num_batches=20, **options):
+    trainer = trainer_for(tmp_path, *callbacks, monitor, **options)
+    trainer.fit(AtRest() if model is None else model, train_data(num_batches), val_data())
+    return trainer
+
+
+def test_the_number_of_layers_that_need_attention_is_logged_for_each_window(tmp_path):
+    spoil = OnTrainEpochStart({1: poison("narrow"), 2: poison("wide")})
+    trainer = fit(tmp_path, BatchNormMonitor(), spoil, max_epochs=4, logger=True)
+    assert events(tmp_path)[JUDGED] == [(19, 1.0), (39, 1.0), (59, 2.0), (79, 2.0)]
+    assert trainer.callback_metrics[JUDGED] == 2
+
+
+@pytest.mark.parametrize("arguments", [{}, {"on_unhealthy": "warn"}])
+def test_each_layer_and_verdict_is_warned_of_once_in_a_fit(tmp_path, arguments):
+    spoil = OnTrainEpochStart({2: poison("narrow"), 4: poison("wide")})
+    monitor, by_epoch = BatchNormMonitor(**arguments), []
+
+    class Count(Callback):
+        def on_train_epoch_start(self, trainer, pl_module):
+            by_epoch.append(monitor.report().summary().get("unhealthy_layers"))
+
+    messages = warned(lambda: fit(tmp_path, monitor, spoil, Count(), max_epochs=6))
+    assert by_epoch == [0, 1, 1, 1, 1, 2]  # at the end of the epochs before
+    assert [
+        [f"{layer}: {verdict}." in message for layer in LAYERS for verdict in ("noisy", "non-finite")]
+        for message in messages
+    ] == [[False, False, True, False], [False, False, False, True], [False, True, False, False]]
+    assert monitor.report()["body.wide"].explanation in messages[-1]
+    assert monitor.report()["body.wide"].remedy in messages[-1]
+
+    again = warned(lambda: fit(tmp_path, monitor, max_epochs=2))
+    assert again == messages[:1]
+
+
+def test_a_warning_comes_at_the_end_of_the_window(tmp_path):
+    seen = []
+
+    class Look(Callback):
+        def on_train_batch_end(self, trainer, pl_module, *args):
+            seen.append(len(caught))
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        warnings.filterwarnings("ignore", category=PossibleUserWarning)
+        trainer = trainer_for(tmp_path, BatchNormMonitor(every_n_train_batches=10), Look())
+        trainer.fit(AtRest(), train_data(20))
+    assert seen == [seen[0]] * 9 + [seen[0] + 1] * 11
+
+
+def test_many_layers_are_warned_of_at_once_the_first_five_with_what_to_do(tmp_path):
+    monitor = BatchNormMonitor()
+    (message,) = warned(lambda: fit(tmp_path, monitor, model=Net(SideBySide(12)), num_batches=12))
+    unhealthy = monitor.report().unhealthy
+    assert len(unhealthy) == 12
+    told = [f"{layer.explanation} {layer.remedy}" in message for layer in unhealthy]
+    assert told == [True] * 5 + [False] * 7
+    assert all(f"{layer.name} ({layer.verdict})" in message for layer in unhealthy[5:])
+    assert len(message.splitlines()) == 7
+
+
+@pytest.mark.parametrize("on_unhealthy", ["warn", "raise"])
+@pytest.mark.parametrize("window", ["healthy", "too short to tell"])
+def test_where_no_layer_needs_attention_there_is_no_warning_and_nothing_is_raised(tmp_path, window, on_unhealthy):
+    model, monitor = AtRest(), BatchNormMonitor(on_unhealthy=on_unhealthy)
+    if window == "healthy":
+        model.body.narrow.momentum = 0.05
+        torch.optim.swa_utils.update_bn(train_data(20), model)
+    num_batches = 20 if window == "healthy" else 6
+    assert warned(lambda: fit(tmp_path, monitor, model=model, num_batches=num_batches, max_epochs=2)) == []
+    verdict = "healthy" if window == "healthy" else "insufficient-data"
+    assert [layer.verdict for layer in monitor.report().values()] == [verdict] * 2
+
+
+def test_to_ignore_is_silent_and_still_counts(tmp_path):
+    monitor = BatchNormMonitor(on_unhealthy="ignore")
+    assert warned(lambda: fit(tmp_path, monitor, max_epochs=2, logger=True)) == []
+    assert events(tmp_path)[JUDGED] == [(19, 1.0), (39, 1.0)]
+    assert [layer.name for layer in monitor.report().unhealthy] == ["body.narrow"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "epoch", "num_batches", "steps"),
+    [
+        ({}, 0, 20, [19]),
+        ({}, 2, 60, [19, 39, 59]),
+        ({"every_n_epochs": 2}, 0, 40, [39]),
+        ({"every_n_train_batches": 9}, 0, 9, [8]),
+        ({"every_n_train_batches": 30}, 2, 60, [29, 59]),
+    ],
+)
+def test_to_raise_ends_the_fit_after_the_window_is_logged_and_leaves_nothing_on_the_model(
+    tmp_path, arguments, epoch, num_batches, steps
+):
+    model, recorder, monitor = AtRest(), Recorder(), BatchNormMonitor(on_unhealthy="raise", **arguments)
+    model.body.narrow.momentum, model.body.narrow.eps = 0.05, 1.0  # so that its sampling noise is small
+    validations = []
+
+    class Look(Callback):
+        def on_validation_start(self, trainer, pl_module):
+            validations.append(trainer.current_epoch)
+
+    before = hooks_of(model), optimizer_hooks()
+    spoil = OnTrainEpochStart({epoch: poison("wide")})
+    trainer = trainer_for(tmp_path, recorder, spoil, Look(), monitor, max_epochs=4, logger=True)
+    with pytest.raises(UnhealthyBatchNormError) as raised:
+        trainer.fit(model, train_data(20), val_data())
+    recorder.teardown(None, None, "fit")
+    assert (hooks_of(model), optimizer_hooks()) == before
+    assert len(recorder.batches) == num_batches
+    assert validations == list(range((num_batches - 1) // 20))  # it was not validated after
+
+    report = raised.value.report
+    assert report is monitor.report()
+    assert report["body.wide"].verdict == "non-finite"
+    assert report["body.wide"].num_batches == num_batches - (steps[-2] + 1 if len(steps) > 1 else 0)
+    assert str(raised.value) == report.brief()
+    assert "body.wide: non-finite" in str(raised.value)
+
+    scalars = events(tmp_path)
+    assert {tag: steps_of(scalars[tag]) for tag in SUMMARY_TAGS} == dict.fromkeys(SUMMARY_TAGS, steps)
+    assert [value > 0 for _, value in scalars[JUDGED]] == [False] * (len(steps) - 1) + [True]
+    assert trainer.callback_metrics[JUDGED] == len(report.unhealthy)
+    assert math.isinf(trainer.callback_metrics["bn/eval_error_max"])
+
+
+def test_the_monitor_that_raised_can_be_used_for_another_fit(tmp_path):
+    monitor = BatchNormMonitor(on_unhealthy="raise")
+    with pytest.raises(UnhealthyBatchNormError):
+        fit(tmp_path, monitor)
+    model = AtRest()
+    fit(tmp_path, monitor, model=model, num_batches=6)
+    assert num_batches(monitor.report()) == dict.fromkeys(LAYERS, 6)
+    assert hooks_of(model) == 0
+
+
+@pytest.mark.parametrize(
+    "duplicate", [lambda error: pickle.loads(pickle.dumps(error)), copy.deepcopy, copy.copy],
+    ids=["pickle", "deepcopy", "copy"],
+)  # fmt: skip
+def test_what_is_raised_can_be_sent_between_processes(tmp_path, duplicate):
+    with pytest.raises(UnhealthyBatchNormError) as raised:
+        fit(tmp_path, BatchNormMonitor(on_unhealthy="raise"), OnTrainEpochStart({0: poison("wide")}))
+    same = duplicate(raised.value)
+    assert type(same) is UnhealthyBatchNormError
+    assert isinstance(same, RuntimeError)
+    assert str(same) == str(raised.value)
+    assert same.report.to_dict() == raised.value.report.to_dict()
+
+
+@pytest.mark.parametrize("value", ["error", "", None, True, 3])
+def test_a_reaction_that_is_unknown_is_refused(value):
+    with pytest.raises(ValueError, match=rf"`on_unhealthy` must be .*'warn', 'ignore', 'raise'.* got {value!r}"):
+        BatchNormMonitor(on_unhealthy=value)
+
+
+def test_the_summary_at_the_end_of_fit_is_short_for_a_deep_network(tmp_path, capsys):
+    monitor = BatchNormMonitor()
+    trainer_for(tmp_path, monitor, max_epochs=2).fit(Net(SideBySide(150)), train_data(10))
+    printed = capsys.readouterr().out
+    report = monitor.report()
+    assert report.brief() in printed
+    assert printed.count("running statistics in the last window") == 1
+    assert "150 of 150 BatchNorm layers need attention: 150 noisy." in printed
+    rows = [line for line in printed.splitlines() if line.startswith("body.layers.") and "noisy  " in line]
+    assert [row.split()[0] for row in rows] == [layer.name for layer in report.worst(10)]
+    assert len(printed.strip().splitlines()) <= 35
+    assert len(str(report).splitlines()) > 150
+
+
+RANK = """
+import os, sys, warnings
+import torch
+from torch import nn
+from lightning.pytorch import LightningModule, Trainer
+from lightning.pytorch.strategies import DDPStrategy
+from torch.utils.data import DataLoader, TensorDataset
+from lightning_bnmonitor import BatchNormMonitor, UnhealthyBatchNormError
+
+torch.set_num_threads(1)
+warnings.simplefilter("ignore")
+rank, folder = int(os.environ["RANK"]), sys.argv[1]
+
+
+class Net(LightningModule):
+    def __init__(self, spoilt):
+        super().__init__()
+        self.spoilt = spoilt
+        self.norm, self.out = nn.BatchNorm1d(8, momentum=None), nn.Linear(8, 1)
+        for _ in range(100):
+            self.norm(torch.randn(16, 8))
+        self.norm.momentum = 0.1
+
+    def training_step(self, batch, batch_idx):
+        # One rank gets sorted data in the second epoch.
+        is_spoilt = rank == self.spoilt and self.current_epoch == 1 and batch_idx // 10 % 2
+        return self.out(self.norm(batch[0] + 3 * is_spoilt)).square().mean()
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.0)
+
+
+def outcome(spoilt, broadcast_buffers):
+    torch.manual_seed(spoilt)
+    net, monitor = Net(spoilt), BatchNormMonitor(on_unhealthy="raise")
+    data = DataLoader(TensorDataset(torch.randn(2 * 40 * 16, 8)), batch_size=16)
+    trainer = Trainer(
+        accelerator="cpu", devices=2, strategy=DDPStrategy(broadcast_buffers=broadcast_buffers), max_epochs=3,
+        callbacks=[monitor], default_root_dir=folder, logger=False, enable_checkpointing=False,
+        enable_progress_bar=False, enable_model_summary=False,
+    )
+    try:
+        trainer.fit(net, data)
+        end = "finished"
+    except UnhealthyBatchNormError as error:
+        assert error.report is monitor.report()
+        end = "raised"
+    except BaseException as error:
+        end = f"failed with {error!r}"
+    (layer,) = monitor.report().values()
+    assert layer.num_batches == 40
+    assert trainer.callback_metrics["bn/unhealthy_layers"] == layer.needs_attention
+    assert not any(module._forward_hooks for module in net.modules())
+    return f"{end} in epoch {trainer.current_epoch}: {layer.verdict}"
+
+
+for spoilt in (1, 0):
+    print(f"outcome of spoilt rank {spoilt}:", outcome(spoilt, broadcast_buffers=False))
+print("outcome of healthy ranks:", outcome(-1, broadcast_buffers=True))
+"""
+
+
+@pytest.fixture(scope="module")
+def of_two_ranks(tmp_path_factory):
+    """What each of two processes, started as torchrun does, has to say of some fits with ``on_unhealthy="raise"``."""
+    folder = tmp_path_factory.mktemp("ranks")
+    script = folder / "rank.py"
+    script.write_text(RANK)
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = []
+    for rank in (0, 1):
+        place = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
+        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
+        environment = os.environ | {name: str(value) for name, value in (place | address).items()}
+        command = [sys.executable, str(script), str(folder)]
+        processes.append(
+            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        )
+    try:
+        outputs = [process.communicate(timeout=120) for process in processes]
+    finally:
+        for process in processes:
+            process.kill()
+    said = [re.findall(r"^outcome of (.*): (\w+ in epoch \d: \S+)$", output, re.M) for output, _ in outputs]
+    assert all(len(outcomes) == 3 for outcomes in said), outputs
+    return [dict(outcomes) for outcomes in said]
+
+
+@pytest.mark.parametrize("spoilt", [0, 1])
+def test_all_ranks_raise_where_one_has_a_layer_that_needs_attention(of_two_ranks, spoilt):
+    for rank, outcomes in enumerate(of_two_ranks):
+        verdict = "ordered-batches" if rank == spoilt else "healthy"
+        assert outcomes[f"spoilt rank {spoilt}"] == f"raised in epoch 1: {verdict}"
+
+
+def test_no_rank_raises_where_all_layers_are_healthy_though_they_share_the_running_statistics_of_one(of_two_ranks):
+    assert [outcomes["healthy ranks"] for outcomes in of_two_ranks] == ["finished in epoch 3: healthy"] * 2
 
 
 # ---------------------------------------------------------------------------------------------------- the other package
@@ -1191,9 +1599,10 @@ def test_it_works_in_a_trainer_of_pytorch_lightning(tmp_path):
     trainer.fit(model, train_data(), val_data())
     scalars = events(tmp_path)
     windows = [recorder.expected(window) for window in windows_of(6, 12)]
-    assert {tag: scalars[tag] for tag in ours(scalars)} == {
+    assert {tag: scalars[tag] for tag in ours(scalars) - {JUDGED}} == {
         tag: [(5, close(windows[0][tag])), (11, close(windows[1][tag]))] for tag in windows[0]
     }
+    assert steps_of(scalars[JUDGED]) == [5, 11]
     assert num_batches(monitor.report()) == dict.fromkeys(LAYERS, BATCHES)
     assert float(trainer.callback_metrics["bn/eval_error_max"]) == close(windows[1]["bn/eval_error_max"])
     assert (hooks_of(model), optimizer_hooks()) == before
@@ -1211,12 +1620,15 @@ def test_stochastic_weight_averaging_may_reset_the_count_of_batches_before_or_af
 
     class Look(Callback):
         def on_validation_start(self, trainer, pl_module):
-            seen.append(monitor.report()["body.wide"].evidence["updates_per_call"])
+            layer = monitor.report()["body.wide"]
+            seen.append((layer.momentum, layer.flags, layer.evidence["initial_weight"]))
+            assert layer.evidence["updates_per_call"] == 1
 
     callbacks = [monitor, averaging] if monitor_first else [averaging, monitor]
     trainer_for(tmp_path, *callbacks, Look(), max_epochs=4).fit(Net(), train_data(), val_data())
-    assert len(seen) >= 4
-    assert set(seen) == {1.0}
+    assert seen[:4] == [(0.1, (), pytest.approx(0.9 ** (BATCHES * epoch))) for epoch in range(1, 5)]
+    assert seen[4:] == [(None, ("written-outside",), 0.0)]  # the averaged weights' statistics are computed afresh
+    assert monitor.report()["body.wide"].momentum is None
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"every_n_train_batches": 4}])

@@ -188,6 +188,66 @@ def test_nothing_counts_while_paused() -> None:
     assert [entry["calls_traced"] for entry in calls(tracker.report(), "")] == [3, 3, 3]
 
 
+@pytest.mark.parametrize("compiled", WAYS)
+def test_what_is_called_between_two_windows_belongs_to_neither(compiled: Callable[..., nn.Module]) -> None:
+    model = compiled(Net(), fullgraph=False)
+    with BatchNormTracker(model) as tracker:
+        train(model, 2)
+        closed = tracker.close()
+        assert [entry["calls_traced"] for entry in calls(closed, "")] == [2, 2, 2]
+        train(model, 2)
+        with tracker.paused():
+            train(model, 1)
+        assert tracker.report() is closed
+        tracker.reset()
+        with tracker.paused():
+            train(model, 1)
+        train(model, 3)
+        assert [entry["calls_traced"] for entry in calls(tracker.close(), "")] == [3, 3, 3]
+        with tracker.paused():
+            tracker.reset()
+            train(model, 1)
+        train(model, 1)
+        assert [entry["calls_traced"] for entry in calls(tracker.close(), "")] == [1, 1, 1]
+
+
+def test_what_a_compiled_function_calls_between_two_windows_belongs_to_neither() -> None:
+    """Nothing drains the model there: the tracker does when it is asked."""
+    model = Net()
+    step = torch.compile(lambda x: model(x).sum(), backend="eager")
+    x = torch.randn(4, 3, 8, 8)
+    with BatchNormTracker(model) as tracker:
+        step(x)
+        step(x)
+        closed = tracker.close()
+        assert [entry["calls_traced"] for entry in calls(closed, "")] == [2, 2, 2]
+        step(x + 100)
+        tracker.reset()
+        step(x)
+        with tracker.paused():
+            step(x + 100)
+        assert [entry["calls_traced"] for entry in calls(tracker.report(), "")] == [1, 1, 1]
+        tracker.reset()
+        step(x)
+        tracker.load_state_dict(tracker.state_dict())
+        step(x)
+    report = tracker.report()
+    assert [entry["calls_traced"] for entry in calls(report, "")] == [2, 2, 2]
+    assert [layer.evidence["updates_per_call"] for layer in report.values()] == [1, 1, 1]
+
+
+def test_history_crosses_windows() -> None:
+    model = torch.compile(Net(), backend="eager")
+    with BatchNormTracker(model) as tracker:
+        for window in range(1, 4):
+            train(model, 10, batch_size=16)
+            report = tracker.close()
+            assert all(layer.flags == () for layer in report.values())
+            for layer in report.values():
+                assert layer.evidence["initial_weight"] == pytest.approx(0.9 ** (10 * window))
+            tracker.reset()
+
+
 def test_where_dynamo_gives_up_and_runs_eagerly_the_calls_are_read_off_the_kernel() -> None:
     model = torch.compile(Net(), backend="eager", dynamic=False)
     with BatchNormTracker(model) as tracker, torch._dynamo.config.patch(recompile_limit=2):

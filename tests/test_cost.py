@@ -157,10 +157,10 @@ def bytes_held(tracker: BatchNormTracker) -> int:
 def test_what_is_counted_as_held_includes_state_and_what_waits() -> None:
     model = chain(2)
     with BatchNormTracker(model) as tracker:
-        assert bytes_held(tracker) == 0
+        buffers_at_the_start = bytes_held(tracker)
+        assert buffers_at_the_start == 2 * 2 * C * 8
         model(torch.randn(4, C))
-        waiting = bytes_held(tracker)
-        assert waiting == 2 * 2 * C * 4
+        assert bytes_held(tracker) - buffers_at_the_start == 2 * 2 * C * 4
         tracker.flush()
         assert bytes_held(tracker) >= sum(w._channels.untyped_storage().nbytes() for w in tracker._windows.values()) > 0
 
@@ -180,22 +180,29 @@ class Skipping(nn.Module):
         return x
 
 
-@pytest.mark.parametrize("capture", ["auto", "pass"])
+@pytest.mark.parametrize(
+    ("capture", "dtype"), [("auto", torch.float32), ("pass", torch.float32), ("auto", torch.float64)]
+)
 @pytest.mark.parametrize("probability", [0.0, 0.5])
 @pytest.mark.parametrize(("num", "width"), [(6, 512), (20, 32), (1, 1)])
 def test_the_tracker_never_holds_more_than_a_kibibyte_a_channel_and_64_more(
-    num: int, width: int, probability: float, capture: str
+    num: int, width: int, probability: float, capture: str, dtype: torch.dtype
 ) -> None:
     random.seed(0)
-    model = Skipping(num, width, probability)
+    model = Skipping(num, width, probability).to(dtype)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    most = 0
+    most, closed = 0, []
     with BatchNormTracker(model, capture=capture) as tracker:
-        for _ in range(100):
-            model(torch.randn(2, width, requires_grad=True)).sum().backward()
+        for step in range(100):
+            model(torch.randn(2, width, requires_grad=True, dtype=dtype)).sum().backward()
             most = max(most, bytes_held(tracker))
             optimizer.step()
+            if step in (40, 60):
+                tracker.close()
+                closed.append(bytes_held(tracker))
+                tracker.reset()
     assert 8 * num * width < most <= 1024 * num * width + 64 * 1024
+    assert 8 * num * width < max(closed) <= 1024 * num * width + 64 * 1024
 
 
 @pytest.mark.parametrize("calls_a_step", [1, 3, 50])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import sys
@@ -22,6 +23,31 @@ def test_the_published_experiment_gives_every_published_digit() -> None:
     output = run("ema_vs_exact.py")
     assert output.count("same") == 6
     assert "0.0602" in output
+    assert "RMS z of the running mean 1.17, of the running variance 0.92." in output
+    assert "(root): healthy." in output
+
+
+def test_every_pathology_is_named_and_every_remedy_helps() -> None:
+    assert "22 of 22 causes are named, 19 of 19 remedies help." in run("pathologies.py", "--seed", "5")
+
+
+def test_no_healthy_layer_is_said_to_need_attention_and_no_sick_one_is_missed() -> None:
+    summary = run("false_alarms.py", "--seeds", "1", "--epochs", "2").splitlines()[-1]
+    found = re.fullmatch(
+        r"(\d+) of (\d+) healthy layer-windows \(.*\) were said to need attention, (\d+) of (\d+) sick ones \(.*\)\.",
+        summary,
+    )
+    assert found is not None, summary
+    alarms, healthy, recognised, sick = map(int, found.groups())
+    assert alarms == 0
+    assert healthy >= 100
+    assert recognised == sick >= 20
+
+
+def test_the_benchmark_of_a_windows_end_covers_a_hundred_thousand_channels() -> None:
+    rows = run("window_end.py", "--repeats", "1").splitlines()[2:]
+    assert [int(cell) for cell in rows[-1].split("|")[1:4]] == [1000, 100_000, 40]
+    assert all(float(row.split("|")[4]) > 0 for row in rows)
 
 
 @pytest.mark.parametrize("compiled", [False, True])

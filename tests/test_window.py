@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -13,7 +13,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_bnmonitor.window import Batch, Blocks, Window, block_size
+from lightning_bnmonitor.window import MAX_BLOCKS, Batch, Blocks, Window, block_size, paired
 
 LAW = settings(max_examples=200, deadline=None)
 CPU = torch.device("cpu")
@@ -35,6 +35,7 @@ class Call:
     values: Any  # (n, C) float64
     momentum: float
     eps: float | None = None
+    positions: int = 1
 
     @property
     def n(self):
@@ -52,7 +53,57 @@ class Call:
     def batch(self):
         var = self.biased_var
         spread = var if self.eps is None else 1 / np.sqrt(var + self.eps)
-        return Batch(self.n, torch.from_numpy(self.mean), torch.from_numpy(spread), self.eps, self.momentum)
+        mean, spread = torch.from_numpy(self.mean), torch.from_numpy(spread)
+        return Batch(self.n, mean, spread, self.eps, self.momentum, self.n // self.positions)
+
+
+class LayerBlocks(NamedTuple):
+    """The blocks of one layer that hold anything: ``(J,)`` each, ``(J, C)`` for what is kept per channel."""
+
+    num_batches: Any
+    num_samples: Any
+    batch_size: Any
+    weight: Any
+    noise_mean: Any
+    noise_var: Any
+    mean: Any
+    mean_m2: Any
+    var: Any
+    var_m2: Any
+    decay: float
+    rounding: float
+
+
+def blocks_of(source, layer=0):
+    """A copy of one layer's blocks in a window (or in what it says of all layers). The others must be 0 throughout."""
+    blocks = source.blocks() if isinstance(source, Window) else source
+    assert isinstance(blocks, Blocks)
+    layers, channels = len(blocks.widths), sum(blocks.widths)
+    for field in (blocks.num_batches, blocks.num_samples, blocks.batch_size, blocks.weight):
+        assert field.shape == (layers, MAX_BLOCKS)
+    assert blocks.noise.shape == (2, layers, MAX_BLOCKS)
+    assert blocks.value.shape == blocks.m2.shape == (MAX_BLOCKS, 2, channels)
+    assert blocks.decay.shape == blocks.rounding.shape == (layers,)
+    assert blocks.first_bad.shape == (channels,)
+    assert all(field.dtype == np.float64 for field in blocks[1:])
+    own = slice(sum(blocks.widths[:layer]), sum(blocks.widths[: layer + 1]))
+    everything = LayerBlocks(
+        blocks.num_batches[layer],
+        blocks.num_samples[layer],
+        blocks.batch_size[layer],
+        blocks.weight[layer],
+        *blocks.noise[:, layer],
+        blocks.value[:, 0, own],
+        blocks.m2[:, 0, own],
+        blocks.value[:, 1, own],
+        blocks.m2[:, 1, own],
+        blocks.decay[layer],
+        blocks.rounding[layer],
+    )
+    used = np.count_nonzero(everything.num_batches)
+    for field in everything[:-2]:
+        assert (field[used:] == 0).all()
+    return LayerBlocks(*(field[:used].copy() for field in everything[:-2]), *everything[-2:])
 
 
 def random_calls(rng, length, width, momentum=lambda t, rng: 0.1, sizes=(2, 9), mean=1.0, eps=(None,)):
@@ -111,30 +162,40 @@ def expected_blocks(calls):
         mean, mean_m2 = weighted_two_pass([call.mean for call in block], n)
         var, var_m2 = weighted_two_pass(unbiased, n - 1)
         rows.append(
-            (len(block), n.sum(), w.sum(), (w**2 / n).sum(), (w**2 / (n - 1)).sum(), mean, mean_m2, var, var_m2)
+            LayerBlocks(
+                len(block),
+                n.sum(),
+                sum(call.n // call.positions for call in block),
+                w.sum(),
+                (w**2 / n).sum(),
+                (w**2 / (n - 1)).sum(),
+                mean,
+                mean_m2,
+                var,
+                var_m2,
+                decay,
+                rounding,
+            )
         )
-    return rows, decay, rounding
+    return LayerBlocks(*zip(*rows, strict=True))
 
 
 def assert_blocks(blocks, calls, ratio=1.0):
-    rows, decay, rounding = expected_blocks(calls)
-    num_batches, num_samples, weight, noise_mean, noise_var, mean, mean_m2, var, var_m2 = zip(*rows, strict=True)
-    assert isinstance(blocks, Blocks)
-    assert blocks.num_batches.tolist() == list(num_batches)
-    assert blocks.num_samples.tolist() == list(num_samples)
-    close(blocks.weight, weight)
-    close(blocks.noise_mean, noise_mean)
-    close(blocks.noise_var, noise_var)
-    assert blocks.decay == pytest.approx(decay, rel=1e-12, abs=1e-290)
-    assert blocks.rounding == pytest.approx(rounding, rel=1e-12)
-    for field in (blocks.mean, blocks.mean_m2, blocks.var, blocks.var_m2):
-        assert field.dtype == torch.float64
-        assert field.device == CPU
+    expected = expected_blocks(calls)
+    assert isinstance(blocks, LayerBlocks)
+    assert blocks.num_batches.tolist() == list(expected.num_batches)
+    assert blocks.num_samples.tolist() == list(expected.num_samples)
+    assert blocks.batch_size.tolist() == list(expected.batch_size)
+    close(blocks.weight, expected.weight)
+    close(blocks.noise_mean, expected.noise_mean)
+    close(blocks.noise_var, expected.noise_var)
+    close(blocks.decay, expected.decay[0])
+    close(blocks.rounding, expected.rounding[0])
     # Where nothing cancels, sums of squares are as exact as all else; of equal values they are roundings squared.
-    close(blocks.mean, mean, rtol=1e-12, atol=1e-12)
-    close(blocks.mean_m2, mean_m2, rtol=1e-12 * ratio, atol=1e-20 * ratio**2)
-    close(blocks.var, var, rtol=1e-12, atol=1e-12)
-    close(blocks.var_m2, var_m2, rtol=1e-12, atol=1e-20)
+    close(blocks.mean, expected.mean, rtol=1e-12, atol=1e-12)
+    close(blocks.mean_m2, expected.mean_m2, rtol=1e-12 * ratio, atol=1e-20 * ratio**2)
+    close(blocks.var, expected.var, rtol=1e-12, atol=1e-12)
+    close(blocks.var_m2, expected.var_m2, rtol=1e-12, atol=1e-20)
 
 
 def close(value, reference, rtol=1e-12, atol=1e-290):
@@ -152,9 +213,9 @@ def assert_population(population, layer, channels, calls, rtol=1e-12):
 def assert_layer(window, layer, calls, rtol=1e-12):
     assert_population(window.population(), layer, window.channels(layer), calls, rtol)
     if any(call.momentum for call in calls):
-        assert_blocks(window.blocks(layer), calls)
+        assert_blocks(blocks_of(window, layer), calls)
     else:
-        assert len(window.blocks(layer).num_batches) == 0
+        assert len(blocks_of(window, layer).num_batches) == 0
 
 
 def assert_same(left, right, rtol=1e-12, atol=1e-12):
@@ -194,7 +255,7 @@ def test_at_every_length_the_blocks_hold_the_batches_that_the_rule_gives_them():
     call = Call(np.array([[1.0], [2.0], [4.0]]), 0.1)
     for length in range(1, 601):
         window.update({0: [call.batch]})
-        assert window.blocks(0).num_batches.tolist() == [len(block) for block in blocks_by_rule(length)[0]]
+        assert blocks_of(window).num_batches.tolist() == [len(block) for block in blocks_by_rule(length)[0]]
 
 
 @pytest.mark.parametrize("momentum", MOMENTA)
@@ -213,17 +274,17 @@ def test_the_weights_are_those_that_the_batches_have_in_the_running_mean():
     for call in calls[:16]:
         running = (1 - call.momentum) * running + call.momentum * call.mean
     # With one batch a block, the running mean is the weighted sum of the blocks.
-    blocks = fed(2, calls[:16]).blocks(0)
-    close(blocks.decay * start + blocks.weight @ blocks.mean.numpy(), running)
+    blocks = blocks_of(fed(2, calls[:16]))
+    close(blocks.decay * start + blocks.weight @ blocks.mean, running)
     # In any case the weights and what the start has left add up to 1.
-    blocks = fed(2, calls).blocks(0)
+    blocks = blocks_of(fed(2, calls))
     assert blocks.weight.sum() + blocks.decay == pytest.approx(1, rel=1e-12)
 
 
 def test_a_hand_computed_window():
     calls = [Call(np.array([[0.0], [4.0]]), 0.5), Call(np.array([[1.0], [2.0], [6.0]]), 0.25)]
     window = fed(1, calls)
-    blocks, population = window.blocks(0), window.population()
+    blocks, population = blocks_of(window), window.population()
     assert blocks.num_batches.tolist() == [1, 1]
     assert blocks.num_samples.tolist() == [2, 3]
     assert blocks.weight.tolist() == [0.375, 0.25]
@@ -238,21 +299,12 @@ def test_a_hand_computed_window():
     close(population.var, [(2.6**2 + 1.4**2 + 1.6**2 + 0.6**2 + 3.4**2) / 4])
 
 
-def test_blocks_once_taken_do_not_change_when_the_window_goes_on():
-    calls = random_calls(np.random.default_rng(0), 40, 2, MOMENTA["varying"])
-    window = fed(2, calls[:20])
-    blocks = window.blocks(0)
-    window.update({0: [call.batch for call in calls[20:]]})
-    window.reset()
-    assert_blocks(blocks, calls[:20])
-
-
 @pytest.mark.parametrize("ratio", [1e2, 1e4])
 def test_a_mean_far_from_zero_costs_no_more_than_its_own_rounding(ratio):
     calls = random_calls(np.random.default_rng(3), 100, 3, sizes=(4, 30), mean=ratio)
     for cuts in ([], every(1, 100), every(32, 100)):
         window = fed(3, calls, cuts)
-        assert_blocks(window.blocks(0), calls, ratio=ratio)
+        assert_blocks(blocks_of(window), calls, ratio=ratio)
         assert_population(window.population(), 0, window.channels(0), calls, rtol=1e-9)
 
 
@@ -266,8 +318,97 @@ def test_float32_batches_are_accumulated_in_float64(dtype):
     for t, batch in enumerate(batches):
         mean_dtype = torch.float64 if t % 2 else dtype
         window.update({0: [batch._replace(mean=batch.mean.to(mean_dtype), spread=batch.spread.to(dtype))]})
-    assert_same(window.blocks(0), reference.blocks(0))
+    assert_same(blocks_of(window), blocks_of(reference))
     assert_same(window.population(), reference.population())
+
+
+@pytest.mark.parametrize("length", [1, 7, 16, 17, 40, 100])
+def test_a_block_counts_its_samples_beside_its_values(length):
+    rng = np.random.default_rng(length)
+    positions = [int(rng.integers(1, 6)) for _ in range(length)]
+    calls = [Call(rng.normal(size=(int(rng.integers(2, 5)) * p, 2)), 0.1, positions=p) for p in positions]
+    expected = [sum(calls[t].n / positions[t] for t in members) for members in blocks_by_rule(length)[0]]
+    for cuts in ([], every(1, length), every(9, length)):
+        blocks = blocks_of(fed(2, calls, cuts))
+        assert blocks.batch_size.tolist() == expected
+        assert blocks.num_samples.sum() == sum(call.n for call in calls)
+
+
+# Blocks of single batches, merged in pairs
+
+
+def merged_by_hand(blocks):
+    """Neighbours of blocks that hold one batch each, merged by the formulas for two values."""
+    rows = []
+    for first in range(0, len(blocks.num_batches), 2):
+        pair = LayerBlocks(*(field[first : first + 2] for field in blocks[:-2]), *blocks[-2:])
+        n, g = pair.num_samples, pair.num_samples - pair.num_batches
+        if len(n) == 2:
+            mean, var = (n[:, None] * pair.mean).sum(axis=0) / n.sum(), (g[:, None] * pair.var).sum(axis=0) / g.sum()
+            mean_m2 = n[0] * n[1] / n.sum() * (pair.mean[1] - pair.mean[0]) ** 2
+            var_m2 = g[0] * g[1] / g.sum() * (pair.var[1] - pair.var[0]) ** 2
+        else:
+            mean, mean_m2, var, var_m2 = pair.mean[0], 0 * pair.mean[0], pair.var[0], 0 * pair.var[0]
+        sums = [field.sum() for field in pair[:6]]
+        rows.append(LayerBlocks(*sums, mean, mean_m2, var, var_m2, *pair[-2:]))
+    return LayerBlocks(*(np.array(column) for column in zip(*rows, strict=True)))._replace(
+        decay=blocks.decay, rounding=blocks.rounding
+    )
+
+
+def copied(blocks):
+    return Blocks(*(field.copy() for field in blocks))
+
+
+@pytest.mark.parametrize("length", range(1, 17))
+def test_single_batches_are_merged_in_pairs_and_an_odd_one_stays_alone(length):
+    calls = random_calls(np.random.default_rng(length), length, 3, MOMENTA["varying"])
+    window = fed(3, calls)
+    pairs = blocks_of(paired(window.blocks()))
+    assert pairs.num_batches.tolist() == [2] * (length // 2) + [1] * (length % 2)
+    assert_same(pairs, merged_by_hand(blocks_of(window)), rtol=1e-12, atol=1e-20)
+    if length % 2:
+        assert (pairs.mean_m2[-1] == 0).all()
+        assert (pairs.var_m2[-1] == 0).all()
+
+
+@pytest.mark.parametrize("lengths", [(5, 40, 16, 17, 0, 1), (40, 17, 0), (0, 3), (16, 16)])
+def test_only_blocks_of_single_batches_are_merged_and_what_is_given_stays_as_it_is(lengths):
+    rng = np.random.default_rng(20)
+    widths = [2, 1, 3, 2, 4, 1][: len(lengths)]
+    calls = [random_calls(rng, n, width, MOMENTA["varying"]) for n, width in zip(lengths, widths, strict=True)]
+    window = window_of(*widths)
+    window.update({layer: [call.batch for call in calls[layer]] for layer in range(len(lengths))})
+    blocks = window.blocks()
+    before = copied(blocks)
+    pairs = paired(blocks)
+    assert_same(blocks, before, rtol=0, atol=0)
+    assert pairs.first_bad.tolist() == blocks.first_bad.tolist()
+    for layer, length in enumerate(lengths):
+        if 0 < length <= 16:
+            assert_same(blocks_of(pairs, layer), merged_by_hand(blocks_of(blocks, layer)), rtol=1e-12, atol=1e-20)
+        else:
+            assert_same(blocks_of(pairs, layer), blocks_of(blocks, layer), rtol=0, atol=0)
+
+
+def test_a_pair_of_batches_of_which_one_has_no_variance_has_that_of_the_other():
+    for sizes in ((1, 4), (4, 1)):
+        calls = [Call(np.random.default_rng(n).normal(size=(n, 2)), 0.1) for n in sizes]
+        pairs = blocks_of(paired(fed(2, calls).blocks()))
+        close(pairs.var, [next(call for call in calls if call.n > 1).values.var(axis=0, ddof=1)])
+        assert (pairs.var_m2 == 0).all()
+
+
+def test_a_pair_is_nan_in_the_channels_where_one_of_its_batches_is():
+    calls = random_calls(np.random.default_rng(21), 6, 3)
+    batches = [call.batch for call in calls]
+    batches[2].mean[1] = batches[2].spread[1] = math.nan
+    window = window_of(3)
+    window.update({0: batches})
+    pairs, clean = blocks_of(paired(window.blocks())), blocks_of(paired(fed(3, calls).blocks()))
+    for values, expected in zip(pairs[6:10], clean[6:10], strict=True):
+        assert np.isnan(values[1, 1])
+        assert (values[:, ::2] == expected[:, ::2]).all()
 
 
 # What a batch tells
@@ -288,19 +429,19 @@ def test_a_variance_recovered_as_slightly_negative_counts_as_zero(dtype, momentu
     assert (invstd.double()[:2].pow(-2) - eps < 0).all()
     window = window_of(3)
     for mean in (1.0, 3.0):
-        window.update({0: [Batch(4, torch.full((3,), mean, dtype=dtype), invstd, eps, momentum)]})
+        window.update({0: [Batch(4, torch.full((3,), mean, dtype=dtype), invstd, eps, momentum, 4)]})
     var = window.population().var
     close(var[:2], [8 / 7, 8 / 7])  # between the batches alone
     close(var[2:], [(8 + 8) / 7], rtol=1e-6)
     if momentum:
-        assert window.blocks(0).var[:, :2].eq(0).all()
-        assert window.blocks(0).var_m2[:, :2].eq(0).all()
+        assert (blocks_of(window).var[:, :2] == 0).all()
+        assert (blocks_of(window).var_m2[:, :2] == 0).all()
 
 
 @pytest.mark.parametrize("momentum", [0.1, 0.0])
 def test_of_a_single_value_there_is_no_population_variance(momentum):
     window = window_of(2)
-    window.update({0: [Batch(1, torch.tensor([5.0, -1.0]), torch.zeros(2), None, momentum)]})
+    window.update({0: [Batch(1, torch.tensor([5.0, -1.0]), torch.zeros(2), None, momentum, 1)]})
     population = window.population()
     assert population.num_samples.tolist() == [1]
     assert population.mean.tolist() == [5.0, -1.0]
@@ -318,7 +459,7 @@ def test_without_batches_the_population_is_nan_and_there_are_no_blocks():
     window = window_of(2, 3)
     window.update({})
     window.update({0: []})
-    population, blocks = window.population(), window.blocks(1)
+    population, blocks = window.population(), blocks_of(window, 1)
     assert population.num_samples.tolist() == [0, 0]
     assert population.mean.shape == population.var.shape == (5,)
     assert population.mean.isnan().all()
@@ -344,7 +485,7 @@ def test_a_profile_does_not_know_of_batches_without_momentum():
     rng = np.random.default_rng(8)
     calls = random_calls(rng, 70, 2, lambda t, rng: 0.3 * (t % 3 > 0))
     interleaved, alone = fed(2, calls, every(4, 70)), fed(2, [call for call in calls if call.momentum])
-    assert_same(interleaved.blocks(0), alone.blocks(0))
+    assert_same(blocks_of(interleaved), blocks_of(alone))
 
 
 # Several layers
@@ -384,7 +525,7 @@ def test_layers_may_differ_in_how_often_they_are_called(lengths):
             assert_layer(window, layer, calls[layer])
         else:
             assert window.population().mean[window.channels(layer)].isnan().all()
-            assert len(window.blocks(layer).num_batches) == 0
+            assert len(blocks_of(window, layer).num_batches) == 0
 
 
 def test_layers_called_at_random_many_times_stay_exact():
@@ -410,11 +551,11 @@ def test_layers_added_later_leave_the_others_as_they_are():
     window = Window(CPU)
     assert list(window.add_layers([2])) == [0]
     window.update({0: [call.batch for call in first[:20]]})
-    before = window.blocks(0), window.population()
+    before = blocks_of(window), window.population()
     assert list(window.add_layers([3, 1])) == [1, 2]
     assert window.widths == [2, 3, 1]
     assert [window.channels(layer) for layer in range(3)] == [slice(0, 2), slice(2, 5), slice(5, 6)]
-    assert_same(window.blocks(0), before[0], rtol=0, atol=0)
+    assert_same(blocks_of(window), before[0], rtol=0, atol=0)
     assert torch.equal(window.population().mean[:2], before[1].mean)
     assert torch.equal(window.population().var[:2], before[1].var)
     window.update({0: [call.batch for call in first[20:]], 1: [call.batch for call in second[:10]]})
@@ -462,7 +603,7 @@ def draw_cuts(data, length):
 @LAW
 def test_the_cut_into_updates_does_not_matter(data, calls):
     at_once, cut = fed(2, calls), fed(2, calls, draw_cuts(data, len(calls)))
-    assert_same(cut.blocks(0), at_once.blocks(0))
+    assert_same(blocks_of(cut), blocks_of(at_once))
     assert_same(cut.population(), at_once.population())
     assert_layer(cut, 0, calls)
 
@@ -485,7 +626,7 @@ def test_the_company_of_other_layers_does_not_matter(data, calls):
     population = window.population()
     for layer, i in enumerate(order):
         alone = fed(widths[i], calls[i])
-        assert_same(window.blocks(layer), alone.blocks(0))
+        assert_same(blocks_of(window, layer), blocks_of(alone))
         assert_same([population.mean[window.channels(layer)]], [alone.population().mean])
         assert_same([population.var[window.channels(layer)]], [alone.population().var])
 
@@ -554,10 +695,10 @@ def test_a_batch_with_a_non_finite_channel_touches_no_other_and_is_forgotten_at_
         assert torch.equal(population.mean[others], reference.mean[others])
         assert torch.equal(population.var[others], reference.var[others])
         assert population.num_samples.tolist() == reference.num_samples.tolist()
-        blocks, reference_blocks = broken.blocks(0), clean.blocks(0)
-        for values, expected in zip(blocks[5:9], reference_blocks[5:9], strict=True):
-            assert torch.equal(values[:, ::2], expected[:, ::2])
-        assert_same(blocks[:5] + blocks[9:], reference_blocks[:5] + reference_blocks[9:], rtol=0, atol=0)
+        blocks, reference_blocks = blocks_of(broken), blocks_of(clean)
+        for values, expected in zip(blocks[6:10], reference_blocks[6:10], strict=True):
+            assert (values[:, ::2] == expected[:, ::2]).all()
+        assert_same(blocks[:6] + blocks[10:], reference_blocks[:6] + reference_blocks[10:], rtol=0, atol=0)
 
         broken.reset()
         broken.update({0: [call.batch for call in calls]})
@@ -579,6 +720,86 @@ def test_a_batch_with_a_non_finite_channel_makes_it_nan(bad, momentum):
             assert population.mean[1].isnan(), population.mean
 
 
+def broken_calls(rng, length, width, bad, momentum=lambda t, rng: 0.1):
+    """What calls tell of which some are not finite: ``bad`` maps their number, from 1, to a channel."""
+    batches = [call.batch for call in random_calls(rng, length, width, momentum)]
+    for number, channel in bad:
+        batches[number - 1].mean[channel] = batches[number - 1].spread[channel] = math.nan
+    return batches
+
+
+def updated(window, layer, batches, step):
+    for start in range(0, len(batches), step):
+        window.update({layer: batches[start : start + step]})
+    return window
+
+
+def two_of_three(t, rng):
+    return 0.1 * (t % 3 > 0)
+
+
+@pytest.mark.parametrize("step", [1, 2, 7, 32, 50])
+@pytest.mark.parametrize("momentum", ["0.1", "0", "two of three"])
+def test_the_first_call_that_is_not_finite_is_known_per_channel(momentum, step):
+    rule = {"0.1": MOMENTA["0.1"], "0": lambda t, rng: 0.0, "two of three": two_of_three}[momentum]
+    # Of calls that updated nothing some, of those that did some: all of them count.
+    bad = [(1, 0), (2, 0), (17, 1), (30, 1), (49, 3), (50, 4), (33, 3)]
+    batches = broken_calls(np.random.default_rng(22), 50, 6, bad, rule)
+    window = updated(window_of(6), 0, batches, step)
+    assert window.blocks().first_bad.tolist() == [1, 17, math.inf, 33, 50, math.inf]
+
+
+@pytest.mark.parametrize("bad", BAD)
+def test_whatever_is_not_finite_is_noticed(bad):
+    field, value, as_invstd = BAD[bad]
+    for momentum in (0.1, 0.0):
+        _, batches = poisoned(field, value, 19, momentum, as_invstd)
+        for step in (1, 32, 40):
+            first_bad = updated(window_of(3), 0, batches, step).blocks().first_bad
+            assert first_bad.tolist() == [math.inf, 20, math.inf]
+
+
+@pytest.mark.parametrize("step", [1, 4, 40])
+def test_every_layer_counts_its_own_calls(step):
+    rng = np.random.default_rng(23)
+    bad = {0: [(3, 1)], 1: [(20, 0)], 2: [], 3: [(5, 2), (1, 2), (8, 0)]}
+    lengths, widths = {0: 40, 1: 20, 2: 40, 3: 9}, {0: 2, 1: 1, 2: 2, 3: 3}
+    batches = {
+        i: broken_calls(rng, lengths[i], widths[i], bad[i], two_of_three if i % 2 else MOMENTA["0.1"]) for i in bad
+    }
+    window = window_of(*widths.values())
+    for start in range(0, 40, step):
+        window.update({i: calls[start : start + step] for i, calls in batches.items() if calls[start : start + step]})
+    assert window.blocks().first_bad.tolist() == [math.inf, 3, 20, math.inf, math.inf, 8, math.inf, 1]
+
+
+def test_layers_updated_one_at_a_time_know_their_first_call_that_is_not_finite():
+    rng = np.random.default_rng(24)
+    window = window_of(2, 3, 2)
+    updated(window, 1, broken_calls(rng, 5, 3, [(4, 2), (5, 0)]), 2)
+    assert window.blocks().first_bad.tolist() == [math.inf, math.inf, 5, math.inf, 4, math.inf, math.inf]
+    updated(window, 2, broken_calls(rng, 5, 2, [(1, 0)]), 5)
+    updated(window, 1, broken_calls(rng, 5, 3, [(1, 0), (1, 1), (1, 2)]), 1)
+    assert window.blocks().first_bad.tolist() == [math.inf, math.inf, 5, 6, 4, 1, math.inf]
+
+
+def test_reset_forgets_the_calls_that_were_not_finite_and_counts_anew():
+    rng = np.random.default_rng(25)
+    window = updated(window_of(2), 0, broken_calls(rng, 20, 2, [(7, 0)]), 20)
+    window.reset()
+    assert window.blocks().first_bad.tolist() == [math.inf, math.inf]
+    updated(window, 0, broken_calls(rng, 20, 2, [(12, 1)]), 3)
+    assert window.blocks().first_bad.tolist() == [math.inf, 12]
+
+
+def test_layers_added_later_leave_what_is_known_of_the_others():
+    rng = np.random.default_rng(26)
+    window = updated(window_of(2), 0, broken_calls(rng, 20, 2, [(7, 0)]), 20)
+    window.add_layers([1])
+    updated(window, 1, broken_calls(rng, 3, 1, [(2, 0)]), 3)
+    assert window.blocks().first_bad.tolist() == [7, math.inf, 2]
+
+
 # Saving and restoring
 
 
@@ -588,7 +809,7 @@ def restored(window, order):
     states = json.loads(json.dumps([window.layer_state(layer) for layer in range(len(window.widths))]))
     other = window_of(*(window.widths[layer] for layer in order))
     for index, layer in enumerate(order):
-        other.restore(index, channels[..., window.channels(layer)], states[layer])
+        other.restore(index, channels[:, window.channels(layer)], states[layer])
     return other
 
 
@@ -612,7 +833,7 @@ def test_a_restored_window_goes_on_as_if_nothing_had_happened(order, saved_at):
     saved = straight.channel_state()
     other = restored(straight, order)
     for index, layer in enumerate(order):
-        assert_same(other.blocks(index), straight.blocks(layer), rtol=0, atol=0)
+        assert_same(blocks_of(other, index), blocks_of(straight, layer), rtol=0, atol=0)
         assert other.layer_state(index) == straight.layer_state(layer)
     for start in range(saved_at, 70, 9):
         update(straight, start, min(start + 9, 70), enumerate(range(3)))
@@ -620,15 +841,30 @@ def test_a_restored_window_goes_on_as_if_nothing_had_happened(order, saved_at):
     # The same operations in the same order give the same bits; in another one the roundings may differ.
     tolerance = {"rtol": 0, "atol": 0} if order == (0, 1, 2) else {"rtol": 1e-13, "atol": 1e-13}
     for index, layer in enumerate(order):
-        assert_same(other.blocks(index), straight.blocks(layer), **tolerance)
+        assert_same(blocks_of(other, index), blocks_of(straight, layer), **tolerance)
         mine, theirs = other.population(), straight.population()
         assert_same([mine.mean[other.channels(index)]], [theirs.mean[straight.channels(layer)]], **tolerance)
         assert_same([mine.var[other.channels(index)]], [theirs.var[straight.channels(layer)]], **tolerance)
         assert_layer(other, index, calls[layer][: 70 - lag[layer]])
     if saved_at == 0:
-        assert saved.eq(0).all()
+        assert saved[:-1].eq(0).all()
+        assert saved[-1].isposinf().all()
     else:
         assert not torch.equal(saved, straight.channel_state())
+
+
+@pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
+def test_a_restored_window_knows_the_calls_that_were_not_finite_and_goes_on_counting(order):
+    rng = np.random.default_rng(27)
+    bad, widths = [[(4, 1), (15, 0)], [(12, 2)], []], (2, 3, 1)
+    batches = [broken_calls(rng, 20, widths[i], bad[i], two_of_three) for i in range(3)]
+    straight = window_of(*widths)
+    straight.update({i: batches[i][:10] for i in range(3)})
+    other = restored(straight, order)
+    other.update({index: batches[i][10:] for index, i in enumerate(order)})
+    first_bad = other.blocks().first_bad
+    expected = [[15, 4], [math.inf, math.inf, 12], [math.inf]]
+    assert [first_bad[other.channels(index)].tolist() for index in range(3)] == [expected[i] for i in order]
 
 
 def test_what_is_saved_does_not_change_when_the_window_goes_on():
@@ -636,7 +872,7 @@ def test_what_is_saved_does_not_change_when_the_window_goes_on():
     window = fed(2, calls[:10])
     channels, state = window.channel_state(), window.layer_state(0)
     kept, kept_state = channels.clone(), json.dumps(state)
-    assert channels.shape == (*Window.CHANNEL_SHAPE, 2)
+    assert channels.shape == (Window.CHANNEL_ROWS, 2)
     assert channels.dtype == torch.float64
     window.update({0: [call.batch for call in calls[10:]]})
     window.reset()

@@ -1,0 +1,371 @@
+"""Every verdict and flag that one process can produce, by a training that deserves it, and what the remedy does.
+
+Each training is that of one small network on synthetic data; one thing is wrong with it. The verdict is that of its
+last epoch. Then the training is repeated with the remedy that the report gave (where it states a momentum, with that
+number), or the running statistics are recomputed at its end. Losses are those of ``eval()`` on data held out.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, replace
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.optim.swa_utils import update_bn
+from torch.utils.checkpoint import checkpoint
+
+from lightning_bnmonitor import BatchNormTracker, LayerReport, Report
+
+FEATURES, CLASSES, GROUPS = 16, 8, 64
+NUM_TRAIN, NUM_EVAL = 2048, 1024
+RESUMED_AT = 3 * 64 + 20  # batches; in the fourth epoch
+_TOLERANCE = 0.05  # by which the loss of two trainings may differ for no reason
+
+
+class Net(nn.Module):
+    """Three linear layers with a BatchNorm after each of the first two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear1, self.norm1 = nn.Linear(FEATURES, 32), nn.BatchNorm1d(32)
+        self.linear2, self.norm2 = nn.Linear(32, 32), nn.BatchNorm1d(32)
+        self.classifier = nn.Linear(32, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, (N, classes), of features (N, F)."""
+        x = torch.relu(self.norm1(self.linear1(x)))
+        x = torch.relu(self.norm2(self.linear2(x)))
+        return self.classifier(x)
+
+
+class Checkpointed(Net):
+    """The same with activation checkpointing of both normalised layers."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, (N, classes), of features (N, F)."""
+        x = checkpoint(lambda x: torch.relu(self.norm1(self.linear1(x))), x, use_reentrant=False)
+        x = checkpoint(lambda x: torch.relu(self.norm2(self.linear2(x))), x, use_reentrant=False)
+        return self.classifier(x)
+
+
+class Pruned(Net):
+    """The same with a quarter of the first units switched off."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, (N, classes), of features (N, F)."""
+        kept = (torch.arange(32) % 4 > 0).float()
+        x = torch.relu(self.norm1(self.linear1(x) * kept))
+        x = torch.relu(self.norm2(self.linear2(x)))
+        return self.classifier(x)
+
+
+class Stateless(Net):
+    """The same, the first normalisation without running statistics."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1 = nn.BatchNorm1d(32, track_running_stats=False)
+
+
+class Bypassed(Net):
+    """The same, but for a layer that is there and never called."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, (N, classes), of features (N, F)."""
+        x = torch.relu(self.linear1(x))
+        x = torch.relu(self.norm2(self.linear2(x)))
+        return self.classifier(x)
+
+
+@dataclass
+class Data:
+    """Classified features."""
+
+    x: Tensor
+    y: Tensor
+    group: Tensor
+
+    @classmethod
+    def sample(cls, num: int, generator: torch.Generator, between_groups: float = 0.0) -> Data:
+        """Clusters, one for each class, in groups that may differ from one another."""
+        centres = torch.randn(CLASSES, FEATURES, generator=torch.Generator().manual_seed(1))
+        y = torch.randint(CLASSES, (num,), generator=generator)
+        group = torch.randint(GROUPS, (num,), generator=generator)
+        offsets = between_groups * torch.randn(GROUPS, FEATURES, generator=generator)
+        return cls(1 + centres[y] + torch.randn(num, FEATURES, generator=generator) + offsets[group], y, group)
+
+
+@dataclass
+class Training:
+    """What is done, and what is wrong with it."""
+
+    net: type[Net] = Net
+    each_epoch: Callable[[Net, int], None] = lambda net, epoch: None
+    """Done to the network before each epoch."""
+    step: Callable[[Net, Tensor, BatchNormTracker], Tensor] = lambda net, x, tracker: net(x)
+    """From a batch to logits."""
+    disturb: Callable[[Tensor, int, float], Tensor] = lambda x, epoch, time: x
+    """Done to each batch, from its epoch and from how much of it is over, 0 to 1; what is evaluated on comes last."""
+    recalibrate: bool = False
+    """Recompute the running statistics at the end. The report is then that of one more epoch without learning."""
+    order: str = "shuffled"
+    batch_size: int = 32
+    epochs: int = 4
+    lr: float = 0.05
+    between_groups: float = 0.0
+    momentum: float | None = 0.1
+
+    def run(self, seed: int) -> tuple[Report, float]:
+        """The report of the last epoch, and the loss in eval mode."""
+        torch.manual_seed(seed)
+        generator = torch.Generator().manual_seed(seed)
+        train, held_out = (Data.sample(n, generator, self.between_groups) for n in (NUM_TRAIN, NUM_EVAL))
+        net = self.net()
+        for norm in (net.norm1, net.norm2):
+            norm.momentum = self.momentum
+        optimizer = torch.optim.SGD(net.parameters(), lr=self.lr, momentum=0.9)
+        with BatchNormTracker(net) as tracker:
+            for epoch in range(self.epochs + self.recalibrate):
+                tracker.close()
+                if epoch == self.epochs:
+                    optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
+                    update_bn([self.disturb(x, epoch, 1.0) for x, _ in self._batches(train, generator)], net)
+                self.each_epoch(net, epoch)
+                tracker.reset()
+                batches = list(self._batches(train, generator))
+                for i, (x, y) in enumerate(batches):
+                    optimizer.zero_grad()
+                    logits = self.step(net, self.disturb(x, epoch, i / len(batches)), tracker)
+                    loss = nn.functional.cross_entropy(logits, y)
+                    if torch.isfinite(loss):
+                        loss.backward()
+                        optimizer.step()
+            report = tracker.close()
+        net.eval()
+        with torch.no_grad():
+            logits = net(self.disturb(held_out.x, self.epochs, 1.0))
+        return report, float(nn.functional.cross_entropy(logits, held_out.y))
+
+    def _batches(self, data: Data, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
+        """One epoch of full batches, in the order that was asked for."""
+        order = torch.randperm(len(data.y), generator=generator)
+        if self.order == "sorted":
+            order = order[data.y[order].argsort(stable=True)]
+        elif self.order == "grouped":
+            rank = torch.randperm(GROUPS, generator=generator)
+            order = order[rank[data.group[order]].argsort(stable=True)]
+        for indices in order.split(self.batch_size):
+            if len(indices) == self.batch_size:
+                yield data.x[indices], data.y[indices]
+
+
+@dataclass
+class Case:
+    """Something wrong, what the report must say of it, and the remedy."""
+
+    cause: str
+    expected: str
+    """The verdict, or the flag, on ``layer``."""
+    training: Training
+    remedy: str = "-"
+    repaired: Callable[[Training, LayerReport], Training] | None = None
+    """The training with the remedy, from the sick one and its report on ``layer``."""
+    layer: str = "norm1"
+
+
+def stop_tracking(net: Net, epoch: int) -> None:
+    """What Lightning's ``BaseFinetuning.freeze`` does to a BatchNorm layer."""
+    net.norm2.track_running_stats = epoch == 0
+
+
+def freeze_on_other_data(net: Net, epoch: int) -> None:
+    """A layer that keeps the statistics of what it was pretrained on."""
+    if epoch == 0:
+        with torch.no_grad():
+            net.norm1.running_mean.fill_(1.0)
+            net.norm1.running_var.fill_(9.0)
+    net.norm1.eval()
+
+
+def pretrained_elsewhere(net: Net, epoch: int) -> None:
+    """Running statistics of other data, and nothing else."""
+    if epoch == 0:
+        net.norm1.running_mean.add_(2.0)
+        net.norm1.num_batches_tracked.fill_(10_000)
+
+
+def write_between_epochs(net: Net, epoch: int) -> None:
+    """What stochastic weight averaging does before it recomputes statistics."""
+    if epoch == 3:
+        net.norm1.reset_running_stats()
+
+
+def nan_once(x: Tensor, epoch: int, time: float) -> Tensor:
+    """One batch with NaN, long before the last epoch."""
+    return torch.full_like(x, torch.nan) if epoch == 1 and time == 0.5 else x
+
+
+def ramp(x: Tensor, epoch: int, time: float) -> Tensor:
+    """Inputs that move steadily, as in a curriculum."""
+    return x + 2 * time
+
+
+def second_pass_unseen(net: Net, x: Tensor, tracker: BatchNormTracker) -> Tensor:
+    """A second pass in training mode where nobody counts."""
+    with tracker.paused():
+        net(x + torch.randn_like(x))
+    return net(x)
+
+
+def second_pass_in_eval(net: Net, x: Tensor, tracker: BatchNormTracker) -> Tensor:
+    """The second pass in eval mode."""
+    net.eval()
+    net(x + torch.randn_like(x))
+    net.train()
+    return net(x)
+
+
+def functional(net: Net, x: Tensor, tracker: BatchNormTracker) -> Tensor:
+    """A call with copies of the buffers in their place, as in meta-learning."""
+    return torch.func.functional_call(net, {name: buffer.clone() for name, buffer in net.named_buffers()}, (x,))
+
+
+def resumed_in_mid_step(net: Net, x: Tensor, tracker: BatchNormTracker) -> Tensor:
+    """A checkpoint that was saved after a forward pass, from which that batch is run again."""
+    if net.norm1.num_batches_tracked == RESUMED_AT:
+        net(x)
+        tracker.load_state_dict(tracker.state_dict())
+    return net(x)
+
+
+def resumed_between_steps(net: Net, x: Tensor, tracker: BatchNormTracker) -> Tensor:
+    """A checkpoint that was saved between two steps."""
+    if net.norm1.num_batches_tracked == RESUMED_AT:
+        tracker.load_state_dict(tracker.state_dict())
+    return net(x)
+
+
+def with_recommended_momentum(training: Training, layer: LayerReport) -> Training:
+    """The momentum that the remedy states."""
+    return replace(training, momentum=layer.evidence["recommended_momentum"])
+
+
+def recalibrated(training: Training, layer: LayerReport) -> Training:
+    """Running statistics recomputed at the end."""
+    return replace(training, recalibrate=True)
+
+
+CASES = (
+    Case("nothing is wrong", "healthy", Training()),
+    Case("momentum 0.5", "noisy", Training(momentum=0.5), "recommended momentum", with_recommended_momentum),
+    Case(
+        *("momentum 0.001", "warming-up", Training(momentum=0.001)),
+        *("recommended momentum", with_recommended_momentum),
+    ),
+    Case("momentum 0.001", "warming-up", Training(momentum=0.001), "recalibrate", recalibrated, layer="norm2"),
+    Case(
+        *("inputs move, momentum 0.02", "lagging", Training(disturb=ramp, momentum=0.02)),
+        *("recommended momentum", with_recommended_momentum),
+    ),
+    Case(
+        *("statistics of other data, momentum 0.003", "lagging"),
+        *(Training(each_epoch=pretrained_elsewhere, momentum=0.003), "recalibrate", recalibrated),
+    ),
+    Case("inputs move, momentum 0.3", "drifting", Training(disturb=ramp, momentum=0.3)),
+    Case(
+        *("batches of 4", "tiny-batch", Training(batch_size=4, lr=0.02)),
+        *("batches of 32", lambda training, layer: replace(training, batch_size=32)),
+    ),
+    Case(
+        *("data sorted by class", "ordered-batches", Training(order="sorted")),
+        *("shuffle", lambda training, layer: replace(training, order="shuffled")),
+    ),
+    Case(
+        *("batches from one source each", "grouped-batches", Training(order="grouped", between_groups=1.0)),
+        *("mix sources", lambda training, layer: replace(training, order="shuffled")),
+    ),
+    Case(
+        *("track_running_stats=False after an epoch", "stale", Training(each_epoch=stop_tracking)),
+        *("track them", lambda training, layer: replace(training, each_epoch=Training().each_epoch), "norm2"),
+    ),
+    Case(
+        *("eval mode with statistics of other data", "frozen", Training(each_epoch=freeze_on_other_data)),
+        *("train it", lambda training, layer: replace(training, each_epoch=Training().each_epoch)),
+    ),
+    Case("one batch of NaN, epochs ago", "non-finite", Training(disturb=nan_once), "recalibrate", recalibrated),
+    Case(
+        *("made without running statistics", "no-running-stats", Training(net=Stateless)),
+        *("with them", lambda training, layer: replace(training, net=Net)),
+    ),
+    Case(
+        *("a layer that forward() forgets", "unused", Training(net=Bypassed)),
+        *("call it", lambda training, layer: replace(training, net=Net)),
+    ),
+    Case(
+        *("4 batches in an epoch", "insufficient-data", Training(batch_size=512)),
+        *("more batches", lambda training, layer: replace(training, batch_size=64)),
+    ),
+    Case(
+        *("activation checkpointing, momentum 0.3", "double-update", Training(net=Checkpointed, momentum=0.3)),
+        *("compensated momentum",),
+        lambda training, layer: replace(training, momentum=layer.evidence["compensated_momentum"]),
+    ),
+    Case(
+        *("a second pass that is not monitored", "missed-calls", Training(step=second_pass_unseen)),
+        *("second pass in eval mode", lambda training, layer: replace(training, step=second_pass_in_eval)),
+    ),
+    Case(
+        *("functional_call with copied buffers", "not-updating", Training(step=functional)),
+        *("call the module", lambda training, layer: replace(training, step=Training().step)),
+    ),
+    Case(
+        *("resumed from the middle of a step", "interrupted-batch", Training(step=resumed_in_mid_step)),
+        *("save between steps", lambda training, layer: replace(training, step=resumed_between_steps)),
+    ),
+    Case("buffers reset before the last epoch", "written-outside", Training(each_epoch=write_between_epochs)),
+    Case(
+        *("a quarter of the units switched off", "dead-channels", Training(net=Pruned)),
+        *("keep them", lambda training, layer: replace(training, net=Net)),
+    ),
+)
+
+
+def main() -> None:
+    """Print the table; exit with an error if a cause is not named or a remedy does not help."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
+    parser.add_argument("--explain", action="store_true", help="print each explanation and remedy, too")
+    args = parser.parse_args()
+    rows, named, helped, remedies = [], 0, 0, 0
+    for case in CASES:
+        report, loss = case.training.run(args.seed)
+        layer = report[case.layer]
+        right = case.expected == layer.verdict or case.expected in layer.flags
+        named += right
+        row = [case.cause, case.layer, _words(layer), loss, case.remedy]
+        if case.repaired is not None:
+            remedies += 1
+            repaired, loss_after = case.repaired(case.training, layer).run(args.seed)
+            helps = repaired[case.layer].verdict in ("healthy", "drifting") and not loss_after > loss + _TOLERANCE
+            helped += helps
+            row += [_words(repaired[case.layer]) + ("" if helps else " (NOT MENDED)"), loss_after]
+        row[2] += "" if right else f" (NOT {case.expected})"
+        rows.append(row)
+        if args.explain:
+            print(f"{layer.explanation}\n  -> {layer.remedy}\n")
+    headers = ["cause", "layer", "verdict", "eval loss", "remedy", "verdict after", "eval loss after"]
+    print(tabulate(rows, headers=headers, tablefmt="github", floatfmt=".2f", missingval="-"))
+    print(f"\n{named} of {len(CASES)} causes are named, {helped} of {remedies} remedies help.")
+    if named < len(CASES) or helped < remedies:
+        raise SystemExit("A cause was not named, or a remedy did not help.")
+
+
+def _words(layer: LayerReport) -> str:
+    return ", ".join([layer.verdict, *layer.flags])
+
+
+if __name__ == "__main__":
+    main()

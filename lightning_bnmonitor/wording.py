@@ -1,0 +1,225 @@
+"""Verdicts in words: what was found in a layer, and what to do about it, with its own numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+
+_RECALIBRATE = "recompute its running statistics (`torch.optim.swa_utils.update_bn(loader, model)`)"
+
+_EXPLANATIONS = {
+    "unused": "It was not called in this window while the model was in training mode.",
+    "no-running-stats": (
+        "It has no running statistics: eval() normalises by the batch, as training does, so that a prediction depends "
+        "on what else is in its batch."
+    ),
+    "stale": (
+        "It normalises by the batch in training, while its running statistics stay as they are. eval() uses those: "
+        "against what the layer receives in training, that is an error of {eval_error}."
+    ),
+    "frozen": (
+        "It is in eval mode in training, too: it normalises by its running statistics, which stay as they are. Against "
+        "the statistics of what it receives, that is an error of {eval_error}. Training and eval() agree; what the "
+        "next layer receives is not normalised by that much."
+    ),
+    "insufficient-data": (
+        "With {batches} batches that updated the running statistics, chance and trouble cannot be told apart. They are "
+        "{act_rmse} off this window's statistics."
+    ),
+    "tiny-batch": (
+        "A batch has {samples_per_batch} values per channel. Statistics of so few values jump from batch to batch (by "
+        "{jitter} standard deviations), and training normalises by them: the network learns under a noise that eval() "
+        "does not have. The running statistics have an error of {noise_error} by sampling noise alone; better ones "
+        "would not repair the rest."
+    ),
+    "ordered-batches": (
+        "The batch means of different parts of the window differ {ordering_ratio} times as much as neighbouring "
+        "batches do (chance explains up to {ordering_limit}), which is {ordering_share} of the variance, and a steady "
+        "movement explains but {trend_share} of that. Either the data come sorted, and the running statistics are "
+        "those of the last part; or the weights have moved forth and back, as after a restart of the learning rate: "
+        "the inputs alone do not tell."
+    ),
+    "grouped-batches": (
+        "Batch means vary {grouping_ratio} times as much as those of {batch_size} independent samples would (chance "
+        "explains up to {grouping_limit}), by {grouping_share} of the variance. The samples of a batch resemble each "
+        "other (from one video, patient, class or augmentation), and normalising by the batch removes what they have "
+        "in common, which eval() does not. Whether it is the data or something random that a whole batch shares in the "
+        "network, the inputs alone do not tell."
+    ),
+    "warming-up": (
+        "The initial zeros and ones still have a weight of {initial_weight} in the running statistics: eval() is off "
+        "by {eval_error}, where sampling noise explains {noise_error}."
+    ),
+    "lagging": (
+        "The running statistics are those of earlier batches, from which the layer's inputs have moved away: eval() is "
+        "off by {eval_error}, where sampling noise explains {noise_error}. Whether the weights or the data have moved, "
+        "or the running statistics came from other data, the inputs alone do not tell."
+    ),
+    "noisy": (
+        "The running statistics follow the last batches too closely: with an effective momentum of "
+        "{effective_momentum} and {samples_per_batch} values per channel in a batch, sampling noise alone is an error "
+        "of {noise_error}, however long one trains."
+    ),
+    "drifting": (
+        "The layer's inputs move so fast that the statistics of the whole window are {drift_error} off those at its "
+        "end. The running statistics follow: they are {eval_error} off what they should be now."
+    ),
+    "healthy": (
+        "The running statistics are right up to chance: {eval_error} off the present ones, where their sampling noise "
+        "explains {noise_error} and that of the present ones {now_error}."
+    ),
+}
+_FLAGS = {
+    "dead-channels": "{dead_channels} of {num_features} channels are dead: what they receive is constant.",
+    "double-update": (
+        "Each call updates the running statistics {updates_per_call} times, as activation checkpointing repeats it: "
+        "the momentum acts as {effective_momentum}."
+    ),
+    "interrupted-batch": (
+        "The window was resumed from a state that was saved in the middle of a training step: what was run again of it "
+        "counts twice, as it does in the running statistics."
+    ),
+    "missed-calls": (
+        "The running statistics were updated {updates_per_call} times for each call that was seen: the layer is also "
+        "called where it is not monitored (while the model or the tracker pauses)."
+    ),
+    "not-updating": "{calls_not_updating} calls in training mode left the running statistics as they were.",
+    "written-outside": (
+        "Something wrote the running statistics between windows (recalibration, SWA, a loaded checkpoint, a reset): "
+        "what they are made of is known from there on only."
+    ),
+}
+_REMEDIES = {
+    "no-running-stats": "Make it with `track_running_stats=True` if predictions must not depend on the batch.",
+    "insufficient-data": "Take longer windows: more batches in an epoch, or a larger `every_n_epochs`.",
+    "tiny-batch": (
+        "Put more samples (or positions) in a batch: at least sixteen values per channel. Where memory forbids that: "
+        "`nn.SyncBatchNorm` over several devices, or `nn.GroupNorm`, which does not depend on the batch; for fine-"
+        "tuning, freeze the layer (`layer.eval()` in training, too)."
+    ),
+    "ordered-batches": (
+        "Shuffle the data (`DataLoader(shuffle=True)`; for iterable data sets a buffer that spans the sources). "
+        f"If they are shuffled, wait until the weights settle, or {_RECALIBRATE} before you evaluate."
+    ),
+    "grouped-batches": (
+        "Mix the sources within each batch: shuffle samples rather than groups, and draw random augmentations per "
+        "sample. If a batch must come from one source: `nn.GroupNorm`, or freeze the layer (`layer.eval()`)."
+    ),
+    "warming-up": (
+        "train on for {batches_to_go} batches, or set `momentum=None` (the plain average of all batches), or "
+        f"{_RECALIBRATE} before you evaluate."
+    ),
+    "lagging": f"{_RECALIBRATE} before you evaluate.",
+    "noisy": f"use a batch size of {{recommended_batch_size}}, or {_RECALIBRATE} before you evaluate.",
+    "drifting": (
+        "Nothing to do: judge the layer by `eval_error`, not by `act_rmse`, or take shorter windows "
+        "(`every_n_train_batches`)."
+    ),
+    "stale": (
+        "If it is to learn them, set `track_running_stats=True` and a momentum above zero. If it is to keep them, call "
+        f"`layer.eval()` in training, too. If they are only outdated, {_RECALIBRATE}."
+    ),
+    "frozen": (
+        f"If what it receives is no longer what its statistics are from, {_RECALIBRATE} with this layer in training "
+        "mode, or let it train (`layer.train()`)."
+    ),
+}
+_MOMENTUM = {
+    "warming-up": (
+        "set `momentum={recommended_momentum}` (batches then leave a weight of (1-m)^batches to what was before them; "
+        "predicted error {recommended_error}), or "
+    ),
+    "lagging": (
+        "set `momentum={recommended_momentum}` (the best for a drift d a batch and a variance V of batches solves "
+        "m^3 = d^2/V (1-m) (2-m)^2; predicted error {recommended_error}), or "
+    ),
+    "noisy": (
+        "set `momentum={recommended_momentum}` (the noise falls with the root of m/(2-m); predicted error "
+        "{recommended_error}), or "
+    ),
+}
+_FLAG_REMEDIES = {
+    "double-update": "Set `momentum={compensated_momentum}` to get the effect of {momentum} (1 - (1 - m)^(1/updates)).",
+    "missed-calls": "Keep the layer from being called in training mode where the monitor does not count.",
+}
+_WITHOUT_WEIGHTS = (
+    "Calls updated the running statistics {updates_per_call} times each, where {assumed_updates_per_call} was assumed: "
+    "how much each batch weighs in them is not known in this window. They are {eval_error} off the present statistics."
+)
+
+
+def explain(verdict: str, flags: tuple[str, ...], evidence: Mapping[str, float]) -> str:
+    """An explanation of a verdict and flags; all numbers in it are in ``evidence``."""
+    if verdict == "non-finite":
+        sentences = _non_finite(evidence)
+    elif verdict == "insufficient-data" and "assumed_updates_per_call" in evidence:
+        sentences = [_WITHOUT_WEIGHTS]
+    else:
+        sentences = [_EXPLANATIONS[verdict]]
+    return _filled([*sentences, *(_FLAGS[flag] for flag in flags)], evidence)
+
+
+def prescribe(verdict: str, flags: tuple[str, ...], evidence: Mapping[str, float]) -> str:
+    """What to do about a verdict and flags; empty if nothing."""
+    sentences = [_REMEDIES[verdict]] if verdict in _REMEDIES else []
+    if verdict == "non-finite":
+        sentences = _after_non_finite(evidence)
+    elif verdict == "insufficient-data" and "assumed_updates_per_call" in evidence:
+        sentences = []
+    elif verdict in _MOMENTUM:
+        remedy = (_MOMENTUM[verdict] if "recommended_momentum" in evidence else "") + _REMEDIES[verdict]
+        sentences = [remedy[0].upper() + remedy[1:]]
+    sentences += [
+        _FLAG_REMEDIES[flag]
+        for flag in flags
+        if flag in _FLAG_REMEDIES and not (flag == "double-update" and "recommended_momentum" in evidence)
+    ]
+    return _filled(sentences, evidence)
+
+
+def _non_finite(evidence: Mapping[str, float]) -> list[str]:
+    sentences = []
+    if "first_bad_batch" in evidence:
+        sentences.append(
+            "It received NaN or Inf, or values whose variance overflows: first in batch {first_bad_batch} of this "
+            "window, channel {first_bad_channel}."
+        )
+    if evidence.get("non_finite_running_stats"):
+        sentences.append(
+            "The running statistics of {non_finite_running_stats} of {num_features} channels are not finite: eval() "
+            "returns NaN or a constant there, and stays so until they are reset."
+        )
+    return sentences
+
+
+def _after_non_finite(evidence: Mapping[str, float]) -> list[str]:
+    sentences = []
+    if "first_bad_batch" in evidence:
+        sentences.append(
+            "Find what made the values (`torch.autograd.detect_anomaly`; often the learning rate, half precision "
+            "without loss scaling, or the data)."
+        )
+    if evidence.get("non_finite_running_stats"):
+        sentences.append(f"Call `layer.reset_running_stats()` and {_RECALIBRATE}: no later batch repairs them.")
+    return sentences
+
+
+def _filled(sentences: list[str], evidence: Mapping[str, float]) -> str:
+    return " ".join(sentences).format_map(_Numbers(evidence))
+
+
+class _Numbers(dict[str, float]):
+    """Numbers as they are printed."""
+
+    def __getitem__(self, name: str) -> str:  # type: ignore[override]
+        return _number(super().__getitem__(name))
+
+    def __missing__(self, name: str) -> float:
+        return math.nan
+
+
+def _number(value: float) -> str:
+    """Three digits, counts in full."""
+    if math.isnan(value):
+        return "(unknown)"
+    return f"{value:.0f}" if math.isfinite(value) and value == int(value) else f"{value:.3g}"
