@@ -256,19 +256,20 @@ def _recommendation(
     updates = max(layer.assumed_updates, 1)
     if "double-update" in flags and layer.momentum is not None:
         # So that all updates of a call together weigh what was asked for.
-        advice["compensated_momentum"] = 1 - (1 - layer.momentum) ** (1 / layer.updates_per_call)
+        advice["compensated_momentum"] = 1 - max(1 - layer.momentum, 0.0) ** (1 / layer.updates_per_call)
     if verdict not in ("warming-up", "lagging", "noisy"):
         return advice
     batches, jitter, drift = evidence["batches"], evidence["jitter"], evidence["drift_per_batch"]
-    momentum = evidence["effective_momentum"]
+    momentum = min(max(evidence["effective_momentum"], 0.0), 1.0)
     lower = 1 - _REMAINDER ** (1 / batches)  # a window then replaces what was there before it
-    if verdict == "lagging" and layer.momentum is not None:
+    if verdict == "lagging" and layer.momentum is not None and momentum < 1:
         # The buffers may lag for what moved in windows before: this one's trend does not show it.
         drift = max(drift, evidence["lag_error"] * momentum / (1 - momentum))
     elif verdict == "warming-up":
         excess = evidence["warmup_error"] / _TARGET
         lower = max(lower, 1 - (evidence["initial_weight"] / excess) ** (1 / batches))
-        advice["batches_to_go"] = math.ceil(math.log(excess) / -math.log(1 - momentum))
+        if 0 < momentum < 1:
+            advice["batches_to_go"] = math.ceil(math.log(excess) / -math.log(1 - momentum))
     elif verdict == "noisy":
         excess = evidence["noise_error"] / _TARGET
         advice["recommended_batch_size"] = math.ceil(evidence["batch_size"] * excess**2)

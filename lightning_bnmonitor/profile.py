@@ -161,6 +161,9 @@ def _evaluate(blocks: Blocks, buffers: Buffers, eps: FloatArray) -> Profile:
     m2 = np.empty((2, layers.num_channels))
     between = np.empty(layers.num_channels)
     for layer, own in enumerate(layers.slices):
+        if not num_blocks[layer]:
+            contrasts[..., own] = m2[:, own] = between[own] = np.nan
+            continue
         used = slice(0, num_blocks[layer])
         value = blocks.value[used, :, own]
         for f in (_MEAN, _VAR):
@@ -320,8 +323,8 @@ def _tails(num_batches: tuple[float, ...]) -> Tails:
         distance = abs(lengths - target)
         length = len(distance) - int(np.argmin(distance[::-1]))  # of two as near, the longer
         members[run, stop - length : stop] = 1
-        counts[run] = target = float(lengths[length - 1])
-        stop -= length
+        counts[run] = float(lengths[length - 1])
+        stop, target = stop - length, counts[0]
     last, before, earlier = counts
     return Tails(
         members=members,

@@ -142,6 +142,10 @@ _FLAG_REMEDIES = {
     "double-update": "Set `momentum={compensated_momentum}` to get the effect of {momentum} (1 - (1 - m)^(1/updates)).",
     "missed-calls": "Keep the layer from being called in training mode where the monitor does not count.",
 }
+_UNSEEN = (
+    "{calls_skipped} calls could not be looked at (within transforms of torch.func, while tracing, or of other shapes "
+    "than (N, C, *))."
+)
 _WITHOUT_WEIGHTS = (
     "Calls updated the running statistics {updates_per_call} times each, where {assumed_updates_per_call} was assumed: "
     "how much each batch weighs in them is not known in this window. They are {eval_error} off the present statistics."
@@ -156,7 +160,8 @@ def explain(verdict: str, flags: tuple[str, ...], evidence: Mapping[str, float])
         sentences = [_WITHOUT_WEIGHTS]
     else:
         sentences = [_EXPLANATIONS[verdict]]
-    return _filled([*sentences, *(_FLAGS[flag] for flag in flags)], evidence)
+    unseen = [_UNSEEN] if evidence.get("calls_skipped") else []
+    return _filled([*sentences, *unseen, *(_FLAGS[flag] for flag in flags)], evidence)
 
 
 def prescribe(verdict: str, flags: tuple[str, ...], evidence: Mapping[str, float]) -> str:

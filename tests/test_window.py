@@ -759,6 +759,12 @@ def test_whatever_is_not_finite_is_noticed(bad):
             assert first_bad.tolist() == [math.inf, 20, math.inf]
 
 
+def test_a_mean_that_is_not_finite_is_noticed_beside_a_finite_variance():
+    window = window_of(2)
+    window.update({0: [Batch(4, torch.tensor([1.0, math.inf]), torch.ones(2), None, 0.1, 4)]})
+    assert window.blocks().first_bad.tolist() == [math.inf, 1]
+
+
 @pytest.mark.parametrize("step", [1, 4, 40])
 def test_every_layer_counts_its_own_calls(step):
     rng = np.random.default_rng(23)
