@@ -51,8 +51,8 @@ class BatchNormMonitor(Callback):
         per_layer: Whether to log scalars for each layer; ``"auto"``: up to 100 layers.
         log_key_prefix: What the logged names begin with, not empty.
         on_unhealthy: What to do at a window's end if layers need attention: ``"warn"`` of each layer and verdict once,
-            ``"ignore"``, or ``"raise"`` :class:`UnhealthyBatchNormError` on every rank (that has a cost: ranks have to
-            agree, once a window).
+            ``"ignore"``, or ``"raise"`` :class:`UnhealthyBatchNormError` with the report of rank 0 on every rank
+            (at the cost of sending it, once a window).
 
     **Logged Metrics**, once a window, to every logger of the Trainer, at the step of Lightning's own epoch-end values.
     The first six are also in ``trainer.callback_metrics`` (for ``ModelCheckpoint`` and ``EarlyStopping``) from the end
@@ -225,12 +225,14 @@ class BatchNormMonitor(Callback):
 
     def _react(self, trainer: Trainer, report: Report) -> None:
         """Warn or raise if layers need attention."""
-        unhealthy = report.unhealthy
-        # All ranks or none: those that went on would wait for the others for ever.
-        if self._on_unhealthy == "raise" and trainer.strategy.reduce_boolean_decision(bool(unhealthy), all=False):
-            raise UnhealthyBatchNormError(report)
+        if self._on_unhealthy == "raise":
+            # All ranks or none: those that went on would wait for the others for ever. Rank 0 decides, as its running
+            # statistics are those that are saved, and that DistributedDataParallel gives to all ranks.
+            report = trainer.strategy.broadcast(report)
+            if report.unhealthy:
+                raise UnhealthyBatchNormError(report)
         if self._on_unhealthy == "warn" and trainer.is_global_zero:
-            news = [layer for layer in unhealthy if (layer.name, layer.verdict) not in self._warned_of]
+            news = [layer for layer in report.unhealthy if (layer.name, layer.verdict) not in self._warned_of]
             self._warned_of.update((layer.name, layer.verdict) for layer in news)
             if news:
                 warnings.warn(_warning(news), stacklevel=4)

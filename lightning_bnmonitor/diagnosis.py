@@ -31,6 +31,10 @@ _SICK = {"non-finite", "tiny-batch", "ordered-batches", "grouped-batches", "warm
 _SICK_IF_WRONG = {"stale", "frozen"}  # as their running statistics are meant to stay as they are
 _MIN_BATCHES, _MIN_DOF = 8, 4
 _TINY = 4  # values per channel in a batch
+_WITHOUT_BATCHES = (  # what is known of a layer that no batch updated
+    *("batches", "dead_channels", "non_finite_channels", "non_finite_running_stats"),
+    *("first_bad_batch", "first_bad_channel"),
+)
 _SHARE = 0.02  # of a channel's variance, that the order or the making of batches must explain to count
 _TARGET = WARNING / 2  # what a remedy aims at
 _REMAINDER = 0.05  # weight that may be left in the buffers of what was before the window
@@ -91,6 +95,11 @@ class Circumstances(NamedTuple):
     def weights_known(self) -> bool:
         """Whether the buffers were updated as assumed."""
         return math.isnan(self.updates_per_call) or self.updates_per_call == self.assumed_updates
+
+    @property
+    def updates_twice(self) -> bool:
+        """Whether each call updates the buffers two or more times, as it is recomputed."""
+        return self.checkpointed and self.updates_per_call > 1 and float(self.updates_per_call).is_integer()
 
 
 def distances(
@@ -160,9 +169,16 @@ def observations(
             "non_finite_running_stats": layers.count(bad_running),
         }
         first, channel = layers.first(profile.first_bad)
-        columns |= {"first_bad_batch": first, "first_bad_channel": np.where(np.isfinite(first), channel, np.nan)}
+        seen = np.isfinite(first)
+        columns |= {
+            "first_bad_batch": np.where(seen, first, np.nan),
+            "first_bad_channel": np.where(seen, channel, np.nan),
+        }
     for values in zip(*(column.tolist() for column in columns.values()), strict=True):
-        yield {name: value for name, value in zip(columns, values, strict=True) if math.isfinite(value)}
+        known = {name: value for name, value in zip(columns, values, strict=True) if math.isfinite(value)}
+        if not known["batches"]:
+            known = {name: value for name, value in known.items() if name in _WITHOUT_BATCHES}
+        yield known
 
 
 def diagnose(layer: Circumstances, observed: Mapping[str, float], metrics: Mapping[str, float]) -> Diagnosis:
@@ -175,17 +191,20 @@ def diagnose(layer: Circumstances, observed: Mapping[str, float], metrics: Mappi
     """
     evidence = {f"calls_{path}": float(count) for path, count in layer.calls.items()}
     evidence["num_features"] = float(layer.num_features)
+    effective, updates = layer.effective_momentum, layer.updates_per_call
+    if layer.momentum is not None and layer.updates_twice and not layer.weights_known:
+        effective = 1 - (1 - layer.momentum) ** updates
     known = {
         "momentum": layer.momentum,
-        "effective_momentum": layer.effective_momentum,
-        "updates_per_call": layer.updates_per_call,
+        "effective_momentum": effective,
+        "updates_per_call": updates if updates >= 0 else None,
         **metrics,
     }
     evidence |= {name: value for name, value in known.items() if value is not None and not math.isnan(value)}
     evidence |= observed
     unmoved = layer.training_calls - evidence.get("batches", 0.0)
-    if layer.updates_per_call < 1:
-        unmoved += evidence.get("batches", 0.0) * (1 - max(layer.updates_per_call, 0.0))
+    if 0 <= updates < 1:
+        unmoved += evidence.get("batches", 0.0) * (1 - updates)
     if unmoved and layer.has_running_stats:
         evidence["calls_not_updating"] = unmoved
     if not layer.weights_known:
@@ -214,7 +233,8 @@ def _verdict(layer: Circumstances, evidence: Mapping[str, float]) -> str:
         return "insufficient-data"
     if e["samples_per_batch"] <= _TINY:
         return "tiny-batch"
-    is_ordered = e.get("ordering_ratio", 0) > e["ordering_limit"] and e["ordering_share"] > _SHARE
+    # Of batches that repeat each other exactly there is no ratio.
+    is_ordered = e.get("ordering_ratio", math.inf) > e["ordering_limit"] and e.get("ordering_share", 0.0) > _SHARE
     if is_ordered and e["trend_share"] < 0.5:
         return "ordered-batches"
     if e.get("grouping_ratio", 0) > e["grouping_limit"] and e["grouping_share"] > _SHARE:
@@ -228,19 +248,21 @@ def _verdict(layer: Circumstances, evidence: Mapping[str, float]) -> str:
         return "warming-up" if warmup > lag else "lagging"
     if noise > WARNING:
         return "noisy"
-    return "drifting" if e.get("drift_error", 0.0) > WARNING else "healthy"
+    if e.get("drift_error", 0.0) > WARNING:
+        chance = math.hypot(noise, e.get("now_error", 0.0))
+        return "drifting" if e.get("eval_error", 0.0) <= math.hypot(WARNING, chance) else "lagging"
+    return "healthy"
 
 
 def _flags(layer: Circumstances, evidence: Mapping[str, float]) -> Iterator[str]:
     updates, assumed = layer.updates_per_call, layer.assumed_updates
     if evidence.get("dead_channels"):
         yield "dead-channels"
-    doubled = updates > 1 and float(updates).is_integer() and layer.checkpointed
-    if doubled:
+    if layer.updates_twice:
         yield "double-update"
     if layer.interrupted:
         yield "interrupted-batch"
-    if updates > max(assumed, 1) and not doubled:
+    if updates > max(assumed, 1) and not layer.updates_twice:
         yield "missed-calls"
     if "calls_not_updating" in evidence:
         yield "not-updating"
@@ -269,7 +291,7 @@ def _recommendation(
         excess = evidence["warmup_error"] / _TARGET
         lower = max(lower, 1 - (evidence["initial_weight"] / excess) ** (1 / batches))
         if 0 < momentum < 1:
-            advice["batches_to_go"] = math.ceil(math.log(excess) / -math.log(1 - momentum))
+            advice["batches_to_go"] = math.ceil(math.log(excess) / -math.log1p(-momentum))
     elif verdict == "noisy":
         excess = evidence["noise_error"] / _TARGET
         advice["recommended_batch_size"] = math.ceil(evidence["batch_size"] * excess**2)
@@ -278,7 +300,7 @@ def _recommendation(
     best = lower
     if verdict != "warming-up" or _expected_error(lower, drift, jitter) > _TARGET:
         best = max(_optimal_momentum(drift, jitter), lower)
-    if (best < momentum) == (verdict == "noisy"):
+    if (best < momentum) == (verdict == "noisy") and not (verdict == "noisy" and layer.momentum is None):
         advice["recommended_momentum"] = 1 - (1 - best) ** (1 / updates)
         advice["recommended_error"] = _expected_error(best, drift, jitter)
     return advice

@@ -69,6 +69,7 @@ class TrackedLayer:
         self.calls_in_step: int | None = None  # since the last training step ended; None before the first has
         self.momentum: float | None = None  # the effective one of the last call
         self.end: Tensor | None = None  # the buffers when the last window ended
+        self.history: History | None = None  # what the buffers were made of when the window began
         self.last_history: History | None = None  # and what they were made of
         self.begin_window(None, None)
 
@@ -83,11 +84,9 @@ class TrackedLayer:
         self.interrupted = False  # whether it was resumed from the middle of a step
         self.start = buffers
         self.written_outside = self.end is not None and not _same(self.end, buffers)
-        if self.end is not None and not self.written_outside:
-            self.history = self.last_history
-        else:
-            initial = not num_batches_tracked and (buffers is None or _are_initial(buffers))
-            self.history = _FRESH if initial else None
+        self.history = None if self.written_outside or self.end is None else self.last_history
+        if self.history is None and not num_batches_tracked and (buffers is None or _are_initial(buffers)):
+            self.history = _FRESH
 
     def end_window(self, buffers: Tensor | None, history: History | None, updates: float) -> None:
         """Keep what the next window goes on from: the buffers, what they are made of, how often a call updates them.

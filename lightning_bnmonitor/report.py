@@ -356,7 +356,7 @@ class Report(Mapping[str, LayerReport]):
 
 def _escape(text: str) -> str:
     """Text that Markdown shows as it is."""
-    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", text)
+    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(text.replace("&", "&amp;").splitlines()))
 
 
 def _number(value: float) -> str:

@@ -3,70 +3,74 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+import re
+from collections.abc import Mapping, Sequence
+from string import Formatter
 
 _RECALIBRATE = "recompute its running statistics (`torch.optim.swa_utils.update_bn(loader, model)`)"
 
-_EXPLANATIONS = {
-    "unused": "It was not called in this window while the model was in training mode.",
+_EXPLANATIONS: dict[str, tuple[str, ...]] = {
+    "unused": ("It was not called in this window while the model was in training mode.",),
     "no-running-stats": (
         "It has no running statistics: eval() normalises by the batch, as training does, so that a prediction depends "
-        "on what else is in its batch."
+        "on what else is in its batch.",
     ),
     "stale": (
-        "It normalises by the batch in training, while its running statistics stay as they are. eval() uses those: "
-        "against what the layer receives in training, that is an error of {eval_error}."
+        "It normalises by the batch in training, while its running statistics stay as they are. eval() uses those.",
+        "Against what the layer receives in training, that is an error of {eval_error}.",
     ),
     "frozen": (
-        "It is in eval mode in training, too: it normalises by its running statistics, which stay as they are. Against "
-        "the statistics of what it receives, that is an error of {eval_error}. Training and eval() agree; what the "
-        "next layer receives is not normalised by that much."
+        "It is in eval mode in training, too: it normalises by its running statistics, which stay as they are.",
+        "Against the statistics of what it receives, that is an error of {eval_error}. Training and eval() agree; what "
+        "the next layer receives is not normalised by that much.",
     ),
     "insufficient-data": (
-        "With {batches} batches that updated the running statistics, chance and trouble cannot be told apart. They are "
-        "{act_rmse} off this window's statistics."
+        "With {batches} batches that updated the running statistics, chance and trouble cannot be told apart.",
+        "They are {act_rmse} off this window's statistics.",
     ),
     "tiny-batch": (
         "A batch has {samples_per_batch} values per channel. Statistics of so few values jump from batch to batch (by "
         "{jitter} standard deviations), and training normalises by them: the network learns under a noise that eval() "
-        "does not have. The running statistics have an error of {noise_error} by sampling noise alone; better ones "
-        "would not repair the rest."
+        "does not have.",
+        "The running statistics have an error of {noise_error} by sampling noise alone; better ones would not repair "
+        "the rest.",
     ),
     "ordered-batches": (
         "The batch means of different parts of the window differ {ordering_ratio} times as much as neighbouring "
         "batches do (chance explains up to {ordering_limit}), which is {ordering_share} of the variance, and a steady "
-        "movement explains but {trend_share} of that. Either the data come sorted, and the running statistics are "
+        "movement explains but {trend_share} of that.",
+        "Either the data come sorted, and the running statistics are "
         "those of the last part; or the weights have moved forth and back, as after a restart of the learning rate: "
-        "the inputs alone do not tell."
+        "the inputs alone do not tell.",
     ),
     "grouped-batches": (
         "Batch means vary {grouping_ratio} times as much as those of {batch_size} independent samples would (chance "
         "explains up to {grouping_limit}), by {grouping_share} of the variance. The samples of a batch resemble each "
         "other (from one video, patient, class or augmentation), and normalising by the batch removes what they have "
         "in common, which eval() does not. Whether it is the data or something random that a whole batch shares in the "
-        "network, the inputs alone do not tell."
+        "network, the inputs alone do not tell.",
     ),
     "warming-up": (
         "The initial zeros and ones still have a weight of {initial_weight} in the running statistics: eval() is off "
-        "by {eval_error}, where sampling noise explains {noise_error}."
+        "by {eval_error}, where sampling noise explains {noise_error}.",
     ),
     "lagging": (
         "The running statistics are those of earlier batches, from which the layer's inputs have moved away: eval() is "
         "off by {eval_error}, where sampling noise explains {noise_error}. Whether the weights or the data have moved, "
-        "or the running statistics came from other data, the inputs alone do not tell."
+        "or the running statistics came from other data, the inputs alone do not tell.",
     ),
     "noisy": (
         "The running statistics follow the last batches too closely: with an effective momentum of "
         "{effective_momentum} and {samples_per_batch} values per channel in a batch, sampling noise alone is an error "
-        "of {noise_error}, however long one trains."
+        "of {noise_error}, however long one trains.",
     ),
     "drifting": (
         "The layer's inputs move so fast that the statistics of the whole window are {drift_error} off those at its "
-        "end. The running statistics follow: they are {eval_error} off what they should be now."
+        "end. The running statistics follow: they are {eval_error} off what they should be now.",
     ),
     "healthy": (
         "The running statistics are right up to chance: {eval_error} off the present ones, where their sampling noise "
-        "explains {noise_error} and that of the present ones {now_error}."
+        "explains {noise_error} and that of the present ones {now_error}.",
     ),
 }
 _FLAGS = {
@@ -148,18 +152,30 @@ _UNSEEN = (
 )
 _WITHOUT_WEIGHTS = (
     "Calls updated the running statistics {updates_per_call} times each, where {assumed_updates_per_call} was assumed: "
-    "how much each batch weighs in them is not known in this window. They are {eval_error} off the present statistics."
+    "how much each batch weighs in them is not known in this window.",
+    "They are {eval_error} off the present statistics.",
+)
+_AFTER_RESET = (
+    "The running statistics were reset within this window: how much each batch weighs in them is not known.",
+    "They are {eval_error} off the present statistics.",
+)
+_FEW_AVERAGED = (
+    "The running statistics are the plain average of batches with {samples_per_batch} values per channel, of too few "
+    "yet: sampling noise is an error of {noise_error}, which falls as training goes on."
 )
 
 
 def explain(verdict: str, flags: tuple[str, ...], evidence: Mapping[str, float]) -> str:
-    """An explanation of a verdict and flags; all numbers in it are in ``evidence``."""
+    """An explanation of a verdict and flags; all numbers in it are in ``evidence``, what is not known is left out."""
+    sentences: Sequence[str]
     if verdict == "non-finite":
         sentences = _non_finite(evidence)
     elif verdict == "insufficient-data" and "assumed_updates_per_call" in evidence:
-        sentences = [_WITHOUT_WEIGHTS]
+        sentences = _WITHOUT_WEIGHTS if "updates_per_call" in evidence else _AFTER_RESET
+    elif verdict == "noisy" and "momentum" not in evidence:
+        sentences = [_FEW_AVERAGED]
     else:
-        sentences = [_EXPLANATIONS[verdict]]
+        sentences = _EXPLANATIONS[verdict]
     unseen = [_UNSEEN] if evidence.get("calls_skipped") else []
     return _filled([*sentences, *unseen, *(_FLAGS[flag] for flag in flags)], evidence)
 
@@ -167,6 +183,8 @@ def explain(verdict: str, flags: tuple[str, ...], evidence: Mapping[str, float])
 def prescribe(verdict: str, flags: tuple[str, ...], evidence: Mapping[str, float]) -> str:
     """What to do about a verdict and flags; empty if nothing."""
     sentences = [_REMEDIES[verdict]] if verdict in _REMEDIES else []
+    if verdict == "noisy" and "momentum" not in evidence:
+        return _filled([f"Train on, or {_REMEDIES[verdict]}"], evidence)
     if verdict == "non-finite":
         sentences = _after_non_finite(evidence)
     elif verdict == "insufficient-data" and "assumed_updates_per_call" in evidence:
@@ -209,22 +227,17 @@ def _after_non_finite(evidence: Mapping[str, float]) -> list[str]:
     return sentences
 
 
-def _filled(sentences: list[str], evidence: Mapping[str, float]) -> str:
-    return " ".join(sentences).format_map(_Numbers(evidence))
-
-
-class _Numbers(dict[str, float]):
-    """Numbers as they are printed."""
-
-    def __getitem__(self, name: str) -> str:  # type: ignore[override]
-        return _number(super().__getitem__(name))
-
-    def __missing__(self, name: str) -> float:
-        return math.nan
+def _filled(sentences: Sequence[str], evidence: Mapping[str, float]) -> str:
+    numbers = {name: _number(value) for name, value in evidence.items() if not math.isnan(value)}
+    fields = [{name for _, name, _, _ in Formatter().parse(sentence) if name} for sentence in sentences]
+    known = [text for text, names in zip(sentences, fields, strict=True) if names <= numbers.keys()]
+    filled = " ".join(known).format_map(numbers)
+    filled = re.sub(r"(?<![\d.])1 (batch|call|time|channel)(es|s)\b", r"1 \1", filled)
+    return re.sub(r"(?<![\d.])1 of (\d+) channels are dead", r"1 of \1 channels is dead", filled)
 
 
 def _number(value: float) -> str:
     """Three digits, counts in full."""
-    if math.isnan(value):
-        return "(unknown)"
-    return f"{value:.0f}" if math.isfinite(value) and value == int(value) else f"{value:.3g}"
+    size = abs(value)
+    is_count = size < 1e9 and value == int(value)
+    return f"{value:.0f}" if is_count or 1e3 <= size < 1e6 else f"{value:.3g}"

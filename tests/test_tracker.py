@@ -924,12 +924,18 @@ def test_a_layer_that_is_first_called_in_a_later_window_is_fresh_there() -> None
     assert report["layers.0"].flags == report["layers.1"].flags == ()
 
 
-def test_noise_that_is_left_from_earlier_windows_is_known() -> None:
+@pytest.mark.parametrize("before", ["monitored", "unknown", "unknown, then frozen"])
+def test_noise_that_is_left_from_earlier_windows_is_known(before: str) -> None:
     """In short windows most of the buffers' noise is older than the window."""
-    model = wide_layer(0.02)
+    model = wide_layer(0.02, trained_on=0 if before == "monitored" else 300)
     with BatchNormTracker(model) as tracker:
-        feed_wide(model, [16] * 300)
-        for _ in range(4):
+        if before == "monitored":
+            feed_wide(model, [16] * 300)
+        elif before == "unknown, then frozen":
+            model[0].eval()
+            feed_wide(model, [16] * 20)
+            model[0].train()
+        for _ in range(1 if "unknown" in before else 4):
             tracker.reset()
             feed_wide(model, [16] * 12)
         layer = tracker.report()["0"]
@@ -1613,6 +1619,7 @@ class Varied(nn.Module):
             "fast": {"momentum": 0.5},
             "average": {"momentum": None},
             "far": {},
+            "near": {},
             "recomputed": {},
             "frozen": {},
             "stateless": {"track_running_stats": False},
@@ -1626,6 +1633,9 @@ class Varied(nn.Module):
         for name in ("slow", "fast", "average", "frozen", "stateless"):
             self.layers[name](x)
         self.layers["far"](x + 500)
+        self.layers["near"](x + 40)  # far for a kernel that sums value by value
+        if step == 3:
+            torch.func.vmap(self.layers["stateless"])(torch.stack([x, x]))  # cannot be looked at
         checkpoint(self.layers["recomputed"], x.clone().requires_grad_(), use_reentrant=False).sum().backward()
         if step > 20:
             self.layers["seldom"](x)
@@ -1636,7 +1646,7 @@ class Varied(nn.Module):
     [(False, torch.float64), (True, torch.float32)],
     ids=["loaded into itself", "in another process"],
 )
-@pytest.mark.parametrize("moment", ["in mid-window", "when closed", "after validation", "when begun"])
+@pytest.mark.parametrize("moment", ["in mid-window", "at its end", "when closed", "after validation", "when begun"])
 @pytest.mark.parametrize("window", [0, 1])
 def test_a_resumed_run_reports_all_that_an_uninterrupted_one_does(
     window: int, moment: str, restarted: bool, dtype: torch.dtype
@@ -1664,7 +1674,7 @@ def test_a_resumed_run_reports_all_that_an_uninterrupted_one_does(
         for number in range(3):
             for step in range(30):
                 model(torch.randn(6 + step % 5, C, dtype=dtype) * 2, step)
-                if (number, step, moment) == (window, 24, "in mid-window"):
+                if (number, step, moment) in ((window, 24, "in mid-window"), (window, 29, "at its end")):
                     interrupt()
             said.append(tracker.close().to_dict())
             if number == window and moment == "after validation":
@@ -1674,6 +1684,7 @@ def test_a_resumed_run_reports_all_that_an_uninterrupted_one_does(
                 model.layers["frozen"].eval()
             if number == window and moment in ("when closed", "after validation"):
                 interrupt()
+            if number == 0:
                 model(torch.full((6, C), 7.0, dtype=dtype), 0)  # does not count, and is noticed
             tracker.reset()
             if (number, moment) == (window, "when begun"):
@@ -1778,6 +1789,23 @@ def test_what_was_learnt_of_checkpointing_survives_a_restart() -> None:
     assert rms(layer.z_mean) > 0
 
 
+def test_checkpointing_in_an_earlier_window_explains_no_further_updates_in_a_later_one() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(C))
+    with BatchNormTracker(model) as tracker:
+        for _ in range(20):
+            checkpoint(model, torch.randn(8, C, requires_grad=True), use_reentrant=False).sum().backward()
+        tracker.reset()
+        feed(model, 20)
+        tracker.reset()
+        for _ in range(20):
+            feed(model, 1)
+            with tracker.paused():
+                feed(model, 1)
+    layer = tracker.close()["0"]
+    assert layer.flags == ("missed-calls",)
+    assert layer.evidence["updates_per_call"] == 2
+
+
 def test_running_statistics_that_were_written_while_no_process_ran_are_flagged() -> None:
     model = nn.Sequential(nn.BatchNorm1d(C))
     with BatchNormTracker(model) as tracker:
@@ -1819,6 +1847,27 @@ def test_a_saved_state_does_not_change_as_training_goes_on() -> None:
         tracker.flush()
         tracker.reset()
     assert_alike(state, before, 0)
+
+
+def test_a_layer_that_a_loaded_state_does_not_know_begins_with_an_empty_window() -> None:
+    model, x = Several(2), torch.randn(8, C)
+    with BatchNormTracker(model, include="layers.0") as tracker:
+        model(x, [0, 1])
+        state = tracker.state_dict()
+    with BatchNormTracker(model) as tracker:
+        for _ in range(20):
+            model(x + 1, [0, 1])
+        tracker.load_state_dict(state)
+        assert [layer.num_batches for layer in tracker.report().values()] == [1, 0]
+        for _ in range(5):
+            model(x, [0, 1])
+    report = tracker.report()
+    assert_population(report["layers.0"], [x] * 6)
+    assert_population(report["layers.1"], [x] * 5)
+    assert report["layers.1"].evidence["updates_per_call"] == 1
+    assert (
+        report["layers.1"].evidence["initial_weight"] == 0
+    )  # of what the 21 batches before have made, nothing is known
 
 
 def test_a_state_loaded_before_attaching_is_what_is_saved_until_then() -> None:
@@ -1919,6 +1968,17 @@ def test_a_subclass_that_takes_anything_else_is_skipped_and_disturbs_nothing(lay
     report = tracker.report()["0"]
     assert (report.num_batches, report.evidence["calls_skipped"]) == (0, 3)
     assert torch.equal(report.running_mean, layer.running_mean.double())
+
+
+def test_skipped_calls_are_counted_in_their_own_window() -> None:
+    model = nn.Sequential(nn.BatchNorm1d(C, track_running_stats=False))
+    with BatchNormTracker(model) as tracker:
+        for _ in range(2):
+            torch.func.vmap(model)(torch.randn(4, 8, C))
+            assert tracker.close()["0"].evidence["calls_skipped"] == 1
+            tracker.reset()
+        model(torch.randn(8, C))
+    assert tracker.report()["0"].evidence["calls_skipped"] == 0
 
 
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
