@@ -26,6 +26,8 @@ class Assessed(NamedTuple):
 
     layer: TrackedLayer
     circumstances: Circumstances
+    num_tracked: int | None
+    """``num_batches_tracked``; None if it has none."""
     buffers: Tensor | None
     """Running statistics, ``(2, C)``; None if it has none."""
     history: History | None
@@ -54,7 +56,10 @@ class _Parts(NamedTuple):
 
 
 def assess(
-    layers: Sequence[TrackedLayer], windows: Mapping[torch.device, Window], reported: Collection[TrackedLayer]
+    layers: Sequence[TrackedLayer],
+    windows: Mapping[torch.device, Window],
+    reported: Collection[TrackedLayer],
+    ended: bool,
 ) -> Assessment:
     """Where layers stand in their windows now.
 
@@ -62,8 +67,12 @@ def assess(
         layers: All that have a place in the windows, and any others.
         windows: The windows of all devices.
         reported: Those of them that are of interest.
+        ended: Whether the windows have ended, and the running statistics are to be taken as they were then.
     """
     tracked, running = num_batches_tracked(layers), list(running_stats(layers))
+    if ended:
+        tracked = [layer.tracked_end if layer.window else now for layer, now in zip(layers, tracked, strict=True)]
+        running = [layer.end if layer.window else now for layer, now in zip(layers, running, strict=True)]
     circumstances = [
         _circumstances(layer, count, buffers is not None)
         for layer, count, buffers in zip(layers, tracked, running, strict=True)
@@ -75,8 +84,8 @@ def assess(
         found = _of_window(window, here, [circumstances[i] for _, i in own], [running[i] for _, i in own])
         parts |= zip(here, found, strict=True)
     assessed = [
-        _assessed(layer, known, buffers, parts.get(layer) or _not_called(layer, buffers))
-        for layer, known, buffers in zip(layers, circumstances, running, strict=True)
+        _assessed(layer, known, count, buffers, parts.get(layer) or _not_called(layer, buffers))
+        for layer, known, count, buffers in zip(layers, circumstances, tracked, running, strict=True)
         if layer in reported
     ]
     report = Report((layer.report for layer in assessed), [layer.metrics for layer in assessed])
@@ -85,8 +94,8 @@ def assess(
 
 def end_windows(assessment: Assessment, always_pass: bool) -> None:
     """Tell every layer what its next window goes on from, and how to look at it."""
-    for layer, known, buffers, history, report, _ in assessment.layers:
-        layer.end_window(buffers, history if known.weights_known else None, known.updates_per_call)
+    for layer, known, num_tracked, buffers, history, report, _ in assessment.layers:
+        layer.end_window(buffers, num_tracked, history if known.weights_known else None, known.updates_per_call)
         if layer.num_calls:
             size = (report.population_var.numpy() + report.eps) ** 0.5
             limit = _MAX_RATIO_SERIAL if layer.serial else _MAX_RATIO
@@ -110,6 +119,7 @@ def _of_window(
     has_stats = np.array([known.has_running_stats for known in circumstances])
     metrics = distances(exact, present, end, channel_eps, profile.layers, has_stats & (population.num_samples > 0))
     observed = observations(profile, exact, end, has_stats, channel_eps)
+    histories = _histories(layers, running, profile)
     z, columns = torch.from_numpy(profile.z), [metrics[name].tolist() for name in METRICS]
     return [
         _Parts(
@@ -122,16 +132,18 @@ def _of_window(
             metrics=dict(zip(METRICS, values, strict=True)),
         )
         for i, (own, seen, values, history) in enumerate(
-            zip(profile.layers.slices, observed, zip(*columns, strict=True), _histories(layers, profile), strict=True)
+            zip(profile.layers.slices, observed, zip(*columns, strict=True), histories, strict=True)
         )
     ]
 
 
-def _histories(layers: Sequence[TrackedLayer], profile: Profile) -> Iterator[History | None]:
-    """What the buffers are made of now: if nothing has updated them, what they were made of before."""
+def _histories(
+    layers: Sequence[TrackedLayer], running: Sequence[Tensor | None], profile: Profile
+) -> Iterator[History | None]:
+    """What the buffers are made of now."""
     values = zip(profile.initial_weight.tolist(), *profile.noise.tolist(), strict=True)
-    for layer, num_batches, history in zip(layers, profile.num_batches, values, strict=True):
-        yield history if num_batches else layer.history
+    for layer, buffers, num_batches, history in zip(layers, running, profile.num_batches, values, strict=True):
+        yield history if num_batches else layer.history_without_updates(buffers)
 
 
 def _buffers(
@@ -210,11 +222,19 @@ def _not_called(layer: TrackedLayer, buffers: Tensor | None) -> _Parts:
     broken = 0 if buffers is None else int((~torch.isfinite(buffers)).any(dim=0).sum())
     observed = {"non_finite_channels": float(broken), "non_finite_running_stats": float(broken), "dead_channels": 0.0}
     return _Parts(
-        0, missing, missing, torch.zeros_like(missing), layer.history, observed, dict.fromkeys(METRICS, math.nan)
+        0,
+        missing,
+        missing,
+        torch.zeros_like(missing),
+        layer.history_without_updates(buffers),
+        observed,
+        dict.fromkeys(METRICS, math.nan),
     )
 
 
-def _assessed(layer: TrackedLayer, known: Circumstances, buffers: Tensor | None, parts: _Parts) -> Assessed:
+def _assessed(
+    layer: TrackedLayer, known: Circumstances, num_tracked: int | None, buffers: Tensor | None, parts: _Parts
+) -> Assessed:
     module = layer.module
     population, now, z = parts.population, parts.now, parts.z
     running = _nan(population.shape[1]) if buffers is None else buffers
@@ -237,7 +257,7 @@ def _assessed(layer: TrackedLayer, known: Circumstances, buffers: Tensor | None,
         has_running_stats=buffers is not None,
         diagnosis=diagnose(known, parts.observed, parts.metrics),
     )
-    return Assessed(layer, known, buffers, parts.history, report, parts.metrics)
+    return Assessed(layer, known, num_tracked, buffers, parts.history, report, parts.metrics)
 
 
 def _nan(width: int) -> Tensor:

@@ -31,7 +31,7 @@ ROOT = "(root)"
 """Name of a layer that is itself the monitored model."""
 _SAVED = (
     *("calls", "training_calls", "tracked_before", "tracked_calls", "updates_per_call", "momentum"),
-    *("next_updates_per_call", "history", "last_history", "written_outside", "serial", "first_call"),
+    *("next_updates_per_call", "history", "tracked_end", "last_history", "written_outside", "serial", "first_call"),
     *("calls_in_step", "interrupted"),
 )
 _call_counter = itertools.count()
@@ -69,6 +69,7 @@ class TrackedLayer:
         self.calls_in_step: int | None = None  # since the last training step ended; None before the first has
         self.momentum: float | None = None  # the effective one of the last call
         self.end: Tensor | None = None  # the buffers when the last window ended
+        self.tracked_end: int | None = None  # and how often they had been updated
         self.history: History | None = None  # what the buffers were made of when the window began
         self.last_history: History | None = None  # and what they were made of
         self.begin_window(None, None)
@@ -88,12 +89,18 @@ class TrackedLayer:
         if self.history is None and not num_batches_tracked and (buffers is None or _are_initial(buffers)):
             self.history = _FRESH
 
-    def end_window(self, buffers: Tensor | None, history: History | None, updates: float) -> None:
+    def history_without_updates(self, buffers: Tensor | None) -> History | None:
+        """What the buffers are made of if no batch of the window updated them: something else may have written them."""
+        return self.history if self.start is None or _same(self.start, buffers) else None
+
+    def end_window(
+        self, buffers: Tensor | None, num_batches_tracked: int | None, history: History | None, updates: float
+    ) -> None:
         """Keep what the next window goes on from: the buffers, what they are made of, how often a call updates them.
 
         A call is taken to update them repeatedly if it was recomputed and that is what they were updated by.
         """
-        self.end, self.last_history = buffers, history
+        self.end, self.tracked_end, self.last_history = buffers, num_batches_tracked, history
         repeated = self.hook.checkpointed and updates >= 1 and float(updates).is_integer()
         if not math.isnan(updates):
             self.next_updates_per_call = int(updates) if repeated else 1

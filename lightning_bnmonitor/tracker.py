@@ -235,16 +235,17 @@ class BatchNormTracker:
             self._pending = state_dict
 
     @torch.inference_mode(False)
-    def _assess(self, ends: bool = False) -> Report:
+    def _assess(self, ends: bool = False, ended: bool = False) -> Report:
         self.flush()
         layers = self._placed + [layer for layer in self._layers if layer.window is None]
-        assessment = assess(layers, self._windows, reported=set(self._layers))
+        assessment = assess(layers, self._windows, set(self._layers), ended)
         if ends:
             end_windows(assessment, self._always_pass)
         return assessment.report
 
     def _reopen(self) -> None:
         if self._closed is not None:
+            self._drain()  # of what was called since, which does not count
             self._closed = None
             self._gate.paused -= 1
 
@@ -308,7 +309,7 @@ class BatchNormTracker:
             layer.window.restore(layer.index, channels[:-_BUFFER_ROWS], saved)
             layer.restore(saved, channels[-_BUFFER_ROWS:])
         if state["closed"]:
-            self._closed = self._assess()
+            self._closed = self._assess(ended=True)
             self._gate.paused += 1
         if unknown:
             warnings.warn(

@@ -1262,7 +1262,9 @@ def test_calls_that_are_not_seen_are_flagged(monitored):
         assert not report.z_var.any()
         assert report.num_batches == 40
         words_are_sound(report.diagnosis)
-    assert one.window(samples(40, 32, seed=2)).flags == ()
+    report = one.window(samples(40, 32, seed=2))
+    assert (report.verdict, report.flags) == ("healthy", ())
+    assert report.evidence["initial_weight"] == 0  # nobody knows what the buffers were made of before
 
 
 def test_calls_that_are_not_seen_are_no_excuse_for_tiny_batches(monitored):

@@ -989,6 +989,23 @@ def test_what_the_tracker_computes_for_all_layers_at_once_is_what_each_layers_te
     assert without == {"no_stats", "never", "never_broken"}
 
 
+def test_layers_that_are_not_called_in_a_later_window_are_summarised_as_their_tensors_say():
+    model, data = Zoo(), zoo_data(20)
+    with BatchNormTracker(model) as tracker:
+        for name, x in data.items():
+            model({name: torch.from_numpy(x[0])})
+        tracker.reset()
+        for t in range(20):
+            model({"plain": torch.from_numpy(data["plain"][t])})
+        report = tracker.report()
+    assert {name for name, one in report.items() if one.num_batches} == {"plain"}
+    for name, summary in report.layer_summaries().items():
+        assert summary == pytest.approx(report[name].summary(), rel=1e-9, abs=1e-15, nan_ok=True), name
+        assert math.isnan(summary["eval_error"]) == (name != "plain")
+    broken = {"broken", "both", "never_broken"}
+    assert {name for name, one in report.items() if one.verdict == "non-finite"} == broken
+
+
 @pytest.mark.parametrize("num_batches", [4, 40])
 def test_dead_and_non_finite_channels_are_counted_as_a_look_at_all_values_counts_them(num_batches):
     model, data = Zoo(), zoo_data(num_batches)
