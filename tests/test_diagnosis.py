@@ -178,6 +178,7 @@ THRESHOLDS = [
     ("eval_error", 0.1, "drifting", "drifting", "lagging", {"lag_error": 0.3, "drift_error": 0.3}),
     ("noise_error", 0.1, "healthy", "healthy", "noisy", {}),
     ("drift_error", 0.1, "healthy", "healthy", "drifting", {}),
+    ("eval_error", math.hypot(0.1, math.hypot(0.05, 0.06)), "drifting", "drifting", "lagging", {"drift_error": 0.3}),
 ]
 
 
@@ -455,6 +456,8 @@ def test_a_counter_that_was_set_back_is_something_that_wrote_from_outside(update
     diagnosis = diagnosed({"updates_per_call": updates})
     assert "written-outside" in diagnosis.flags
     assert diagnosis.verdict == "insufficient-data"
+    assert "updates_per_call" not in diagnosis.evidence
+    assert "-" not in "".join(numbers(diagnosis.explanation))
     assert diagnosis.evidence.get("calls_not_updating", 0) <= 100
 
 
@@ -630,6 +633,24 @@ def test_unknown_weights_are_explained_with_what_was_assumed():
     diagnosis = diagnosed({"updates_per_call": 2.5, "assumed_updates": 2, "eval_error": 0.123})
     assert diagnosis.verdict == "insufficient-data"
     assert numbers(diagnosis.explanation)[:3] == ["2.5", "2", "0.123"]
+    words_are_sound(diagnosis)
+
+
+def test_a_reset_within_the_window_is_explained_by_what_is_known_of_it():
+    diagnosis = diagnosed({"updates_per_call": -0.5, "eval_error": 0.123})
+    assert numbers(diagnosis.explanation) == ["0.123"]
+    assert "reset within this window" in diagnosis.explanation
+    words_are_sound(diagnosis)
+
+
+@pytest.mark.parametrize("verdict", ["healthy", "noisy", "unused"])
+def test_calls_that_could_not_be_looked_at_are_mentioned(verdict):
+    calls = diagnosed(SYMPTOMS[verdict]).evidence
+    calls = {path: int(calls[f"calls_{path}"]) for path in CALLED.calls} | {"skipped": 17}
+    diagnosis = diagnosed({"calls": calls}, SYMPTOMS[verdict])
+    assert diagnosis.verdict == verdict
+    assert "17" in numbers(diagnosis.explanation)
+    assert len(diagnosis.explanation) > len(diagnosed(SYMPTOMS[verdict]).explanation)
     words_are_sound(diagnosis)
 
 
@@ -1589,6 +1610,15 @@ def test_momentum_1_can_lag(monitored):
     words_are_sound(report.diagnosis)
 
 
+@pytest.mark.parametrize("verdict", ["warming-up", "lagging", "noisy"])
+@pytest.mark.parametrize("momentum", [0.0, 1e-6, 1.0])
+def test_no_momentum_is_too_odd_for_advice(verdict, momentum):
+    diagnosis = diagnosed({"momentum": momentum, "effective_momentum": momentum}, SYMPTOMS[verdict])
+    assert diagnosis.verdict == verdict
+    assert all(math.isfinite(value) for value in diagnosis.evidence.values())
+    words_are_sound(diagnosis)
+
+
 def test_a_momentum_that_is_next_to_nothing_warms_up(monitored):
     report = monitored(norm(momentum=1e-17)).window(samples(20, 16, offset=3.0))
     assert report.verdict == "warming-up"
@@ -1629,6 +1659,9 @@ def test_a_cumulative_average_at_its_beginning_is_not_said_to_stay_noisy(monitor
     assert report.verdict == "noisy"
     assert "however long" not in report.explanation
     assert "momentum=" not in report.remedy
+    assert "recommended_momentum" not in report.evidence
+    assert report.remedy.startswith("Train on, or use a batch size of")
+    words_are_sound(report.diagnosis)
 
 
 def test_a_lag_of_half_a_deviation_behind_a_fast_drift_needs_attention(monitored):
