@@ -30,10 +30,8 @@ class Assessed(NamedTuple):
     """``num_batches_tracked``; None if it has none."""
     buffers: Tensor | None
     """Running statistics, ``(2, C)``; None if it has none."""
-    history: History | None
-    """What they are made of."""
+    parts: _Parts
     report: LayerReport
-    metrics: Mapping[str, float]
 
 
 class Assessment(NamedTuple):
@@ -51,6 +49,9 @@ class _Parts(NamedTuple):
     now: Tensor
     z: Tensor
     history: History | None
+    """What the running statistics are made of."""
+    ratio: float
+    """Largest absolute mean over sqrt(var + eps) of any channel."""
     observed: Mapping[str, float]
     metrics: Mapping[str, float]
 
@@ -88,18 +89,17 @@ def assess(
         for layer, known, count, buffers in zip(layers, circumstances, tracked, running, strict=True)
         if layer in reported
     ]
-    report = Report((layer.report for layer in assessed), [layer.metrics for layer in assessed])
+    report = Report((layer.report for layer in assessed), [layer.parts.metrics for layer in assessed])
     return Assessment(assessed, report)
 
 
 def end_windows(assessment: Assessment, always_pass: bool) -> None:
     """Tell every layer what its next window goes on from, and how to look at it."""
-    for layer, known, num_tracked, buffers, history, report, _ in assessment.layers:
-        layer.end_window(buffers, num_tracked, history if known.weights_known else None, known.updates_per_call)
+    for layer, known, num_tracked, buffers, parts, _ in assessment.layers:
+        history = parts.history if known.weights_known else None
+        layer.end_window(buffers, num_tracked, history, known.updates_per_call)
         if layer.num_calls:
-            size = (report.population_var.numpy() + report.eps) ** 0.5
-            limit = _MAX_RATIO_SERIAL if layer.serial else _MAX_RATIO
-            layer.hook.by_pass = always_pass or bool((abs(report.population_mean.numpy()) > limit * size).any())
+            layer.hook.by_pass = always_pass or parts.ratio > (_MAX_RATIO_SERIAL if layer.serial else _MAX_RATIO)
 
 
 def _of_window(
@@ -120,6 +120,7 @@ def _of_window(
     metrics = distances(exact, present, end, channel_eps, profile.layers, has_stats & (population.num_samples > 0))
     observed = observations(profile, exact, end, has_stats, channel_eps)
     histories = _histories(layers, running, profile)
+    ratios = profile.layers.maximum((exact[0].abs() / (exact[1] + channel_eps).sqrt()).numpy()).tolist()
     z, columns = torch.from_numpy(profile.z), [metrics[name].tolist() for name in METRICS]
     return [
         _Parts(
@@ -128,11 +129,12 @@ def _of_window(
             now=present[:, own],
             z=z[:, own],
             history=history,
+            ratio=ratio,
             observed=seen,
             metrics=dict(zip(METRICS, values, strict=True)),
         )
-        for i, (own, seen, values, history) in enumerate(
-            zip(profile.layers.slices, observed, zip(*columns, strict=True), histories, strict=True)
+        for i, (own, seen, values, history, ratio) in enumerate(
+            zip(profile.layers.slices, observed, zip(*columns, strict=True), histories, ratios, strict=True)
         )
     ]
 
@@ -227,6 +229,7 @@ def _not_called(layer: TrackedLayer, buffers: Tensor | None) -> _Parts:
         missing,
         torch.zeros_like(missing),
         layer.history_without_updates(buffers),
+        math.nan,
         observed,
         dict.fromkeys(METRICS, math.nan),
     )
@@ -257,7 +260,7 @@ def _assessed(
         has_running_stats=buffers is not None,
         diagnosis=diagnose(known, parts.observed, parts.metrics),
     )
-    return Assessed(layer, known, num_tracked, buffers, parts.history, report, parts.metrics)
+    return Assessed(layer, known, num_tracked, buffers, parts, report)
 
 
 def _nan(width: int) -> Tensor:

@@ -321,7 +321,7 @@ def _optimal_momentum(drift: float, jitter: float) -> float:
         return 1.0
     ratio = (drift / jitter) ** 2
     low, high = 0.0, 1.0
-    for _ in range(40):
+    for _ in range(24):
         middle = (low + high) / 2
         low, high = (middle, high) if middle**3 < ratio * (1 - middle) * (2 - middle) ** 2 else (low, middle)
     return (low + high) / 2

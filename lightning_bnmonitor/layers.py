@@ -232,15 +232,16 @@ def find_layers(
 def running_stats(layers: Sequence[TrackedLayer]) -> Iterator[Tensor | None]:
     """Float64 CPU copies of the layers' running statistics, ``(2, C)``, None if there are none; one copy per device."""
     by_device: dict[torch.device, list[Tensor]] = {}
-    for layer in layers:
-        for buffer in layer.running_stats:
+    of_layers = [layer.running_stats for layer in layers]
+    for buffers in of_layers:
+        for buffer in buffers:
             by_device.setdefault(buffer.device, []).append(buffer)
     copies = {
         device: iter(torch.split(torch.cat(buffers).cpu().double(), [buffer.numel() for buffer in buffers]))
         for device, buffers in by_device.items()
     }
-    for layer in layers:
-        stats = [next(copies[buffer.device]) for buffer in layer.running_stats]
+    for buffers in of_layers:
+        stats = [next(copies[buffer.device]) for buffer in buffers]
         yield torch.stack(stats) if stats else None
 
 

@@ -1825,6 +1825,38 @@ def test_checkpointing_in_an_earlier_window_explains_no_further_updates_in_a_lat
     assert layer.evidence["updates_per_call"] == 2
 
 
+def test_a_window_that_is_resumed_in_the_middle_of_a_step_says_so() -> None:
+    model, x = Several(2), torch.randn(8, C)
+
+    def flags_after_a_resume() -> list[tuple[str, ...]]:
+        resumed = BatchNormTracker(model)
+        resumed.load_state_dict(saved_and_loaded(tracker.state_dict()))
+        with resumed:
+            again = BatchNormTracker(model)
+            again.load_state_dict(saved_and_loaded(resumed.state_dict()))
+        with again:
+            flags = [layer.flags for layer in again.report().values()]
+            again.reset()
+            assert [layer.flags for layer in again.close().values()] == [(), ()]
+        return flags
+
+    with BatchNormTracker(model) as tracker:
+        model(x, [0, 1])
+        assert flags_after_a_resume() == [(), ()]  # it is not known yet whether anything tells of steps
+        tracker.step()
+        model(x, [0, 1])
+        tracker.step()
+        assert flags_after_a_resume() == [(), ()]
+        model(x, [1])
+        assert flags_after_a_resume() == [(), ("interrupted-batch",)]
+        tracker.step()
+        assert flags_after_a_resume() == [(), ()]
+        with tracker.paused():
+            model(x, [0, 1])
+        assert flags_after_a_resume() == [("missed-calls",), ("missed-calls",)]
+    assert [layer.flags for layer in tracker.report().values()] == [("missed-calls",), ("missed-calls",)]
+
+
 def test_running_statistics_that_were_written_while_no_process_ran_are_flagged() -> None:
     model = nn.Sequential(nn.BatchNorm1d(C))
     with BatchNormTracker(model) as tracker:
