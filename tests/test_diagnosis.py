@@ -474,6 +474,11 @@ def test_the_compensated_momentum_makes_all_updates_of_a_call_weigh_what_was_ask
     assert f"`momentum={compensated:.3g}`" in diagnosis.remedy
 
 
+def test_a_momentum_above_1_is_compensated_as_if_it_were_1():
+    diagnosis = diagnosed({"momentum": 1.5, "updates_per_call": 2.0, "checkpointed": True})
+    assert diagnosis.evidence["compensated_momentum"] == 1
+
+
 @pytest.mark.parametrize("symptoms", [{}, {"updates_per_call": 2.0}, {"checkpointed": True}])
 def test_momentum_is_compensated_for_double_updates_alone(symptoms):
     assert "compensated_momentum" not in diagnosed(symptoms).evidence
