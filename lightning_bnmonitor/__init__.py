@@ -1,8 +1,9 @@
 """Exact statistics of every BatchNorm layer's inputs beside its running statistics, in TensorBoard."""
 
 from lightning_bnmonitor.callback import BatchNormMonitor, UnhealthyBatchNormError
+from lightning_bnmonitor.layer_report import LayerReport
 from lightning_bnmonitor.moments import ChannelMoments, Moments
-from lightning_bnmonitor.report import LayerReport, Report
+from lightning_bnmonitor.report import Report
 from lightning_bnmonitor.tracker import BatchNormTracker
 
 __version__ = "0.1.0"

@@ -3,170 +3,268 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from lightning_bnmonitor import ranks
 from lightning_bnmonitor.capture import PATHS
 from lightning_bnmonitor.diagnosis import METRICS, Circumstances, diagnose, distances, observations
+from lightning_bnmonitor.findings import Finding, pack, packed_size, unpack
+from lightning_bnmonitor.layer_report import LayerReport
 from lightning_bnmonitor.layers import History, TrackedLayer, num_batches_tracked, running_stats
 from lightning_bnmonitor.profile import Buffers, Profile, evaluate
-from lightning_bnmonitor.report import LayerReport, Report
+from lightning_bnmonitor.report import Report
+from lightning_bnmonitor.segments import FloatArray, Segments
 from lightning_bnmonitor.window import Blocks, Window
 
 # |mean| / sqrt(var + eps) above which what a kernel saved is not exact enough:
 _MAX_RATIO, _MAX_RATIO_SERIAL = 100.0, 10.0
 
 
-class Assessed(NamedTuple):
-    """One layer at the end of a window, or in it."""
+class Standing(NamedTuple):
+    """Where one layer stands on this rank now, or stood when its window ended."""
 
     layer: TrackedLayer
+    width: int
+    """Channels."""
     circumstances: Circumstances
     num_tracked: int | None
     """``num_batches_tracked``; None if it has none."""
     buffers: Tensor | None
     """Running statistics, ``(2, C)``; None if it has none."""
-    parts: _Parts
-    report: LayerReport
 
 
-class Assessment(NamedTuple):
-    """All layers, in the order of the report."""
+class Ending(NamedTuple):
+    """What a layer's next window goes on from."""
 
-    layers: list[Assessed]
-    report: Report
-
-
-class _Parts(NamedTuple):
-    """What was found for one layer, before there is a diagnosis. Per channel ``(2, C)`` each: mean and variance."""
-
-    num_samples: int
-    population: Tensor
-    now: Tensor
-    z: Tensor
+    standing: Standing
     history: History | None
     """What the running statistics are made of."""
     ratio: float
-    """Largest absolute mean over sqrt(var + eps) of any channel."""
-    observed: Mapping[str, float]
-    metrics: Mapping[str, float]
+    """Largest absolute mean over sqrt(var + eps) of any channel; NaN if it was not called."""
+
+
+class _Measured(NamedTuple):
+    """What the window of one device shows, for its layers in the order of their channels."""
+
+    standings: list[Standing]
+    profile: Profile
+    end: Tensor
+    """Running statistics, ``(2, channels)``; NaN if a layer has none."""
+    eps: FloatArray
+    """Of each layer."""
+
+
+class _AllRanks(NamedTuple):
+    """What all ranks have seen of one layer."""
+
+    num_samples: float
+    population: FloatArray
+    """Mean and variance, ``(2, C)``."""
+    first_bad: FloatArray
+    """The first call with a value that is not finite, ``(C,)``."""
+    evidence: Mapping[str, float]
 
 
 def assess(
     layers: Sequence[TrackedLayer],
+    placed: Sequence[TrackedLayer],
     windows: Mapping[torch.device, Window],
-    reported: Collection[TrackedLayer],
     ended: bool,
-) -> Assessment:
-    """Where layers stand in their windows now.
+    all_ranks: bool,
+) -> tuple[Report, list[Ending]]:
+    """Where layers stand in their windows.
 
     Args:
-        layers: All that have a place in the windows, and any others.
+        layers: Those that the report is about, in the order of the model's modules.
+        placed: All that have a place in the windows, in the order of the report.
         windows: The windows of all devices.
-        reported: Those of them that are of interest.
-        ended: Whether the windows have ended, and the running statistics are to be taken as they were then.
+        ended: Whether they have ended, and the running statistics are to be taken as they were then.
+        all_ranks: Whether to report on all ranks together: all have to call this, and get the same report.
     """
-    tracked, running = num_batches_tracked(layers), list(running_stats(layers))
-    if ended:
-        tracked = [layer.tracked_end if layer.window else now for layer, now in zip(layers, tracked, strict=True)]
-        running = [layer.end if layer.window else now for layer, now in zip(layers, running, strict=True)]
-    circumstances = [
-        _circumstances(layer, count, buffers is not None)
-        for layer, count, buffers in zip(layers, tracked, running, strict=True)
-    ]
-    parts: dict[TrackedLayer, _Parts] = {}
-    for window in windows.values():
-        own = sorted((layer.index, i) for i, layer in enumerate(layers) if layer.window is window)
-        here = [layers[i] for _, i in own]
-        found = _of_window(window, here, [circumstances[i] for _, i in own], [running[i] for _, i in own])
-        parts |= zip(here, found, strict=True)
-    assessed = [
-        _assessed(layer, known, count, buffers, parts.get(layer) or _not_called(layer, buffers))
-        for layer, known, count, buffers in zip(layers, circumstances, tracked, running, strict=True)
-        if layer in reported
-    ]
-    report = Report((layer.report for layer in assessed), [layer.parts.metrics for layer in assessed])
-    return Assessment(assessed, report)
+    ordered = [*placed, *(layer for layer in layers if layer.window is None)]
+    standings = dict(zip(ordered, _standings(ordered, ended), strict=True))
+    measured = [_measure(window, standings.values()) for window in windows.values()]
+    elsewhere = [standing for standing in standings.values() if standing.layer.window is None]
+    position = {layer: index for index, layer in enumerate(ordered)}
+
+    def find(seen: Mapping[TrackedLayer, _AllRanks]) -> tuple[list[Finding], list[int]]:
+        found = dict(finding for window in measured for finding in _findings(window, seen))
+        found |= {standing.layer: _not_called(standing, seen.get(standing.layer)) for standing in elsewhere}
+        return [found[layer] for layer in layers], [position[layer] for layer in layers]
+
+    findings, positions = _exchange([standings[layer] for layer in layers], measured, find) if all_ranks else find({})
+    in_order = sorted(zip(positions, layers, findings, strict=True), key=lambda item: item[0])
+    summaries = [{name: finding.diagnosis.evidence.get(name, math.nan) for name in METRICS} for *_, finding in in_order]
+    alone = None if all_ranks or ranks.num_ranks() == 1 else ranks.rank()
+    report = Report((_report(layer, finding) for _, layer, finding in in_order), summaries, alone)
+    endings = [ending for window in measured for ending in _endings(window)]
+    return report, endings + [Ending(s, s.layer.history_without_updates(s.buffers), math.nan) for s in elsewhere]
 
 
-def end_windows(assessment: Assessment, always_pass: bool) -> None:
+def end_windows(endings: Iterable[Ending], always_pass: bool) -> None:
     """Tell every layer what its next window goes on from, and how to look at it."""
-    for layer, known, num_tracked, buffers, parts, _ in assessment.layers:
-        history = parts.history if known.weights_known else None
-        layer.end_window(buffers, num_tracked, history, known.updates_per_call)
+    for (layer, _, known, num_tracked, buffers), history, ratio in endings:
+        layer.end_window(buffers, num_tracked, history if known.weights_known else None, known.updates_per_call)
         if layer.num_calls:
-            layer.hook.by_pass = always_pass or parts.ratio > (_MAX_RATIO_SERIAL if layer.serial else _MAX_RATIO)
+            layer.hook.by_pass = always_pass or ratio > (_MAX_RATIO_SERIAL if layer.serial else _MAX_RATIO)
 
 
-def _of_window(
-    window: Window,
-    layers: Sequence[TrackedLayer],
-    circumstances: Sequence[Circumstances],
-    running: Sequence[Tensor | None],
-) -> list[_Parts]:
-    """What the window of one device says, for all layers in the order of their channels."""
-    blocks, population = window.blocks(), window.population()
-    exact = torch.stack([population.mean, population.var])
-    eps = np.array([layer.module.eps for layer in layers])
-    end = _side_by_side(running, blocks)
-    profile = evaluate(blocks, _buffers(layers, circumstances, blocks, end), eps)
-    present = torch.from_numpy(np.where(profile.layers.spread(profile.num_batches > 1), profile.now, exact))
-    channel_eps = torch.from_numpy(profile.layers.spread(eps))
-    has_stats = np.array([known.has_running_stats for known in circumstances])
-    metrics = distances(exact, present, end, channel_eps, profile.layers, has_stats & (population.num_samples > 0))
-    observed = observations(profile, exact, end, has_stats, channel_eps)
-    histories = _histories(layers, running, profile)
-    ratios = profile.layers.maximum((exact[0].abs() / (exact[1] + channel_eps).sqrt()).numpy()).tolist()
-    z, columns = torch.from_numpy(profile.z), [metrics[name].tolist() for name in METRICS]
-    return [
-        _Parts(
-            num_samples=int(population.num_samples[i]),
-            population=exact[:, own],
-            now=present[:, own],
-            z=z[:, own],
-            history=history,
-            ratio=ratio,
-            observed=seen,
-            metrics=dict(zip(METRICS, values, strict=True)),
+def _exchange(
+    standings: Sequence[Standing],
+    measured: Sequence[_Measured],
+    find: Callable[[Mapping[TrackedLayer, _AllRanks]], tuple[list[Finding], list[int]]],
+) -> tuple[list[Finding], list[int]]:
+    """What rank 0 finds when it knows what all ranks have seen, on all ranks."""
+    widths = [standing.width for standing in standings]
+    if not sum(widths):
+        return find({})
+    layers = Segments(np.array(widths, dtype=np.int64))
+    gathered = ranks.gather(_share(standings, measured, layers).packed())
+    message = torch.full((packed_size(widths),), math.nan, dtype=torch.float64, device="cpu")
+    try:
+        if gathered:
+            message = pack(*find(_seen(standings, layers, [ranks.Share.unpacked(part, layers) for part in gathered])))
+    finally:  # the others wait, whatever happens
+        message = ranks.broadcast(message)
+    if message[0].isnan():
+        raise RuntimeError("Rank 0 could not report on the BatchNorm layers: see its error.")
+    return unpack(message, widths)
+
+
+def _share(standings: Sequence[Standing], measured: Sequence[_Measured], layers: Segments) -> ranks.Share:
+    """What this rank has seen of layers."""
+    share = ranks.Share.empty(layers)
+    where = {
+        standing.layer: (index, own) for index, (standing, own) in enumerate(zip(standings, layers.slices, strict=True))
+    }
+    for window in measured:
+        profile = window.profile
+        theirs = ranks.Share.of(profile)
+        for index, (standing, own) in enumerate(zip(window.standings, profile.layers.slices, strict=True)):
+            if standing.layer in where:
+                share.put(*where[standing.layer], theirs, index, own)
+    return share
+
+
+def _seen(
+    standings: Sequence[Standing], layers: Segments, shares: Sequence[ranks.Share]
+) -> dict[TrackedLayer, _AllRanks]:
+    """What all ranks have seen, by layer."""
+    eps = np.array([standing.layer.module.eps for standing in standings])
+    everyone = ranks.together(shares, layers)
+    apart, population = ranks.difference(shares[0], everyone, layers, eps), everyone.population(layers)
+    return {
+        standing.layer: _AllRanks(
+            everyone.num_samples[index],
+            population[:, own],
+            everyone.first_bad[own],
+            {"ranks": float(len(shares)), "rank_error": float(apart[index])},
         )
-        for i, (own, seen, values, history, ratio) in enumerate(
-            zip(profile.layers.slices, observed, zip(*columns, strict=True), histories, ratios, strict=True)
-        )
-    ]
+        for index, (standing, own) in enumerate(zip(standings, layers.slices, strict=True))
+    }
 
 
-def _histories(
-    layers: Sequence[TrackedLayer], running: Sequence[Tensor | None], profile: Profile
-) -> Iterator[History | None]:
-    """What the buffers are made of now."""
-    values = zip(profile.initial_weight.tolist(), *profile.noise.tolist(), strict=True)
-    for layer, buffers, num_batches, history in zip(layers, running, profile.num_batches, values, strict=True):
-        yield history if num_batches else layer.history_without_updates(buffers)
+def _standings(layers: Sequence[TrackedLayer], ended: bool) -> Iterator[Standing]:
+    tracked, running = num_batches_tracked(layers), running_stats(layers)
+    for layer, num_tracked, buffers in zip(layers, tracked, running, strict=True):
+        width = layer.module.num_features
+        if layer.window:
+            width = layer.window.widths[layer.index]
+            if ended:
+                num_tracked, buffers = layer.tracked_end, layer.end
+        yield Standing(layer, width, _circumstances(layer, num_tracked, buffers is not None), num_tracked, buffers)
 
 
-def _buffers(
-    layers: Sequence[TrackedLayer], circumstances: Sequence[Circumstances], blocks: Blocks, end: Tensor
-) -> Buffers:
+def _measure(window: Window, standings: Iterable[Standing]) -> _Measured:
+    here = sorted((s for s in standings if s.layer.window is window), key=lambda standing: standing.layer.index)
+    blocks, eps = window.blocks(), np.array([standing.layer.module.eps for standing in here])
+    end = _side_by_side([standing.buffers for standing in here], blocks, _nan(2, 1))
+    return _Measured(here, evaluate(blocks, _buffers(here, blocks, end), eps), end, eps)
+
+
+def _findings(window: _Measured, seen: Mapping[TrackedLayer, _AllRanks]) -> Iterator[tuple[TrackedLayer, Finding]]:
+    """What the window of one device says of its layers; of those that all ranks have told of, with what they have."""
+    standings, profile, end, eps = window
+    layers, exact, num_samples = profile.layers, profile.population, profile.num_samples
+    if seen:
+        exact, num_samples, first_bad = exact.copy(), num_samples.copy(), profile.first_bad.copy()
+        for index, (standing, own) in enumerate(zip(standings, layers.slices, strict=True)):
+            if (all_ranks := seen.get(standing.layer)) is not None:
+                num_samples[index], exact[:, own], first_bad[own], _ = all_ranks
+        profile = replace(profile, first_bad=first_bad)
+    population = torch.from_numpy(exact)
+    present = torch.from_numpy(np.where(layers.spread(profile.num_batches > 1), profile.now, exact))
+    channel_eps = torch.from_numpy(layers.spread(eps))
+    has_stats = np.array([standing.circumstances.has_running_stats for standing in standings])
+    metrics = distances(population, present, end, channel_eps, layers, has_stats & (num_samples > 0))
+    observed = observations(profile, population, end, has_stats, channel_eps)
+    numbers = torch.cat([population, end, present, torch.from_numpy(profile.z)])
+    parts = torch.split(numbers, layers.widths.tolist(), dim=1)
+    rows = zip(*(metrics[name].tolist() for name in METRICS), strict=True)
+    for standing, known, part, values, count in zip(standings, observed, parts, rows, num_samples, strict=True):
+        layer = standing.layer
+        if layer in seen:
+            known |= seen[layer].evidence
+        diagnosis = diagnose(standing.circumstances, known, dict(zip(METRICS, values, strict=True)))
+        yield layer, Finding(part, layer.num_calls, int(count), standing.buffers is not None, diagnosis)
+
+
+def _not_called(standing: Standing, seen: _AllRanks | None) -> Finding:
+    """What is found of a layer that has no place in a window of this rank."""
+    layer, width, known, _, buffers = standing
+    population, running = _nan(2, width), _nan(2, width) if buffers is None else buffers
+    broken = 0 if buffers is None else int((~torch.isfinite(buffers)).any(dim=0).sum())
+    observed = {"non_finite_channels": float(broken), "non_finite_running_stats": float(broken), "dead_channels": 0.0}
+    metrics = dict.fromkeys(METRICS, math.nan)
+    if seen is not None:
+        population = torch.from_numpy(seen.population)
+        one = Segments(np.array([width], dtype=np.int64))
+        comparable = np.array([buffers is not None and seen.num_samples > 0])
+        eps = torch.full((width,), layer.module.eps, dtype=torch.float64, device="cpu")
+        values = distances(population, population, running, eps, one, comparable)
+        metrics = {name: float(value[0]) for name, value in values.items()}
+        observed |= seen.evidence
+    numbers = torch.cat([population, running, population, torch.zeros_like(population)])
+    num_samples = 0 if seen is None else int(seen.num_samples)
+    return Finding(numbers, layer.num_calls, num_samples, buffers is not None, diagnose(known, observed, metrics))
+
+
+def _endings(window: _Measured) -> Iterator[Ending]:
+    profile = window.profile
+    mean, var = profile.population
+    with np.errstate(invalid="ignore"):
+        ratios = profile.layers.maximum(abs(mean) / np.sqrt(var + profile.layers.spread(window.eps))).tolist()
+    histories = zip(profile.initial_weight.tolist(), *profile.noise.tolist(), strict=True)
+    for standing, num_batches, history, ratio in zip(
+        window.standings, profile.num_batches, histories, ratios, strict=True
+    ):
+        updated = history if num_batches else standing.layer.history_without_updates(standing.buffers)
+        yield Ending(standing, updated, ratio)
+
+
+def _buffers(standings: Sequence[Standing], blocks: Blocks, end: Tensor) -> Buffers:
     num_batches = blocks.num_batches.sum(axis=1)
     samples = blocks.num_samples.sum(axis=1) / np.maximum(num_batches, 1)
+    layers = [standing.layer for standing in standings]
     histories = [
         layer.history or _estimated_history(layer, per_batch)
         for layer, per_batch in zip(layers, samples.tolist(), strict=True)
     ]
     history = np.array(histories).reshape(-1, 3)
+    initial = torch.tensor([[0.0], [1.0]], dtype=torch.float64, device="cpu")
     return Buffers(
-        start=_side_by_side(
-            [layer.start for layer in layers], blocks, torch.tensor([[0.0], [1.0]], dtype=torch.float64, device="cpu")
-        ).numpy(),
+        start=_side_by_side([layer.start for layer in layers], blocks, initial).numpy(),
         end=end.numpy(),
         initial_weight=history[:, 0],
         noise=history[:, 1:].T,
         rounding=np.array([_rounding(layer) for layer in layers]),
-        known=np.array([known.weights_known for known in circumstances]),
+        known=np.array([standing.circumstances.weights_known for standing in standings]),
     )
 
 
@@ -184,13 +282,12 @@ def _estimated_history(layer: TrackedLayer, samples_per_batch: float) -> History
     return 0.0, squares / samples_per_batch, squares / (samples_per_batch - 1)
 
 
-def _side_by_side(buffers: Sequence[Tensor | None], blocks: Blocks, missing: Tensor | None = None) -> Tensor:
+def _side_by_side(buffers: Sequence[Tensor | None], blocks: Blocks, missing: Tensor) -> Tensor:
     """Running statistics of all layers in the flat channel space, ``(2, channels)``; ``missing`` if there are none."""
-    missing = _nan(1) if missing is None else missing
     return torch.cat(
         [
-            missing.expand(2, int(width)) if stats is None else stats
-            for stats, width in zip(buffers, blocks.widths, strict=True)
+            missing.expand(2, width) if stats is None else stats
+            for stats, width in zip(buffers, blocks.widths.tolist(), strict=True)
         ],
         dim=1,
     )
@@ -218,50 +315,19 @@ def _circumstances(layer: TrackedLayer, num_tracked: int | None, has_running_sta
     )
 
 
-def _not_called(layer: TrackedLayer, buffers: Tensor | None) -> _Parts:
-    """A layer that has no place in a window yet."""
-    missing = _nan(layer.module.num_features)
-    broken = 0 if buffers is None else int((~torch.isfinite(buffers)).any(dim=0).sum())
-    observed = {"non_finite_channels": float(broken), "non_finite_running_stats": float(broken), "dead_channels": 0.0}
-    return _Parts(
-        0,
-        missing,
-        missing,
-        torch.zeros_like(missing),
-        layer.history_without_updates(buffers),
-        math.nan,
-        observed,
-        dict.fromkeys(METRICS, math.nan),
-    )
-
-
-def _assessed(
-    layer: TrackedLayer, known: Circumstances, num_tracked: int | None, buffers: Tensor | None, parts: _Parts
-) -> Assessed:
-    module = layer.module
-    population, now, z = parts.population, parts.now, parts.z
-    running = _nan(population.shape[1]) if buffers is None else buffers
-    report = LayerReport(
+def _report(layer: TrackedLayer, finding: Finding) -> LayerReport:
+    return LayerReport(
         name=layer.name,
-        type=type(module).__name__,
-        num_features=population.shape[1],
-        eps=module.eps,
-        momentum=module.momentum,
-        num_batches=layer.num_calls,
-        num_samples=parts.num_samples,
-        population_mean=population[0],
-        population_var=population[1],
-        running_mean=running[0],
-        running_var=running[1],
-        now_mean=now[0],
-        now_var=now[1],
-        z_mean=z[0],
-        z_var=z[1],
-        has_running_stats=buffers is not None,
-        diagnosis=diagnose(known, parts.observed, parts.metrics),
+        type=type(layer.module).__name__,
+        eps=layer.module.eps,
+        momentum=layer.module.momentum,
+        num_batches=finding.num_batches,
+        num_samples=finding.num_samples,
+        has_running_stats=finding.has_running_stats,
+        diagnosis=finding.diagnosis,
+        numbers=finding.numbers,
     )
-    return Assessed(layer, known, num_tracked, buffers, parts, report)
 
 
-def _nan(width: int) -> Tensor:
-    return torch.full((2, width), torch.nan, dtype=torch.float64, device="cpu")
+def _nan(*shape: int) -> Tensor:
+    return torch.full(shape, torch.nan, dtype=torch.float64, device="cpu")

@@ -11,7 +11,8 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from lightning_bnmonitor.report import LayerReport, Report
+from lightning_bnmonitor.layer_report import LayerReport
+from lightning_bnmonitor.report import Report
 from lightning_bnmonitor.tracker import BatchNormTracker, CaptureMode, as_patterns, check_capture
 
 OnUnhealthy = Literal["warn", "ignore", "raise"]
@@ -51,8 +52,11 @@ class BatchNormMonitor(Callback):
         per_layer: Whether to log scalars for each layer; ``"auto"``: up to 100 layers.
         log_key_prefix: What the logged names begin with, not empty.
         on_unhealthy: What to do at a window's end if layers need attention: ``"warn"`` of each layer and verdict once,
-            ``"ignore"``, or ``"raise"`` :class:`UnhealthyBatchNormError` with the report of rank 0 on every rank
-            (at the cost of sending it, once a window).
+            ``"ignore"``, or ``"raise"`` :class:`UnhealthyBatchNormError` with the report on every rank.
+
+    **On several ranks** a report tells of all of them together, and is the same on each: see
+    :meth:`BatchNormTracker.close() <lightning_bnmonitor.BatchNormTracker.close>`. That takes two collectives a window,
+    which every rank joins, also one that had no batches. With ``every_n_train_batches`` all ranks need as many batches.
 
     **Logged Metrics**, once a window, to every logger of the Trainer, at the step of Lightning's own epoch-end values.
     The first six are also in ``trainer.callback_metrics`` (for ``ModelCheckpoint`` and ``EarlyStopping``) from the end
@@ -122,6 +126,7 @@ class BatchNormMonitor(Callback):
         self._report: Report | None = None
         self._num_batches = 0  # training batches in the window that is open
         self._is_due = False  # whether a window begins with the next training batch
+        self._is_awaited = False  # whether other ranks may have batches in a window that has not ended
 
     def report(self) -> Report:
         """The report of the last finished window; before the first one has ended, of the window so far.
@@ -136,16 +141,21 @@ class BatchNormMonitor(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._detach()  # a fit that was interrupted may not have
         self._tracker = self._report = None
-        self._num_batches, self._is_due = 0, True
+        self._num_batches, self._is_due, self._is_awaited = 0, True, False
         self._warned_of = set()
         tracker = BatchNormTracker(pl_module, self._include, self._exclude, self._capture)
         self._tracker = tracker.attach()
 
     @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._is_awaited = self._every_n_train_batches is None  # what is resumed within an epoch does not start one
+
+    @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Epochs are counted as ModelCheckpoint counts them, so that equal periods fall together.
-        if self._every_n_train_batches is None and trainer.current_epoch % self._every_n_epochs == 0:
-            self._is_due = True
+        if self._every_n_train_batches is None:
+            self._is_awaited = True
+            # Epochs are counted as ModelCheckpoint counts them, so that equal periods fall together.
+            self._is_due |= trainer.current_epoch % self._every_n_epochs == 0
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -183,6 +193,7 @@ class BatchNormMonitor(Callback):
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._is_awaited |= self._every_n_train_batches is not None  # another rank's last window may be open
         self._end_window(trainer, batches_over=1)
 
     @override
@@ -209,10 +220,16 @@ class BatchNormMonitor(Callback):
 
     def _end_window(self, trainer: Trainer, batches_over: int = 0) -> None:
         """Report and log the window if there is anything in it, at the step of its last batch: so many batches ago."""
-        if self._tracker is None or self._num_batches == 0:
+        is_awaited = self._is_awaited and trainer.world_size > 1
+        if self._tracker is None or (self._num_batches == 0 and not is_awaited):
             return
-        self._num_batches = 0
-        self._report = self._tracker.close()
+        if self._is_due:  # on this rank it has not begun
+            self._tracker.reset()
+        self._num_batches, self._is_due, self._is_awaited = 0, False, False
+        report = self._tracker.close(all_ranks=trainer.world_size > 1)
+        if is_awaited and not any(layer.num_samples for layer in report.values()):
+            return  # there were no batches on any rank
+        self._report = report
         prefix = self._log_key_prefix
         summary = {f"{prefix}/{name}": value for name, value in self._report.summary().items()}
         trainer.callback_metrics.update({name: torch.tensor(value, device="cpu") for name, value in summary.items()})
@@ -225,12 +242,8 @@ class BatchNormMonitor(Callback):
 
     def _react(self, trainer: Trainer, report: Report) -> None:
         """Warn or raise if layers need attention."""
-        if self._on_unhealthy == "raise":
-            # All ranks or none: those that went on would wait for the others for ever. Rank 0 decides, as its running
-            # statistics are those that are saved, and that DistributedDataParallel gives to all ranks.
-            report = trainer.strategy.broadcast(report)
-            if report.unhealthy:
-                raise UnhealthyBatchNormError(report)
+        if self._on_unhealthy == "raise" and report.unhealthy:
+            raise UnhealthyBatchNormError(report)
         if self._on_unhealthy == "warn" and trainer.is_global_zero:
             news = [layer for layer in report.unhealthy if (layer.name, layer.verdict) not in self._warned_of]
             self._warned_of.update((layer.name, layer.verdict) for layer in news)

@@ -27,6 +27,21 @@ VERDICTS = (
     *("non-finite", "unused", "no-running-stats", "stale", "frozen", "insufficient-data", "tiny-batch"),
     *("ordered-batches", "grouped-batches", "warming-up", "lagging", "noisy", "drifting", "healthy"),
 )
+FLAGS = (
+    *("dead-channels", "double-update", "interrupted-batch", "missed-calls", "not-updating", "rank-0-only"),
+    "written-outside",
+)
+EVIDENCE = (
+    *("calls_saved", "calls_traced", "calls_pass", "calls_skipped", "calls_not_updating", "num_features"),
+    *("momentum", "effective_momentum", "updates_per_call", "assumed_updates_per_call", *METRICS),
+    *("noise_error", "now_error", "warmup_error", "lag_error", "drift_error", "initial_weight"),
+    *("z_mean", "z_var", "max_score", "batches", "samples_per_batch", "batch_size", "degrees_of_freedom"),
+    *("drift_per_batch", "jitter", "severity", "ordering_ratio", "ordering_limit", "ordering_share", "trend_share"),
+    *("grouping_ratio", "grouping_limit", "grouping_share", "dead_channels", "non_finite_channels"),
+    *("non_finite_running_stats", "first_bad_batch", "first_bad_channel", "ranks", "rank_error"),
+    *("recommended_momentum", "recommended_error", "recommended_batch_size", "compensated_momentum", "batches_to_go"),
+)
+"""Names of all numbers that a verdict may rest on."""
 _SICK = {"non-finite", "tiny-batch", "ordered-batches", "grouped-batches", "warming-up", "lagging", "noisy"}
 _SICK_IF_WRONG = {"stale", "frozen"}  # as their running statistics are meant to stay as they are
 _MIN_BATCHES, _MIN_DOF = 8, 4
@@ -90,6 +105,11 @@ class Circumstances(NamedTuple):
     """Whether the buffers changed between the last window and this one."""
     interrupted: bool
     """Whether the window was resumed from a state saved in the middle of a training step."""
+
+    @property
+    def was_called(self) -> bool:
+        """Whether a call was counted."""
+        return any(count for path, count in self.calls.items() if path != "skipped")
 
     @property
     def weights_known(self) -> bool:
@@ -169,13 +189,14 @@ def observations(
             "non_finite_running_stats": layers.count(bad_running),
         }
         first, channel = layers.first(profile.first_bad)
-        seen = np.isfinite(first)
-        columns |= {
-            "first_bad_batch": np.where(seen, first, np.nan),
-            "first_bad_channel": np.where(seen, channel, np.nan),
-        }
-    for values in zip(*(column.tolist() for column in columns.values()), strict=True):
-        known = {name: value for name, value in zip(columns, values, strict=True) if math.isfinite(value)}
+    table = np.array(list(columns.values()))
+    where = zip(np.isfinite(table).all(axis=0).tolist(), first.tolist(), channel.tolist(), strict=True)
+    for values, (is_complete, batch, bad_channel) in zip(table.T.tolist(), where, strict=True):
+        known = dict(zip(columns, values, strict=True))
+        if not is_complete:
+            known = {name: value for name, value in known.items() if math.isfinite(value)}
+        if batch < math.inf:
+            known |= {"first_bad_batch": batch, "first_bad_channel": bad_channel}
         if not known["batches"]:
             known = {name: value for name, value in known.items() if name in _WITHOUT_BATCHES}
         yield known
@@ -189,19 +210,21 @@ def diagnose(layer: Circumstances, observed: Mapping[str, float], metrics: Mappi
         observed: What :func:`observations` says of it; for a layer that was never called, what is known of that.
         metrics: Its :data:`METRICS`.
     """
-    evidence = {f"calls_{path}": float(count) for path, count in layer.calls.items()}
-    evidence["num_features"] = float(layer.num_features)
     effective, updates = layer.effective_momentum, layer.updates_per_call
     if layer.momentum is not None and layer.updates_twice and not layer.weights_known:
         effective = 1 - (1 - layer.momentum) ** updates
-    known = {
-        "momentum": layer.momentum,
-        "effective_momentum": effective,
-        "updates_per_call": updates if updates >= 0 else None,
-        **metrics,
-    }
-    evidence |= {name: value for name, value in known.items() if value is not None and not math.isnan(value)}
+    evidence = {name: value for name, value in metrics.items() if value == value}
     evidence |= observed
+    evidence |= {f"calls_{path}": float(count) for path, count in layer.calls.items()}
+    evidence["num_features"] = float(layer.num_features)
+    if layer.momentum is not None:
+        evidence["momentum"] = layer.momentum
+    if effective is not None:
+        evidence["effective_momentum"] = effective
+    if updates >= 0:
+        evidence["updates_per_call"] = updates
+    if "ranks" in evidence and not layer.was_called:  # on rank 0: what it has is against what the others received
+        evidence["rank_error"] = evidence.get("eval_error", 0.0)
     unmoved = layer.training_calls - evidence.get("batches", 0.0)
     if 0 <= updates < 1:
         unmoved += evidence.get("batches", 0.0) * (1 - updates)
@@ -215,7 +238,7 @@ def diagnose(layer: Circumstances, observed: Mapping[str, float], metrics: Mappi
     flags = tuple(_flags(layer, evidence))
     evidence |= _recommendation(verdict, flags, layer, evidence)
     wrong = verdict in _SICK_IF_WRONG and metrics["eval_error"] > WARNING
-    return Diagnosis(verdict, flags, verdict in _SICK or wrong, evidence)
+    return Diagnosis(verdict, flags, verdict in _SICK or wrong or "rank-0-only" in flags, evidence)
 
 
 def _verdict(layer: Circumstances, evidence: Mapping[str, float]) -> str:
@@ -223,7 +246,7 @@ def _verdict(layer: Circumstances, evidence: Mapping[str, float]) -> str:
     e = evidence
     if e.get("non_finite_channels"):
         return "non-finite"
-    if not any(count for path, count in layer.calls.items() if path != "skipped"):
+    if not layer.was_called:
         return "unused"
     if not layer.has_running_stats:
         return "no-running-stats"
@@ -266,6 +289,8 @@ def _flags(layer: Circumstances, evidence: Mapping[str, float]) -> Iterator[str]
         yield "missed-calls"
     if "calls_not_updating" in evidence:
         yield "not-updating"
+    if evidence.get("rank_error", 0.0) > WARNING:
+        yield "rank-0-only"
     if layer.written_outside or updates < 0:
         yield "written-outside"
 
@@ -317,8 +342,8 @@ def _optimal_momentum(drift: float, jitter: float) -> float:
     Its square is :math:`\delta^2 ((1-m)/m)^2 + V m/(2-m)`, with :math:`\delta` the drift per batch and V the
     variance of a batch. Its derivative is 0 at :math:`m^3 = r (1-m) (2-m)^2` with :math:`r = \delta^2/V`.
     """
-    if not jitter:
-        return 1.0
+    if not drift or not jitter:
+        return float(not jitter)
     ratio = (drift / jitter) ** 2
     low, high = 0.0, 1.0
     for _ in range(24):

@@ -8,7 +8,7 @@ import math
 import re
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from fnmatch import fnmatchcase
 from typing import Any
@@ -229,20 +229,20 @@ def find_layers(
     return chosen
 
 
-def running_stats(layers: Sequence[TrackedLayer]) -> Iterator[Tensor | None]:
+def running_stats(layers: Sequence[TrackedLayer]) -> list[Tensor | None]:
     """Float64 CPU copies of the layers' running statistics, ``(2, C)``, None if there are none; one copy per device."""
-    by_device: dict[torch.device, list[Tensor]] = {}
     of_layers = [layer.running_stats for layer in layers]
-    for buffers in of_layers:
-        for buffer in buffers:
-            by_device.setdefault(buffer.device, []).append(buffer)
-    copies = {
-        device: iter(torch.split(torch.cat(buffers).cpu().double(), [buffer.numel() for buffer in buffers]))
-        for device, buffers in by_device.items()
-    }
-    for buffers in of_layers:
-        stats = [next(copies[buffer.device]) for buffer in buffers]
-        yield torch.stack(stats) if stats else None
+    by_device: dict[torch.device, list[int]] = {}
+    for index, buffers in enumerate(of_layers):
+        if buffers:
+            by_device.setdefault(buffers[0].device, []).append(index)
+    copies: list[Tensor | None] = [None] * len(layers)
+    for there in by_device.values():
+        means, variances = zip(*(of_layers[index] for index in there), strict=True)
+        stats = torch.stack([torch.cat(means), torch.cat(variances)]).cpu().double()
+        for index, copy_ in zip(there, torch.split(stats, [mean.numel() for mean in means], dim=1), strict=True):
+            copies[index] = copy_
+    return copies
 
 
 def num_batches_tracked(layers: Sequence[TrackedLayer]) -> list[int | None]:

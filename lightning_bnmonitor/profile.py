@@ -22,7 +22,7 @@ from lightning_bnmonitor.window import MAX_BLOCKS, Blocks, paired
 
 _INITIAL = np.array([[0.0], [1.0]])  # what PyTorch initialises the buffers to
 _NEGLIGIBLE = 1e-9  # relative size of a sum of squares that is rounding
-_ROUNDING = 1e-14  # relative rounding of a sum over blocks
+ROUNDING = 1e-14  # relative rounding of a sum over blocks
 _MEAN, _VAR = 0, 1
 
 
@@ -71,6 +71,12 @@ class Profile:
     """``z`` on the scale of a standard normal variable, ``(2, C)``."""
     z_lag: FloatArray
     """The same against the whole window and against now, what is left of the initial values apart, ``(2, 2, C)``."""
+    num_samples: FloatArray
+    """Values per channel in all calls, whether they updated the running statistics or not, ``(L,)``."""
+    population: FloatArray
+    """Exact mean and unbiased variance of all these values, ``(2, C)``; NaN where there are none, or just one."""
+    reference: FloatArray
+    """Mean of the means (weight n) and variances (n - 1) of batches that updated the running statistics, ``(2, C)``."""
     now: FloatArray
     """Mean, and unbiased variance over all values, as the weights are at the end of the window, ``(2, C)``."""
     noise_error: FloatArray
@@ -174,8 +180,8 @@ def _evaluate(blocks: Blocks, buffers: Buffers, eps: FloatArray) -> Profile:
     weighted, reference, last, before, earlier, trend = contrasts
 
     # Population of these batches, and the units of differences.
-    within = spread(total[_VAR]) * reference[_VAR]
-    var = (m2[_MEAN] + between + within) / spread(total[_MEAN] - 1)
+    squares = m2[_MEAN] + between + np.where(spread(total[_VAR]) > 0, spread(total[_VAR]) * reference[_VAR], 0)
+    var = squares / spread(total[_MEAN] - 1)
     scaled = var + spread(eps)
     unit = np.stack([np.sqrt(scaled), 2 * scaled])
 
@@ -183,8 +189,8 @@ def _evaluate(blocks: Blocks, buffers: Buffers, eps: FloatArray) -> Profile:
     start, end = np.where(spread(buffers.known), np.stack([buffers.start, buffers.end]), np.nan)
     decay = spread(blocks.decay)
     noise_scale = m2 / spread(np.where(dof > 0, dof, np.nan))
-    squares = np.broadcast_to(blocks.weight**2, weights.shape)
-    shares = np.maximum(blocks.noise - _ratio(squares, weights), 0).sum(axis=2)  # C_E
+    squared = np.broadcast_to(blocks.weight**2, weights.shape)
+    shares = np.maximum(blocks.noise - _ratio(squared, weights), 0).sum(axis=2)  # C_E
     noise_now = blocks.decay**2 * buffers.noise + blocks.noise.sum(axis=2)
     has_noise = (shares >= _NEGLIGIBLE * blocks.noise.sum(axis=2)) & (shares > 0) & (dof > 1)
     rounding = spread(buffers.rounding * (blocks.rounding + 1)) * np.maximum(abs(start), abs(end))
@@ -192,7 +198,7 @@ def _evaluate(blocks: Blocks, buffers: Buffers, eps: FloatArray) -> Profile:
     remaining = np.maximum(m2 - _ratio(unsmoothed**2, spread(shares)), 0) / spread(np.maximum(dof - 1, 1))
     separable = spread(has_noise) & (rounding**2 <= 0.01 * spread(shares) * noise_scale)
     # A channel that never changes has no noise but that of these sums themselves.
-    floor = spread(total) * np.square(_ROUNDING * reference)
+    floor = spread(total) * np.square(ROUNDING * reference)
     independent = np.maximum(np.where(separable, remaining, noise_scale), floor)
     student = np.where(has_noise, dof - 1, dof)  # (2, L)
 
@@ -234,10 +240,10 @@ def _evaluate(blocks: Blocks, buffers: Buffers, eps: FloatArray) -> Profile:
     lag = end - at_end - warm
     z_lag_window = running_z(end - reference - spread(initial_weight) * (_INITIAL - reference), window, reach, history)
     z_lag = running_z(lag, density, reach, history)
-    scores = _score(np.stack([z, trend_z, tail_z, z_lag_window, z_lag]), spread(student))
-    gates = _gates(layers, scores)  # (5, 2, L)
-    moving = gates[1] | gates[2]
-    lagging = (moving | gates[3] | gates[4]) & buffers.known
+    scores = student_score(np.stack([z, trend_z, tail_z, z_lag_window, z_lag]), spread(student))
+    passed = gates(layers, scores)  # (5, 2, L)
+    moving = passed[1] | passed[2]
+    lagging = (moving | passed[3] | passed[4]) & buffers.known
 
     def net(difference: FloatArray, variance: FloatArray, counted: BoolArray) -> FloatArray:
         excess = (difference**2 - noise_scale * spread(variance)) / unit**2
@@ -271,6 +277,9 @@ def _evaluate(blocks: Blocks, buffers: Buffers, eps: FloatArray) -> Profile:
         z=z,
         score=scores[0],
         z_lag=np.stack([z_lag_window, z_lag]),
+        num_samples=total[_MEAN] + blocks.aside_samples,
+        population=_with_aside(layers, blocks, total[_MEAN], reference[_MEAN], squares),
+        reference=reference,
         now=now,
         noise_error=known * np.sqrt(layers.mean(relative * spread(noise_now)).sum(axis=0)),
         now_error=np.sqrt(layers.mean(relative * spread((weights * density**2).sum(axis=2))).sum(axis=0)),
@@ -291,6 +300,26 @@ def _evaluate(blocks: Blocks, buffers: Buffers, eps: FloatArray) -> Profile:
     )
 
 
+def _with_aside(
+    layers: Segments, blocks: Blocks, count: FloatArray, mean: FloatArray, squares: FloatArray
+) -> FloatArray:
+    """Mean and unbiased variance of what updated the running statistics and of what did not, ``(2, C)``."""
+    if blocks.aside_samples.any():
+        one, other = layers.spread(count), layers.spread(blocks.aside_samples)
+        within = layers.spread(blocks.aside_samples - blocks.aside_batches) * blocks.aside_value[_VAR]
+        step, share = blocks.aside_value[_MEAN] - mean, other / (one + other)
+        merged = squares + (blocks.aside_m2[_MEAN] + within + step**2 * one * share)
+        alone = blocks.aside_value[_MEAN], blocks.aside_m2[_MEAN] + within
+        mean, squares = (
+            np.where(other == 0, first, np.where(one == 0, only, both))
+            for first, only, both in zip((mean, squares), alone, (mean + step * share, merged), strict=True)
+        )
+        count = count + blocks.aside_samples
+    finite = np.isfinite(mean) & np.isfinite(squares)
+    population = np.stack([mean, np.where(layers.spread(count) > 1, squares / layers.spread(count - 1), np.nan)])
+    return np.where(finite, population, np.nan)
+
+
 def _contrast(blocks: Blocks, weights: FloatArray, density: FloatArray, reach: FloatArray) -> FloatArray:
     """Variance over V of the window's part of the buffers minus ``reach`` times a reference, ``(2, L)``."""
     mixed = (density * blocks.weight).sum(axis=2)
@@ -299,10 +328,13 @@ def _contrast(blocks: Blocks, weights: FloatArray, density: FloatArray, reach: F
     return variance
 
 
-def _score(z: FloatArray, dof: FloatArray) -> FloatArray:
+def student_score(z: FloatArray, dof: FloatArray) -> FloatArray:
     """Student's t with ``dof`` degrees of freedom on the scale of a standard normal variable (Wallace, 1959)."""
-    score: FloatArray = np.sign(z) * (8 * dof + 1) / (8 * dof + 3) * np.sqrt(dof * np.log1p(z**2 / dof))
-    return score
+    score: FloatArray = np.square(z)
+    score /= dof
+    np.sqrt(np.log1p(score, out=score), out=score)
+    score *= (8 * dof + 1) / (8 * dof + 3) * np.sqrt(dof)
+    return np.copysign(score, z, out=score)
 
 
 def _ratio(numerator: FloatArray, denominator: FloatArray) -> FloatArray:
@@ -333,7 +365,7 @@ def _tails(num_batches: tuple[float, ...]) -> Tails:
     )
 
 
-def _gates(layers: Segments, scores: FloatArray) -> BoolArray:
+def gates(layers: Segments, scores: FloatArray) -> BoolArray:
     """Whether a layer's scores are more than chance, ``(K, 2, C)`` to ``(K, 2, L)`` (item 12).
 
     The mean of their squares tells for the mean, their median, which heavy tails do not move, for the variance.

@@ -79,17 +79,14 @@ class Blocks(NamedTuple):
     """S: the sum of the decays that each update's float32 rounding has undergone since, ``(layers,)``."""
     first_bad: FloatArray
     """The first call in the window with a value that is not finite, counted from 1, ``(channels,)``; inf if none."""
-
-
-class Population(NamedTuple):
-    """Exact moments over every value of the window, float64; those of channels are flat ``(channels,)`` CPU tensors."""
-
-    num_samples: FloatArray
-    """Values per channel of each layer, ``(layers,)``."""
-    mean: Tensor
-    """Mean, NaN in layers that saw nothing."""
-    var: Tensor
-    """Unbiased variance, NaN in layers that saw fewer than two values."""
+    aside_batches: FloatArray
+    """Batches that updated no running statistics, ``(layers,)``; they are in none of the above but ``first_bad``."""
+    aside_samples: FloatArray
+    """Their values per channel, ``(layers,)``."""
+    aside_value: FloatArray
+    """Of them, what ``value`` is of a block, ``(2, channels)``."""
+    aside_m2: FloatArray
+    """Of them, what ``m2`` is of a block, ``(2, channels)``."""
 
 
 _Calls = tuple[int, list[tuple[int, Batch]]]  # a layer's index, and its batches with their number in the window
@@ -114,13 +111,14 @@ def paired(blocks: Blocks) -> Blocks:
     share = np.divide(other, one + other, out=np.zeros_like(one), where=other > 0)
     everything = len(single) == len(ends)
     value, m2 = (np.zeros_like(part) if everything else part.copy() for part in (blocks.value, blocks.m2))
-    for index, layer in enumerate(single):
+    for layer, of_other, weight in zip(single, share, share * one, strict=True):
         own = slice(ends[layer] - blocks.widths[layer], ends[layer])
-        single_batches = blocks.value[..., own]
-        step = np.where(share[index] > 0, single_batches[1::2] - single_batches[0::2], 0)
-        value[..., own] = m2[..., own] = 0
-        value[: MAX_BLOCKS // 2, :, own] = single_batches[0::2] + step * share[index]
-        m2[: MAX_BLOCKS // 2, :, own] = step**2 * (share[index] * one[index])
+        first, merged = blocks.value[0::2, :, own], value[: MAX_BLOCKS // 2, :, own]
+        step = blocks.value[1::2, :, own] - first
+        np.multiply(step, of_other, out=merged)
+        merged += first
+        np.multiply(np.square(step, out=step), weight, out=m2[: MAX_BLOCKS // 2, :, own])
+        value[MAX_BLOCKS // 2 :, :, own] = m2[MAX_BLOCKS // 2 :, :, own] = 0
 
     def halved(scalars: FloatArray) -> FloatArray:
         scalars = scalars.copy()
@@ -215,28 +213,10 @@ class Window:
             row = slice(_ASIDE, _ROWS)
             self._merge(group, row, row, [0] * (1 + added))
 
-    def population(self) -> Population:
-        """Exact moments over all batches of the window, whether they updated the running statistics or not."""
-        _, layer_of = self._columns_of(tuple(range(len(self.widths))))
-        used = np.flatnonzero(self._scalars[:, :, _K].any(axis=0))
-        num_rows = int(used[-1]) + 1 if len(used) else 1
-        scalars, channels = self._scalars[:, :num_rows], self._channels[:, :num_rows]
-        count = scalars[..., _N]
-        table = np.concatenate([count, count - scalars[..., _K]], axis=1).T
-        n, g = torch.split(self._to_device(table).index_select(1, layer_of), num_rows)
-        within = g * channels[_VALUE, :, 1]
-        everything = torch.ones(1, num_rows, dtype=torch.float64, device=self.device)
-        total, mean, m2 = merge_moments(n, channels[_VALUE, :, 0], channels[_M2, :, 0] + within, everything)
-        finite, missing = torch.isfinite(mean) & torch.isfinite(m2), torch.full_like(mean, torch.nan)
-        mean = torch.where(finite & (total > 0), mean, missing)
-        var = torch.where(finite & (total > 1), m2 / (total - 1), missing)
-        mean, var = torch.cat([mean, var]).cpu()
-        return Population(count.sum(axis=1), mean, var)
-
     def blocks(self) -> Blocks:
-        """The batches that updated the running statistics, block by block. On the CPU, valid until the next update."""
-        scalars = self._scalars[:, :MAX_BLOCKS].copy()
-        channels = self._channels[:, :MAX_BLOCKS].cpu().numpy()
+        """All that the window holds, block by block. On the CPU, valid until the next update."""
+        scalars, aside = self._scalars[:, :MAX_BLOCKS].copy(), self._scalars[:, _ASIDE]
+        channels = self._channels.cpu().numpy()
         return Blocks(
             widths=np.array(self.widths, dtype=np.int64),
             num_batches=scalars[..., _K],
@@ -244,11 +224,15 @@ class Window:
             batch_size=scalars[..., _B],
             weight=scalars[..., _W],
             noise=np.stack([scalars[..., _Q], scalars[..., _QV]]),
-            value=channels[_VALUE],
-            m2=channels[_M2],
+            value=channels[_VALUE, :MAX_BLOCKS],
+            m2=channels[_M2, :MAX_BLOCKS],
             decay=self._momenta[:, _A].copy(),
             rounding=self._momenta[:, _S].copy(),
             first_bad=self._first_bad.cpu().numpy(),
+            aside_batches=aside[:, _K].copy(),
+            aside_samples=aside[:, _N].copy(),
+            aside_value=channels[_VALUE, _ASIDE],
+            aside_m2=channels[_M2, _ASIDE],
         )
 
     def channel_state(self) -> Tensor:

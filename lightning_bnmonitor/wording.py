@@ -88,6 +88,10 @@ _FLAGS = {
         "called where it is not monitored (while the model or the tracker pauses)."
     ),
     "not-updating": "{calls_not_updating} calls in training mode left the running statistics as they were.",
+    "rank-0-only": (
+        "What rank 0 received is {rank_error} off what all {ranks} ranks received: the running statistics that are "
+        "saved (and given to all ranks, with DistributedDataParallel) are those of rank 0's data alone."
+    ),
     "written-outside": (
         "Something wrote the running statistics between windows (recalibration, SWA, a loaded checkpoint, a reset): "
         "what they are made of is known from there on only."
@@ -144,6 +148,11 @@ _MOMENTUM = {
 }
 _FLAG_REMEDIES = {
     "double-update": "Set `momentum={compensated_momentum}` to get the effect of {momentum} (1 - (1 - m)^(1/updates)).",
+    "rank-0-only": (
+        "Give all ranks data of one kind (shuffle before they are split, as `DistributedSampler(shuffle=True)` does), "
+        f"or convert the model with `nn.SyncBatchNorm.convert_sync_batchnorm`, or {_RECALIBRATE} over all ranks' data "
+        "before you evaluate."
+    ),
     "missed-calls": "Keep the layer from being called in training mode where the monitor does not count.",
 }
 _UNSEEN = (

@@ -311,6 +311,7 @@ def expected_profile(layer, index):
         "z": z,
         "score": scores[0],
         "z_lag": np.stack(z_lag),
+        "reference": (g[..., None] * x).sum(axis=1) / g.sum(axis=1, keepdims=True),
         "now": np.stack([ref_now[0], now_var]),
         "noise_error": known * rms(relative * noise[:, None]),
         "now_error": rms(relative * variance(now * g)[:, None]),
@@ -336,7 +337,7 @@ def expected_profile(layer, index):
 
 
 def profiles(layers, step=32):
-    """What it says of layers that share their windows: population and profile of each, one window after the other."""
+    """What it says of layers that share their windows: the profile of each, one window after the other."""
     window = Window(torch.device("cpu"))
     window.add_layers([layer.width for layer in layers])
     fresh = [layer.known and not layer.trained for layer in layers]
@@ -355,28 +356,29 @@ def profiles(layers, step=32):
             known=np.array([layer.known for layer in layers]),
         )
         profile = evaluate(window.blocks(), buffers, np.array([layer.eps for layer in layers]))
-        yield window.population(), profile
+        yield profile
         initial_weight, noise = profile.initial_weight, profile.noise
 
 
-PER_CHANNEL = ("unit", "noise_scale", "z", "score", "z_lag", "now", "first_bad")
+OF_ALL_VALUES = ("layers", "num_samples", "population")  # compared with all values themselves
+PER_CHANNEL = ("unit", "noise_scale", "z", "score", "z_lag", "reference", "now", "first_bad")
 
 
 def part_of(profile, layers, index):
     """One layer's part of a profile, by name."""
     first = sum(layer.width for layer in layers[:index])
     own = slice(first, first + layers[index].width)
-    values = {name: getattr(profile, name) for name in Profile.__dataclass_fields__ if name != "layers"}
+    values = {name: getattr(profile, name) for name in Profile.__dataclass_fields__ if name not in OF_ALL_VALUES}
     return {name: value[..., own] if name in PER_CHANNEL else value[..., index] for name, value in values.items()}
 
 
 def assert_as_defined(layers, rtol=1e-8, step=32):
     """Everything that is said of every layer in every window is what the definitions say. Returns all profiles."""
     result = []
-    for index, (population, profile) in enumerate(profiles(layers, step)):
+    for index, profile in enumerate(profiles(layers, step)):
         result.append(profile)
         for number, layer in enumerate(layers):
-            assert_population(population, layers, number, layer.windows[index])
+            assert_population(profile, layers, number, layer.windows[index])
             if not updating([layer.windows[index]]):
                 continue
             expected, actual = expected_profile(layer, index), part_of(profile, layers, number)
@@ -391,19 +393,19 @@ def assert_as_defined(layers, rtol=1e-8, step=32):
     return result
 
 
-def assert_population(population, layers, number, calls):
+def assert_population(profile, layers, number, calls):
     values = np.concatenate([call.values for call in calls]) if calls else np.empty((0, layers[number].width))
     first = sum(layer.width for layer in layers[:number])
     own = slice(first, first + layers[number].width)
-    assert population.num_samples[number] == len(values)
+    assert profile.num_samples[number] == len(values)
     if not len(values):
-        assert population.mean[own].isnan().all()
+        assert np.isnan(profile.population[0, own]).all()
         return
     mean = values.mean(axis=0)
     var = ((values - mean) ** 2).sum(axis=0) / (len(values) - 1)
-    error = np.abs(population.mean[own].numpy() - mean) / np.sqrt(var + (var == 0))
+    error = np.abs(profile.population[0, own] - mean) / np.sqrt(var + (var == 0))
     assert (error[np.isfinite(mean)] < 1e-9).all()
-    np.testing.assert_allclose(population.var[own], var, rtol=1e-9)
+    np.testing.assert_allclose(profile.population[1, own], var, rtol=1e-9)
 
 
 def rms(values, axis=-1):
@@ -461,9 +463,9 @@ def test_layers_may_differ_in_how_often_they_are_called_in_each_window():
 def test_the_company_of_other_layers_does_not_matter():
     rng = np.random.default_rng(3)
     layers = [random_layer(rng, [n, n], 1 + n % 4, "varying", drift=n % 3) for n in (20, 7, 40, 33)]
-    together = [profile for _, profile in profiles(layers)]
+    together = list(profiles(layers))
     for number, layer in enumerate(layers):
-        for profile, (_, alone) in zip(together, profiles([layer]), strict=True):
+        for profile, alone in zip(together, profiles([layer]), strict=True):
             for name, value in part_of(profile, layers, number).items():
                 np.testing.assert_allclose(value, part_of(alone, [layer], 0)[name], rtol=1e-10, atol=1e-10)
 
@@ -531,7 +533,7 @@ def test_a_channel_that_is_not_finite_is_left_out_and_no_other_changes():
         for name in ("unit", "noise_scale", "now"):
             assert np.isnan(getattr(first, name)[:, 2::4]).all()
         for name in Profile.__dataclass_fields__:
-            if name not in ("layers", *PER_CHANNEL):
+            if name not in (*OF_ALL_VALUES, *PER_CHANNEL):
                 assert np.isfinite(getattr(first, name)).all(), name
         assert first.first_bad.tolist() == 4 * [np.inf, np.inf, 12, np.inf]
         # The buffers stay as they are, the window's data are fine again.
@@ -543,7 +545,7 @@ def test_a_channel_that_is_not_finite_is_left_out_and_no_other_changes():
 def test_of_a_layer_without_a_finite_channel_nothing_is_told():
     layers = [random_layer(np.random.default_rng(8), [30], 2) for _ in range(2)]
     layers[0].windows[0][0] = Call(layers[0].windows[0][0].values * np.nan, 0.1)
-    ((_, profile),) = profiles(layers)
+    (profile,) = profiles(layers)
     for name in ("noise_error", "now_error", "warmup_error", "jitter", "ordering_ratio", "grouping_ratio", "max_score"):
         assert np.isnan(getattr(profile, name)).tolist() == [True, False], name
 
@@ -596,7 +598,7 @@ def test_a_channel_that_never_changes_is_evidence_of_nothing(length, value, roun
             for call in calls:
                 call.values[:, 1] = value
             calls[:] = [Call(call.values, call.momentum) for call in calls]
-    for _, profile in profiles(layers):
+    for profile in profiles(layers):
         assert (abs(profile.score[:, 1::4]) < 2).all()
         assert (profile.max_score < 6).all()
         assert (profile.drift_error == 0).all()
@@ -615,7 +617,7 @@ def stationary(momentum, sizes, length, width=400, positions=1, **kwargs):
     if positions > 1:
         for calls in layer.windows:
             calls[:] = [Call(np.repeat(call.values, positions, axis=0), call.momentum, positions) for call in calls]
-    return [profile for _, profile in profiles([layer])]
+    return list(profiles([layer]))
 
 
 @pytest.mark.parametrize("length", [40, 200])
@@ -661,7 +663,7 @@ def test_gates_hardly_ever_fire_on_stationary_data(momentum):
     alarms = {}
     for width, number in ((8, 60), (1, 100)):
         layers = [random_layer(rng, [64] * 2, width, momentum, "unequal") for _ in range(number)]
-        fired = [(profile.lag_error > 0) | (profile.drift_error > 0) for _, profile in profiles(layers)]
+        fired = [(profile.lag_error > 0) | (profile.drift_error > 0) for profile in profiles(layers)]
         alarms[width] = np.mean(fired)
     assert alarms[8] == 0
     assert alarms[1] < 0.04
@@ -676,7 +678,7 @@ def test_the_errors_that_noise_makes_are_those_predicted(momentum, sizes):
     layer.windows = [
         [Call(rng.normal(3.0, 2.0, (SIZES[sizes](t, rng), 400)), MOMENTA[momentum](t, rng)) for t in range(200)]
     ]
-    ((_, profile),) = profiles([layer])
+    (profile,) = profiles([layer])
     truth = np.array([[3.0], [4.0]])
 
     def error(statistics):
@@ -692,7 +694,7 @@ def test_the_errors_that_noise_makes_are_those_predicted(momentum, sizes):
 def test_what_is_left_of_the_initial_values_is_known():
     rng = np.random.default_rng(14)
     layer = Layer(100, windows=[[Call(rng.normal(3.0, 2.0, (32, 100)), 0.01) for _ in range(20)] for _ in range(3)])
-    for number, (_, profile) in enumerate(profiles([layer]), start=1):
+    for number, profile in enumerate(profiles([layer]), start=1):
         left = 0.99 ** (20 * number)
         np.testing.assert_allclose(profile.initial_weight, [left], rtol=1e-12)
         np.testing.assert_allclose(profile.warmup_error, [left * np.hypot(3 / 2, 3 / 8)], rtol=0.03)
@@ -706,7 +708,7 @@ def test_a_steady_drift_is_measured():
     rng = np.random.default_rng(15)
     delta, length, m = 0.01, 400, 0.05
     layer = Layer(64, windows=[[Call(rng.normal(delta * t, 1.0, (16, 64)), m) for t in range(length)]])
-    ((_, profile),) = profiles([layer])
+    (profile,) = profiles([layer])
     unit = profile.unit[0].mean()
     np.testing.assert_allclose(profile.now[0].mean(), delta * length, atol=2 * delta)
     np.testing.assert_allclose(profile.lag_error, [delta * (1 - m) / m / unit], rtol=0.1)
@@ -730,7 +732,7 @@ def test_gates_fire_for_a_clear_drift(width, momentum):
 def test_a_drift_of_the_variance_alone_is_noticed():
     rng = np.random.default_rng(17)
     windows = [[Call(rng.normal(0.0, 1 + t / 100, (16, 8)), 0.01) for t in range(100)] for _ in range(2)]
-    for _, profile in profiles([Layer(8, windows=windows)]):
+    for profile in profiles([Layer(8, windows=windows)]):
         assert profile.drift_error > 0.15
         assert profile.lag_error > 0.15
         assert (abs(profile.z[0]) < 5).all()
@@ -761,7 +763,7 @@ def test_buffers_that_remember_another_law_lag_even_if_nothing_moves_now():
     rng = np.random.default_rng(18)
     windows = [[Call(rng.normal(mean, 1.0, (16, 8)), 0.001) for _ in range(100)] for mean in (5.0, 0.0)]
     layer = Layer(8, windows=windows)
-    _, (_, profile) = profiles([layer])
+    _, profile = profiles([layer])
     # What the window before has left in the buffers.
     remembered = 5.0 * (0.999**100 - 0.999**200)
     np.testing.assert_allclose(profile.lag_error, [remembered / profile.unit[0].mean()], rtol=0.1)

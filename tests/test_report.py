@@ -48,7 +48,6 @@ def layer(
     defaults = {
         "name": name,
         "type": "BatchNorm1d",
-        "num_features": len(mean),
         "eps": 0.0,
         "momentum": 0.1,
         "num_batches": 10,
@@ -56,8 +55,9 @@ def layer(
         "has_running_stats": True,
         "diagnosis": Diagnosis(verdict, flags, attention, evidence),
     }
-    tensors = {field: torch.tensor(values, dtype=torch.float64) for field, values in tensors.items()}
-    return LayerReport(**(defaults | tensors | fields))
+    order = [f"{of}_{moment}" for of in ("population", "running", "now", "z") for moment in ("mean", "var")]
+    numbers = torch.tensor([list(tensors[name]) for name in order], dtype=torch.float64)
+    return LayerReport(**(defaults | {"numbers": numbers} | fields))
 
 
 def with_error(name: str, error: float, **fields) -> LayerReport:
@@ -775,7 +775,7 @@ def test_an_empty_report_has_every_form():
     assert report.summary() == {}
     assert report.worst() == report.worst(3) == report.unhealthy == []
     assert report.layer_summaries() == {}
-    assert report.to_dict() == {"summary": {}, "layers": {}}
+    assert report.to_dict() == {"rank": None, "summary": {}, "layers": {}}
     assert str(report) == report.brief() == "No BatchNorm layer was monitored."
     assert markdown_rows(report.to_markdown())[0] == COLUMNS
     assert len(markdown_rows(report.to_markdown())) == 2
