@@ -11,6 +11,7 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from lightning_bnmonitor import ranks
 from lightning_bnmonitor.layer_report import LayerReport
 from lightning_bnmonitor.report import Report
 from lightning_bnmonitor.tracker import BatchNormTracker, CaptureMode, as_patterns, check_capture
@@ -145,6 +146,8 @@ class BatchNormMonitor(Callback):
         self._warned_of = set()
         tracker = BatchNormTracker(pl_module, self._include, self._exclude, self._capture)
         self._tracker = tracker.attach()
+        if ranks.num_ranks() > 1:
+            ranks.group()  # made now, while no rank is ahead of others
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -1,12 +1,13 @@
 """What ranks tell each other at the end of a window: their moments to rank 0, and its findings to all.
 
-Two collectives of the default process group, whose size grows with channels: neither batches nor blocks of them.
+Two collectives, whose size grows with channels: neither batches nor blocks of them.
 """
 
 from __future__ import annotations
 
+import weakref
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import ClassVar, NamedTuple
 
 import numpy as np
 import torch
@@ -148,21 +149,42 @@ def num_ranks() -> int:
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
+def group() -> dist.ProcessGroup:
+    """Our own process group of all ranks, on the CPU: what others communicate cannot be taken for ours, or ours for it.
+
+    So a rank that is done with its batches can wait here while the others still communicate for theirs. For the first
+    time, all ranks have to call this in the same order as they create other groups.
+    """
+    world = dist.group.WORLD
+    assert world is not None
+    if _Own.world is None or _Own.world() is not world:
+        _Own.group = dist.new_group(backend="gloo") if dist.is_gloo_available() else world
+        _Own.world = weakref.ref(world)
+    return _Own.group
+
+
 def gather(values: Tensor) -> list[Tensor]:
     """CPU tensors of one size of all ranks, on rank 0; an empty list on the others."""
     values = values.to(_device())
     received = [torch.empty_like(values) for _ in range(num_ranks())] if rank() == 0 else None
-    dist.gather(values, received)
+    dist.gather(values, received, dst=0, group=group())
     return [part.cpu() for part in received or ()]
 
 
 def broadcast(values: Tensor) -> Tensor:
     """Rank 0's ``values``, a CPU tensor of one size on all ranks."""
     values = values.to(_device())
-    dist.broadcast(values, src=0)
+    dist.broadcast(values, src=0, group=group())
     return values.cpu()
 
 
 def _device() -> torch.device:
-    """Where the default process group takes tensors from."""
-    return torch.device(dist.distributed_c10d._get_object_coll_device())
+    """Where our process group takes tensors from."""
+    return torch.device(dist.distributed_c10d._get_object_coll_device(group()))
+
+
+class _Own:
+    """Our process group, and the default one that it was made beside."""
+
+    world: ClassVar[weakref.ref[dist.ProcessGroup] | None] = None
+    group: ClassVar[dist.ProcessGroup]

@@ -174,9 +174,9 @@ class BatchNormTracker:
             all_ranks: Whether to report on all ranks of the default process group of ``torch.distributed`` together:
                 the population is that of all their data, running statistics, verdicts and numbers of calls are those
                 of rank 0. Every rank has to call this, and gets the same report, also one whose layers were never
-                called. It takes two collectives (a gather to rank 0 of 56 bytes a channel from each rank, and a broadcast
-                of 64); one that a rank never joins ends with the timeout of the process group. Without a process
-                group, and for a window that has ended, it is as if False.
+                called. It takes two collectives: a gather to rank 0 of 56 bytes a channel from each rank, and a
+                broadcast of 64. One that a rank never joins ends with the timeout of the process group. Without a
+                process group, and for a window that has ended, it is as if False.
 
         Raises:
             RuntimeError: If another rank has failed.

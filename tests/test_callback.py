@@ -3,15 +3,10 @@
 import copy
 import csv
 import math
-import os
 import pickle
 import random
-import re
 import signal
-import socket
 import statistics
-import subprocess
-import sys
 import warnings
 from collections import OrderedDict, defaultdict
 from itertools import pairwise
@@ -1475,110 +1470,6 @@ def test_the_summary_at_the_end_of_fit_is_short_for_a_deep_network(tmp_path, cap
     assert [row.split()[0] for row in rows] == [layer.name for layer in report.worst(10)]
     assert len(printed.strip().splitlines()) <= 35
     assert len(str(report).splitlines()) > 150
-
-
-RANK = """
-import os, sys, warnings
-import torch
-from torch import nn
-from lightning.pytorch import LightningModule, Trainer
-from lightning.pytorch.strategies import DDPStrategy
-from torch.utils.data import DataLoader, TensorDataset
-from lightning_bnmonitor import BatchNormMonitor, UnhealthyBatchNormError
-
-torch.set_num_threads(1)
-warnings.simplefilter("ignore")
-rank, folder = int(os.environ["RANK"]), sys.argv[1]
-
-
-class Net(LightningModule):
-    def __init__(self, spoilt):
-        super().__init__()
-        self.spoilt = spoilt
-        self.norm, self.out = nn.BatchNorm1d(8, momentum=None), nn.Linear(8, 1)
-        for _ in range(100):
-            self.norm(torch.randn(16, 8))
-        self.norm.momentum = 0.1
-
-    def training_step(self, batch, batch_idx):
-        # One rank gets sorted data in the second epoch.
-        is_spoilt = rank == self.spoilt and self.current_epoch == 1 and batch_idx // 10 % 2
-        return self.out(self.norm(batch[0] + 3 * is_spoilt)).square().mean()
-
-    def configure_optimizers(self):
-        return torch.optim.SGD(self.parameters(), lr=0.0)
-
-
-def outcome(spoilt, broadcast_buffers):
-    torch.manual_seed(spoilt)
-    net, monitor = Net(spoilt), BatchNormMonitor(on_unhealthy="raise")
-    data = DataLoader(TensorDataset(torch.randn(2 * 40 * 16, 8)), batch_size=16)
-    trainer = Trainer(
-        accelerator="cpu", devices=2, strategy=DDPStrategy(broadcast_buffers=broadcast_buffers), max_epochs=3,
-        callbacks=[monitor], default_root_dir=folder, logger=False, enable_checkpointing=False,
-        enable_progress_bar=False, enable_model_summary=False,
-    )
-    try:
-        trainer.fit(net, data)
-        end = "finished"
-    except UnhealthyBatchNormError as error:
-        assert rank or error.report is monitor.report()
-        assert error.report["norm"].verdict == "ordered-batches"
-        end = "raised"
-    except BaseException as error:
-        end = f"failed with {error!r}"
-    (layer,) = monitor.report().values()
-    assert layer.num_batches == 40
-    assert trainer.callback_metrics["bn/unhealthy_layers"] == layer.needs_attention
-    assert not any(module._forward_hooks for module in net.modules())
-    return f"{end} in epoch {trainer.current_epoch}: {layer.verdict}"
-
-
-for spoilt in (1, 0):
-    print(f"outcome of spoilt rank {spoilt}:", outcome(spoilt, broadcast_buffers=False))
-print("outcome of healthy ranks:", outcome(-1, broadcast_buffers=True))
-"""
-
-
-@pytest.fixture(scope="module")
-def of_two_ranks(tmp_path_factory):
-    """What each of two processes, started as torchrun does, has to say of some fits with ``on_unhealthy="raise"``."""
-    folder = tmp_path_factory.mktemp("ranks")
-    script = folder / "rank.py"
-    script.write_text(RANK)
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    processes = []
-    for rank in (0, 1):
-        place = {"RANK": rank, "LOCAL_RANK": rank, "GROUP_RANK": 0, "WORLD_SIZE": 2, "LOCAL_WORLD_SIZE": 2}
-        address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": 1}
-        environment = os.environ | {name: str(value) for name, value in (place | address).items()}
-        command = [sys.executable, str(script), str(folder)]
-        processes.append(
-            subprocess.Popen(command, env=environment, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
-        )
-    try:
-        outputs = [process.communicate(timeout=120) for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    said = [re.findall(r"^outcome of (.*): (\w+ in epoch \d: \S+)$", output, re.M) for output, _ in outputs]
-    assert all(len(outcomes) == 3 for outcomes in said), outputs
-    return [dict(outcomes) for outcomes in said]
-
-
-def test_all_ranks_raise_where_the_first_has_a_layer_that_needs_attention(of_two_ranks):
-    outcomes = [outcomes["spoilt rank 0"] for outcomes in of_two_ranks]
-    assert outcomes == ["raised in epoch 1: ordered-batches", "raised in epoch 1: healthy"]
-
-
-def test_no_rank_raises_for_what_another_than_the_first_has(of_two_ranks):
-    assert [outcomes["spoilt rank 1"].split(":")[0] for outcomes in of_two_ranks] == ["finished in epoch 3"] * 2
-
-
-def test_no_rank_raises_where_all_layers_are_healthy_though_they_share_the_running_statistics_of_one(of_two_ranks):
-    assert [outcomes["healthy ranks"].split(":")[0] for outcomes in of_two_ranks] == ["finished in epoch 3"] * 2
 
 
 # ---------------------------------------------------------------------------------------------------- the other package

@@ -1,8 +1,9 @@
-"""Several processes with gloo, started for real: one report of all ranks, the same on each, and no rank left waiting."""
+"""Several gloo processes, started for real: one report of all ranks, the same on each, and no rank left waiting."""
 
 from __future__ import annotations
 
 import datetime
+import os
 import pickle
 from pathlib import Path
 
@@ -327,3 +328,36 @@ def test_without_a_process_group_all_ranks_are_this_one():
     assert isinstance(report, Report)
     assert report.rank is None
     assert "ranks" not in report["a"].evidence
+
+
+def run_until_one_dies(rank, folder):
+    dist.init_process_group("gloo", init_method=f"file://{folder}/dead", rank=rank, world_size=2)
+    layers = model()
+    with BatchNormTracker(layers) as tracker:
+        layers["a"](torch.randn(8, 5))
+        tracker.close(all_ranks=True)
+        tracker.reset()
+        layers["a"](torch.randn(8, 5))
+        if rank == 1:
+            os._exit(3)
+        try:
+            tracker.close(all_ranks=True)
+        except RuntimeError as error:
+            # What was seen is not lost: this rank can still tell.
+            report = tracker.report()
+            Path(folder, "error").write_text(f"{type(error).__name__} {report.rank} {report['a'].num_samples}")
+    os._exit(0)  # the process group can no longer be left in order
+
+
+def test_a_rank_that_dies_gives_the_others_an_error_and_loses_nothing(tmp_path):
+    context = torch.multiprocessing.get_context("spawn")
+    processes = [context.Process(target=run_until_one_dies, args=(rank, str(tmp_path))) for rank in range(2)]
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join(timeout=60)
+    hangs = [process.is_alive() for process in processes]
+    for process in processes:
+        process.kill()
+    assert not any(hangs)
+    assert (tmp_path / "error").read_text().split()[1:] == ["0", "8"]
