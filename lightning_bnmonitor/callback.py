@@ -59,6 +59,9 @@ class BatchNormMonitor(Callback):
     :meth:`BatchNormTracker.close() <lightning_bnmonitor.BatchNormTracker.close>`. That takes two collectives a window,
     which every rank joins, also one that had no batches. With ``every_n_train_batches`` all ranks need as many batches.
 
+    **Resumed** from a checkpoint, it goes on as if nothing had happened: its state is in Lightning's checkpoints. On
+    several ranks that is rank 0's: what the others saw earlier in the window is not in its report.
+
     **Logged Metrics**, once a window, to every logger of the Trainer, at the step of Lightning's own epoch-end values.
     The first six are also in ``trainer.callback_metrics`` (for ``ModelCheckpoint`` and ``EarlyStopping``) from the end
     of the first window on. A layer's value is the RMS over its channels (``log_var_ratio``: the mean absolute value).
@@ -128,6 +131,39 @@ class BatchNormMonitor(Callback):
         self._num_batches = 0  # training batches in the window that is open
         self._is_due = False  # whether a window begins with the next training batch
         self._is_awaited = False  # whether other ranks may have batches in a window that has not ended
+        self._summary: dict[str, float] = {}  # of the last window that ended
+        self._saved: dict[str, Any] = {}  # the state at the end of `fit`
+        self._pending: dict[str, Any] | None = None  # a state that `fit` is to begin with
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(
+            every_n_epochs=self._every_n_epochs,
+            every_n_train_batches=self._every_n_train_batches,
+            include=self._include,
+            exclude=self._exclude,
+            log_key_prefix=self._log_key_prefix,
+        )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        if self._tracker is None:
+            return self._saved
+        return {
+            "num_batches": self._num_batches,
+            "is_due": self._is_due,
+            "is_awaited": self._is_awaited,
+            "warned_of": [list(pair) for pair in sorted(self._warned_of)],
+            "summary": dict(self._summary),
+            "tracker": self._tracker.state_dict(),
+        }
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._pending = state_dict
+        if self._tracker is not None and self._tracker.is_attached:  # some strategies load late
+            self._resume()
 
     def report(self) -> Report:
         """The report of the last finished window; before the first one has ended, of the window so far.
@@ -139,26 +175,31 @@ class BatchNormMonitor(Callback):
         return self._tracker.report() if self._tracker is not None else Report([])
 
     @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage == "fit":  # what was loaded before, for a test say, is not what this begins with
+            self._pending, self._saved = None, {}
+
+    @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._detach()  # a fit that was interrupted may not have
         self._tracker = self._report = None
-        self._num_batches, self._is_due, self._is_awaited = 0, True, False
-        self._warned_of = set()
+        self._num_batches, self._is_due = 0, True
+        self._is_awaited = self._every_n_train_batches is None  # what is resumed within an epoch does not start one
+        self._warned_of, self._summary = set(), {}
         tracker = BatchNormTracker(pl_module, self._include, self._exclude, self._capture)
         self._tracker = tracker.attach()
         if ranks.num_ranks() > 1:
             ranks.group()  # made now, while no rank is ahead of others
+        self._resume()
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._is_awaited = self._every_n_train_batches is None  # what is resumed within an epoch does not start one
+        # As they were: an EarlyStopping that finds no value in the first validation would raise.
+        self._publish(trainer)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._every_n_train_batches is None:
-            self._is_awaited = True
-            # Epochs are counted as ModelCheckpoint counts them, so that equal periods fall together.
-            self._is_due |= trainer.current_epoch % self._every_n_epochs == 0
+        self._is_awaited = self._every_n_train_batches is None
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
@@ -178,7 +219,6 @@ class BatchNormMonitor(Callback):
         if self._every_n_train_batches is not None:
             if self._num_batches == self._every_n_train_batches:
                 self._end_window(trainer)
-                self._is_due = True
         elif trainer.is_last_batch and self._is_last_epoch_of_window(trainer):
             self._end_window(trainer)
 
@@ -212,13 +252,15 @@ class BatchNormMonitor(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._detach()
         self._report = self.report()
+        self._saved = self.state_dict()
         self._tracker = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy monitors nothing: it has the configuration and the last report.
-        return {**self.__dict__, "_tracker": None}
+        return {**self.__dict__, "_tracker": None, "_saved": {}, "_pending": None}
 
     def _is_last_epoch_of_window(self, trainer: Trainer) -> bool:
+        # Epochs are counted as ModelCheckpoint counts them, so that equal periods fall together.
         return (trainer.current_epoch + 1) % self._every_n_epochs == 0
 
     def _end_window(self, trainer: Trainer, batches_over: int = 0) -> None:
@@ -228,20 +270,39 @@ class BatchNormMonitor(Callback):
             return
         if self._is_due:  # on this rank it has not begun
             self._tracker.reset()
-        self._num_batches, self._is_due, self._is_awaited = 0, False, False
+        self._num_batches, self._is_due, self._is_awaited = 0, True, False
         report = self._tracker.close(all_ranks=trainer.world_size > 1)
         if is_awaited and not any(layer.num_samples for layer in report.values()):
             return  # there were no batches on any rank
         self._report = report
         prefix = self._log_key_prefix
-        summary = {f"{prefix}/{name}": value for name, value in self._report.summary().items()}
-        trainer.callback_metrics.update({name: torch.tensor(value, device="cpu") for name, value in summary.items()})
-        metrics = {**summary, **self._layer_metrics(self._report)}
+        self._summary = {f"{prefix}/{name}": value for name, value in self._report.summary().items()}
+        self._publish(trainer)
+        metrics = {**self._summary, **self._layer_metrics(self._report)}
         # Not `self.log`: it costs milliseconds a key, and is late for a callback that runs in validation.
         step = max(trainer.fit_loop.epoch_loop._batches_that_stepped - batches_over, 0)
         for logger in trainer.loggers if metrics else ():
             logger.log_metrics(metrics, step=step)
         self._react(trainer, self._report)
+
+    def _publish(self, trainer: Trainer) -> None:
+        metrics = {name: torch.tensor(value, device="cpu") for name, value in self._summary.items()}
+        trainer.callback_metrics.update(metrics)
+
+    def _resume(self) -> None:
+        """Go on with the window of a checkpoint, if one was loaded."""
+        state, self._pending = self._pending, None
+        if state is None:
+            return
+        assert self._tracker is not None
+        try:
+            self._tracker.load_state_dict(state["tracker"])
+        except ValueError as error:  # of another version: no reason not to train
+            warnings.warn(f"The BatchNorm statistics in the checkpoint are left out: {error}", stacklevel=2)
+            return
+        self._num_batches, self._is_due, self._is_awaited = state["num_batches"], state["is_due"], state["is_awaited"]
+        self._warned_of = {(name, verdict) for name, verdict in state["warned_of"]}
+        self._summary = dict(state["summary"])
 
     def _react(self, trainer: Trainer, report: Report) -> None:
         """Warn or raise if layers need attention."""

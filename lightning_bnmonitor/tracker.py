@@ -21,7 +21,7 @@ from lightning_bnmonitor.report import Report
 from lightning_bnmonitor.window import Batch, Window
 
 CaptureMode = Literal["auto", "pass"]
-_STATE_VERSION = 2
+_STATE_VERSION = 3
 _BUFFER_ROWS = 4  # per channel: the running statistics when the window began, and when the last one ended
 
 
@@ -206,7 +206,10 @@ class BatchNormTracker:
         return self._assess() if self._closed is None else self._closed
 
     def state_dict(self) -> dict[str, Any]:
-        """The window so far, as one CPU tensor and primitives: for a checkpoint in mid-window."""
+        """The window so far, as one CPU tensor and primitives: for a checkpoint in mid-window.
+
+        Of several ranks it is this one's: no rank waits for another.
+        """
         if self._pending is not None:
             return dict(self._pending)
         self.flush()
@@ -222,16 +225,19 @@ class BatchNormTracker:
             layers.append({"name": layer.name, "width": width, **state})
         return {
             "version": _STATE_VERSION,
+            "rank": ranks.rank(),
             "closed": self._closed is not None,
             "channels": torch.cat(parts, dim=-1),
             "layers": layers,
+            "not_called": [layer.name for layer in self._layers if layer.window is None],
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on with a saved window in the place of the present one; before :meth:`attach`, as soon as that is called.
 
         A layer of the model that the state does not know begins with an empty window. What is saved of layers that the
-        model does not have, or with another width, is left out, and a warning names them.
+        model does not have, or with another width, is left out. A warning names them all. What another rank had seen
+        is left out, too: on this one the window begins anew.
 
         Raises:
             ValueError: If the state is not one that :meth:`state_dict` of this version returned.
@@ -319,14 +325,22 @@ class BatchNormTracker:
             assert layer.window is not None
             layer.window.restore(layer.index, channels[:-_BUFFER_ROWS], saved)
             layer.restore(saved, channels[-_BUFFER_ROWS:])
+        if state["rank"] != ranks.rank():
+            for window in self._windows.values():
+                window.reset()
         if state["closed"]:
             self._closed = self._assess(ended=True)
             self._gate.paused += 1
-        if unknown:
+        known = {layer.name for layer, _, _ in restored} | set(state["not_called"])
+        new = [name for name in by_name if name not in known]
+        changes = [
+            f"{what}: {', '.join(names)}"
+            for what, names in (("left out, as the model has none of that name and width", unknown), ("new", new))
+            if names
+        ]
+        if changes:
             warnings.warn(
-                "The saved BatchNorm statistics of these layers are left out, because the model has none of that name "
-                f"and width: {', '.join(unknown)}.",
-                stacklevel=3,
+                f"BatchNorm layers have changed since the state was saved; {'; '.join(changes)}.", stacklevel=3
             )
 
 

@@ -1,0 +1,388 @@
+"""Runs that are interrupted and resumed from Lightning's checkpoints, against the same runs left alone."""
+
+import math
+import os
+import signal
+import subprocess
+import sys
+import warnings
+
+import pytest
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExceptionCheckpoint
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+from lightning_bnmonitor import BatchNormMonitor, BatchNormTracker
+
+pytestmark = [
+    pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
+    pytest.mark.filterwarnings("ignore:Checkpoint directory"),
+    pytest.mark.filterwarnings("ignore:BatchNorm layers need attention"),
+    pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended"),
+]
+BATCHES = 24  # in an epoch
+EPOCHS = 3
+
+
+class Net(LightningModule):
+    """Trains on the batch that belongs to the step, as Lightning does not bring a loader back to where it was."""
+
+    def __init__(self, widths=(6, 3), frozen=False) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        first, second = widths
+        self.conv, self.a = nn.Conv1d(1, first, 3), nn.BatchNorm1d(first)
+        self.linear, self.b = nn.Linear(first * 4, second), nn.BatchNorm1d(second, momentum=0.3)
+        self.out, self.never = nn.Linear(second, 1), nn.BatchNorm1d(2)
+        generator = torch.Generator().manual_seed(1)
+        self.data = [torch.randn(10 + t % 5, 1, 6, generator=generator) + 1 for t in range(BATCHES * EPOCHS)]
+
+    def forward(self, x):
+        return self.out(self.b(self.linear(torch.relu(self.a(self.conv(x))).flatten(1))))
+
+    def training_step(self, batch, batch_idx):
+        x = self.data[self.trainer.global_step]
+        return nn.functional.mse_loss(self(x), x.mean(dim=2))
+
+    def validation_step(self, batch, batch_idx):
+        self.log("val_loss", self(batch[0] + 50).square().mean())
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), lr=0.05)
+
+
+class Windows(Callback):
+    """Every report, by the number of training batches before its window's end."""
+
+    def __init__(self, monitor):
+        self.monitor, self.reports, self.last = monitor, {}, None
+
+    def look(self, trainer):
+        report = self.monitor._report
+        if report is not None and report is not self.last:
+            self.last = report
+            self.reports[trainer.global_step] = report.to_dict()
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        self.look(trainer)
+
+    def on_train_epoch_end(self, trainer, pl_module):
+        self.look(trainer)
+
+    def on_train_end(self, trainer, pl_module):
+        self.look(trainer)
+
+
+def loader(num=BATCHES):
+    return DataLoader(TensorDataset(torch.randn(num, 1, 6)), batch_size=1)
+
+
+def run(folder, *callbacks, ckpt_path=None, model=None, monitor_options=None, **options):
+    monitor = BatchNormMonitor(**(monitor_options or {}))
+    windows = Windows(monitor)
+    defaults = {"logger": False, "enable_checkpointing": False, "max_epochs": EPOCHS, "limit_val_batches": 2}
+    quiet = {"enable_progress_bar": False, "enable_model_summary": False, "accelerator": "cpu"}
+    trainer = Trainer(default_root_dir=folder, callbacks=[monitor, windows, *callbacks], **(defaults | quiet | options))
+    model = model or Net()
+    try:
+        trainer.fit(model, loader(), loader(2), ckpt_path=ckpt_path)
+    except StopError:
+        pass
+    except SystemExit:  # what Lightning makes of a KeyboardInterrupt
+        pass
+    return windows.reports, monitor, trainer
+
+
+class StopError(Exception):
+    pass
+
+
+class SaveAndStop(Callback):
+    """Saves a checkpoint at one moment, and ends the run there as a crash does."""
+
+    def __init__(self, moment, step, path):
+        self.moment, self.step, self.path = moment, step, path
+
+    def act(self, moment, trainer):
+        if moment == self.moment and trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+            raise StopError
+
+    def on_train_batch_end(self, trainer, *_):
+        self.act("batch end", trainer)
+
+    def on_validation_batch_end(self, trainer, *_):
+        self.act("validation", trainer)
+
+    def on_validation_end(self, trainer, *_):
+        self.act("validation end", trainer)
+
+    def on_train_epoch_end(self, trainer, *_):
+        self.act("epoch end", trainer)
+
+
+def assert_same(actual, expected, rel=1e-12, path=""):
+    """Equal values, floats to rounding, in nested containers."""
+    assert type(actual) is type(expected), path
+    if isinstance(actual, dict):
+        assert actual.keys() == expected.keys(), path
+        for key in actual:
+            assert_same(actual[key], expected[key], rel, f"{path}/{key}")
+    elif isinstance(actual, list):
+        assert len(actual) == len(expected), path
+        for index, (mine, theirs) in enumerate(zip(actual, expected, strict=True)):
+            assert_same(mine, theirs, rel, f"{path}/{index}")
+    elif isinstance(actual, float):
+        assert math.isclose(actual, expected, rel_tol=rel, abs_tol=rel), f"{path}: {actual} is not {expected}"
+    else:
+        assert actual == expected, path
+
+
+OPTIONS = {
+    "epochs": {},
+    "two epochs": {"monitor_options": {"every_n_epochs": 2}},
+    "batches": {"monitor_options": {"every_n_train_batches": 10}},
+    "half epochs": {"monitor_options": {"every_n_train_batches": 12}, "val_check_interval": 0.5},
+    "validation in mid-epoch": {"val_check_interval": 0.25},
+}
+
+
+@pytest.fixture(scope="module")
+def left_alone(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("alone")
+    return {name: run(folder, **options)[0] for name, options in OPTIONS.items()}
+
+
+MOMENTS = [
+    *(("batch end", step) for step in (1, 10, 12, 23, 24, 25, 40, 71)),
+    *(("validation", step) for step in (24, 48)),
+    *(("validation end", step) for step in (24, 48)),
+    *(("epoch end", step) for step in (24, 48)),
+]
+
+
+@pytest.mark.parametrize(("moment", "step"), MOMENTS, ids=lambda value: str(value).replace(" ", "-"))
+@pytest.mark.parametrize("windows", OPTIONS)
+def test_a_run_resumed_at_the_end_of_a_batch_has_the_reports_of_one_left_alone(
+    tmp_path, left_alone, windows, moment, step
+):
+    path = tmp_path / "stopped.ckpt"
+    before, _, _ = run(tmp_path, SaveAndStop(moment, step, path), **OPTIONS[windows])
+    after, monitor, _ = run(tmp_path, ckpt_path=path, **OPTIONS[windows])
+    expected = left_alone[windows]
+    assert before.keys() | after.keys() == expected.keys()
+    # In a window of two batches the noise is the difference of two numbers: its z has lost a digit.
+    rel = 1e-11 if windows == "batches" else 1e-12
+    for end, report in (before | after).items():
+        assert_same(report, expected[end], rel)
+    assert_same(monitor.report().to_dict(), expected[max(expected)], rel)
+
+
+def test_a_run_that_goes_on_after_its_end_knows_its_history(tmp_path, left_alone):
+    _, _, trainer = run(tmp_path, max_epochs=2)
+    trainer.save_checkpoint(tmp_path / "end.ckpt")
+    after, _, _ = run(tmp_path, ckpt_path=tmp_path / "end.ckpt")
+    assert after.keys() == {72}
+    assert_same(after[72], left_alone["epochs"][72])
+
+
+KILLED = """
+import os, signal, sys
+sys.path.insert(0, sys.argv[1])
+import test_resume
+from lightning.pytorch import Callback
+from lightning.pytorch.callbacks import ModelCheckpoint
+
+class Kill(Callback):
+    def on_train_batch_start(self, trainer, *_):
+        if trainer.global_step == 33:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+checkpoints = ModelCheckpoint(sys.argv[2], every_n_train_steps=10, save_top_k=-1, filename="{step}")
+test_resume.run(sys.argv[2], Kill(), checkpoints, enable_checkpointing=True)
+"""
+
+
+def test_a_killed_run_resumes_as_of_its_last_checkpoint(tmp_path, left_alone):
+    script = tmp_path / "killed.py"
+    script.write_text(KILLED)
+    here = os.path.dirname(__file__)
+    killed = subprocess.run([sys.executable, str(script), here, str(tmp_path)], timeout=120, capture_output=True)
+    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    after, _, _ = run(tmp_path, ckpt_path=tmp_path / "step=30.ckpt")
+    assert after.keys() == {48, 72}
+    for end, report in after.items():
+        # The weights themselves come from another process, where float32 sums may be rounded in another way.
+        assert_same(report, left_alone["epochs"][end], rel=1e-4)
+
+
+class Interrupted(Net):
+    """Stops in the middle of a step, after its forward."""
+
+    def __init__(self, error, at):
+        super().__init__()
+        self.error, self.at = error, at
+
+    def training_step(self, batch, batch_idx):
+        loss = super().training_step(batch, batch_idx)
+        if self.trainer.global_step == self.at:
+            raise self.error
+        return loss
+
+
+@pytest.mark.parametrize("error", [KeyboardInterrupt, StopError])
+@pytest.mark.parametrize("at", [24, 30, 47])
+def test_a_run_interrupted_within_a_batch_counts_what_was_run_and_says_so(tmp_path, left_alone, error, at):
+    save = OnExceptionCheckpoint(tmp_path, "broken")
+    run(tmp_path, save, model=Interrupted(error, at), enable_checkpointing=True)
+    after, _, _ = run(tmp_path, ckpt_path=tmp_path / "broken.ckpt")
+    assert after.keys() == {48, 72}
+    for name in ("a", "b"):
+        layer = after[48]["layers"][name]
+        alone = left_alone["epochs"][48]["layers"][name]
+        assert layer["flags"] == ["interrupted-batch"]
+        # The batch that was interrupted has gone through the layer twice, and into its running statistics twice.
+        assert layer["num_batches"] == alone["num_batches"] + 1
+        assert layer["evidence"]["updates_per_call"] == 1
+        assert layer["evidence"]["initial_weight"] == pytest.approx(
+            alone["evidence"]["initial_weight"] * (1 - layer["momentum"])
+        )
+        assert layer["verdict"] == alone["verdict"]
+        later = after[72]["layers"][name]
+        assert later["flags"] == []
+        assert later["num_batches"] == BATCHES
+
+
+def checkpoint_of(folder, **options):
+    path = folder / "saved.ckpt"
+    run(folder, SaveAndStop("batch end", 30, path), **options)
+    return path
+
+
+def state_of(checkpoint):
+    (key,) = (key for key in checkpoint["callbacks"] if key.startswith("BatchNormMonitor"))
+    return checkpoint["callbacks"][key]
+
+
+def test_a_checkpoint_is_small_and_loads_with_weights_only(tmp_path):
+    checkpoint = torch.load(checkpoint_of(tmp_path), weights_only=True)
+    state = state_of(checkpoint)
+    torch.save(state, tmp_path / "state")
+    assert (tmp_path / "state").stat().st_size <= 1024 * (6 + 3 + 2) + 64 * 1024
+    wide = tmp_path / "wide.ckpt"
+    run(tmp_path, SaveAndStop("batch end", 30, wide), model=Net((1000, 2000)))
+    torch.save(state_of(torch.load(wide, weights_only=True)), tmp_path / "state")
+    assert (tmp_path / "state").stat().st_size <= 1024 * 3002 + 64 * 1024
+
+
+class Changed(Net):
+    """Loads what it has of a checkpoint."""
+
+    def on_load_checkpoint(self, checkpoint):
+        own = self.state_dict()
+        fits = {k: v for k, v in checkpoint["state_dict"].items() if k in own and own[k].shape == v.shape}
+        checkpoint["state_dict"] = own | fits
+        checkpoint["optimizer_states"] = [torch.optim.SGD(self.parameters(), lr=0.05).state_dict()]
+
+
+def test_a_model_whose_layers_have_changed_goes_on_and_is_told_which(tmp_path):
+    path = checkpoint_of(tmp_path)
+    model = Changed((6, 5))
+    model.extra = nn.BatchNorm1d(4)
+    del model.never
+    message = (
+        r"BatchNorm layers have changed since the state was saved; left out, as the model has none of that name and "
+        r"width: b; new: b, extra\."
+    )
+    with pytest.warns(UserWarning, match=message):
+        after, _, _ = run(tmp_path, ckpt_path=path, model=model)
+    assert after[48]["layers"]["a"]["num_batches"] == BATCHES
+    assert after[48]["layers"]["b"]["num_batches"] == BATCHES - 6
+    assert after[72]["layers"]["b"]["num_batches"] == BATCHES
+
+
+def test_nothing_is_said_if_no_layer_has_changed(tmp_path):
+    path = checkpoint_of(tmp_path)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("error", message="BatchNorm layers have changed")
+        run(tmp_path, ckpt_path=path)
+
+
+def test_a_checkpoint_without_the_monitor_is_no_trouble(tmp_path):
+    path = checkpoint_of(tmp_path)
+    checkpoint = torch.load(path, weights_only=True)
+    checkpoint["callbacks"] = {}
+    torch.save(checkpoint, path)
+    after, _, _ = run(tmp_path, ckpt_path=path)
+    assert after[48]["layers"]["a"]["num_batches"] == BATCHES - 6
+
+
+def test_a_state_of_another_version_is_left_out_with_a_warning(tmp_path):
+    path = checkpoint_of(tmp_path)
+    checkpoint = torch.load(path, weights_only=True)
+    state_of(checkpoint)["tracker"]["version"] = 1
+    torch.save(checkpoint, path)
+    with pytest.warns(UserWarning, match=r"statistics in the checkpoint are left out: .* got version 1"):
+        after, _, _ = run(tmp_path, ckpt_path=path)
+    assert after[48]["layers"]["a"]["num_batches"] == BATCHES - 6
+
+
+def test_early_stopping_finds_its_metric_in_the_first_validation_after_a_resume(tmp_path):
+    options = {"val_check_interval": 0.25}
+    path = tmp_path / "saved.ckpt"
+    run(tmp_path, SaveAndStop("batch end", 25, path), **options)
+    strict = EarlyStopping("bn/eval_error_max", patience=100)
+    _, _, trainer = run(tmp_path, strict, ckpt_path=path, **options)
+    assert trainer.global_step == 72
+
+
+def test_two_monitors_keep_states_of_their_own(tmp_path, left_alone):
+    path = tmp_path / "saved.ckpt"
+    other = BatchNormMonitor(every_n_train_batches=10, include="a", log_key_prefix="other")
+    run(tmp_path, other, SaveAndStop("batch end", 25, path))
+    other = BatchNormMonitor(every_n_train_batches=10, include="a", log_key_prefix="other")
+    after, _, _ = run(tmp_path, other, ckpt_path=path)
+    assert_same(after[72], left_alone["epochs"][72])
+    assert other.report()["a"].num_batches == 2  # 72 = 7 * 10 + 2
+    assert list(other.report()) == ["a"]
+
+
+def test_a_checkpoint_that_was_tested_is_not_what_the_next_fit_goes_on_from(tmp_path):
+    path = checkpoint_of(tmp_path)
+
+    class Tested(Net):
+        def test_step(self, batch, batch_idx):
+            self(batch[0])
+
+    monitor = BatchNormMonitor()
+    trainer = Trainer(
+        default_root_dir=tmp_path, callbacks=[monitor], logger=False, enable_checkpointing=False, max_epochs=1,
+        enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
+    )  # fmt: skip
+    trainer.test(Tested(), loader(2), ckpt_path=path)
+    trainer.fit(Net(), loader())
+    assert monitor.report()["a"].num_batches == BATCHES
+
+
+def test_the_state_of_another_rank_is_history_alone():
+    torch.manual_seed(0)
+    layer = nn.BatchNorm1d(3)
+    with BatchNormTracker(layer) as tracker:
+        for _ in range(10):
+            layer(torch.randn(8, 3))
+        state = tracker.state_dict()
+        assert state["rank"] == 0
+        tracker.load_state_dict(state | {"rank": 1})
+        for _ in range(3):
+            layer(torch.randn(8, 3))
+        assert tracker.report()["(root)"].num_samples == 24
+
+
+def test_a_checkpoint_saved_by_model_checkpoint_while_validating_has_the_window_that_was_validated(tmp_path):
+    best = ModelCheckpoint(tmp_path, monitor="bn/eval_error_max", save_top_k=-1, filename="{step}")
+    reports, _, _ = run(tmp_path, best, enable_checkpointing=True)
+    for step, report in reports.items():
+        state = state_of(torch.load(tmp_path / f"step={step}.ckpt", weights_only=True))
+        assert state["summary"]["bn/eval_error_max"] == report["summary"]["eval_error_max"]
