@@ -145,7 +145,7 @@ def _share(standings: Sequence[Standing], measured: Sequence[_Measured], layers:
     }
     for window in measured:
         profile = window.profile
-        theirs = ranks.Share.of(profile)
+        theirs = ranks.Share.of(profile, np.array([standing.layer.num_ranks for standing in window.standings]))
         for index, (standing, own) in enumerate(zip(window.standings, profile.layers.slices, strict=True)):
             if standing.layer in where:
                 share.put(*where[standing.layer], theirs, index, own)

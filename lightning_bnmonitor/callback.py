@@ -80,7 +80,7 @@ class BatchNormMonitor(Callback):
     Raises:
         ValueError: If an ``every_n_*`` is not a positive integer or both are given, if ``capture``, ``per_layer`` or
             ``on_unhealthy`` is unknown, or ``log_key_prefix`` empty; when ``fit`` starts, if a pattern matches no
-            BatchNorm layer.
+            BatchNorm layer, or with DeepSpeed.
         TypeError: If ``include`` or ``exclude`` is neither None nor strings.
         UnhealthyBatchNormError: At the end of a window, with ``on_unhealthy="raise"``, if a layer needs attention.
 
@@ -176,6 +176,11 @@ class BatchNormMonitor(Callback):
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if "DeepSpeed" in type(trainer.strategy).__name__:
+            raise ValueError(
+                "BatchNormMonitor does not support DeepSpeed: nobody has shown yet that it counts right there. Use "
+                'another strategy ("ddp", "fsdp"), or leave the monitor out.'
+            )
         if stage == "fit":  # what was loaded before, for a test say, is not what this begins with
             self._pending, self._saved = None, {}
 

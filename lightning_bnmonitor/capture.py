@@ -16,9 +16,10 @@ The choice depends on modes, types and shapes, never on data: nothing here waits
 from __future__ import annotations
 
 from functools import cache
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import torch
+import torch.distributed as dist
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -45,6 +46,8 @@ class BatchMoments(NamedTuple):
     """The ``eps`` within ``spread``, None if that is the variance."""
     serial: bool = False
     """Whether a kernel saved them that, on the CPU, sums value by value in float32: they then are less exact."""
+    num_ranks: int = 1
+    """Over how many ranks SyncBatchNorm has taken them. Counts then are those of this rank times that number."""
 
 
 def saved_moments(module: _BatchNorm, x: Tensor, output: object) -> BatchMoments | None:
@@ -66,6 +69,8 @@ def saved_moments(module: _BatchNorm, x: Tensor, output: object) -> BatchMoments
     if not isinstance(output, Tensor) or saved_tensor_hooks_are_active():
         return None
     node = output.grad_fn
+    if type(node).__name__ == "SyncBatchNormBackward":
+        return _synchronised_moments(module, output)
     if node is None or not _has_saved_results(type(node)):
         return None
     mean, invstd = node._saved_result1, node._saved_result2  # type: ignore[attr-defined]
@@ -77,6 +82,21 @@ def saved_moments(module: _BatchNorm, x: Tensor, output: object) -> BatchMoments
     if serial and num_samples > _MAX_SERIAL and x.device.type == "cpu":
         return None
     return BatchMoments("saved", num_samples, len(output), mean, invstd, module.eps, serial)
+
+
+def _synchronised_moments(module: _BatchNorm, output: Tensor) -> BatchMoments | None:
+    """What SyncBatchNorm's forward on several ranks saved: the moments of the batches of all these ranks together.
+
+    How many values the other ranks had is on the device; each is taken to have had as many as this one.
+    """
+    node: Any = output.grad_fn
+    _, _, mean, invstd, _ = node.saved_tensors
+    if mean.numel() != module.num_features or mean.dtype not in _FULL_PRECISION:
+        return None
+    num_ranks = dist.get_world_size(node.process_group)
+    num_samples = output.numel() // module.num_features * num_ranks
+    batch_size = len(output) * num_ranks
+    return BatchMoments("saved", num_samples, batch_size, mean, invstd, module.eps, num_ranks=num_ranks)
 
 
 def saved_tensor_hooks_are_active() -> bool:

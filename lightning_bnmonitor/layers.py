@@ -32,6 +32,7 @@ ROOT = "(root)"
 _SAVED = (
     *("calls", "training_calls", "tracked_before", "tracked_calls", "updates_per_call", "momentum"),
     *("next_updates_per_call", "history", "tracked_end", "last_history", "written_outside", "serial", "first_call"),
+    "num_ranks",
     *("calls_in_step", "interrupted"),
 )
 _call_counter = itertools.count()
@@ -64,6 +65,7 @@ class TrackedLayer:
         self.window: Window | None = None  # where its channels are accumulated, from its first update on
         self.index = -1
         self.first_call = -1  # the earlier it was called for the first time, the smaller
+        self.num_ranks = 1  # over how many SyncBatchNorm takes its moments
         self.serial = False  # whether its moments came from a kernel that sums value by value
         self.next_updates_per_call = 1
         self.calls_in_step: int | None = None  # since the last training step ended; None before the first has
@@ -136,6 +138,7 @@ class TrackedLayer:
             if self.calls_in_step is not None:
                 self.calls_in_step += 1
             self.serial |= moments.serial
+            self.num_ranks = moments.num_ranks
         self.tracked_calls += updating
 
     def updates_of_a_call(self, num_batches_tracked: int | None) -> float:

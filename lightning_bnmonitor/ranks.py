@@ -12,6 +12,7 @@ from typing import ClassVar, NamedTuple
 import numpy as np
 import torch
 import torch.distributed as dist
+from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_bnmonitor.moments import merge_moments
@@ -49,20 +50,25 @@ class Share(NamedTuple):
         )
 
     @classmethod
-    def of(cls, profile: Profile) -> Share:
-        """What one rank's window holds."""
+    def of(cls, profile: Profile, num_ranks: NDArray[np.int64]) -> Share:
+        """What one rank's window holds.
+
+        Of layers whose moments were taken over several ranks (SyncBatchNorm), ``(L,)``, each of these has the same in
+        its window: its share is its own part of them.
+        """
         layers, count = profile.layers, profile.layers.spread(profile.num_samples)
+        part = layers.spread(1 / num_ranks)
         samples = np.where(profile.num_batches > 0, profile.samples_per_batch * profile.num_batches, 0)
         weight = np.stack([samples, samples - profile.num_batches])
         mean, var = profile.population
         return cls(
-            num_samples=profile.num_samples,
-            dof=profile.dof,
-            weight=weight,
+            num_samples=profile.num_samples / num_ranks,
+            dof=profile.dof / num_ranks,
+            weight=weight / num_ranks,
             mean=np.where(count > 0, mean, 0),
-            squares=np.where(count > 1, var * (count - 1), 0),
+            squares=np.where(count > 1, var * (count - 1), 0) * part,
             value=np.where(layers.spread(weight) > 0, profile.reference, 0),
-            within=np.where(layers.spread(profile.dof) > 0, profile.noise_scale * layers.spread(profile.dof), 0),
+            within=np.where(layers.spread(profile.dof) > 0, profile.noise_scale * layers.spread(profile.dof), 0) * part,
             first_bad=profile.first_bad,
         )
 

@@ -22,6 +22,7 @@ from lightning.fabric.utilities.warnings import PossibleUserWarning
 from lightning.pytorch import Callback, LightningModule, Trainer
 from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, StochasticWeightAveraging
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from lightning.pytorch.strategies import SingleDeviceStrategy
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
@@ -1581,6 +1582,15 @@ def test_half_epoch_windows_are_fresh_in_each_validation_of_half_an_epoch(tmp_pa
         Net(), train_data(), val_data()
     )
     assert len(set(map(float, checkpoint.best_k_models.values()))) == 4
+
+
+def test_a_strategy_that_nobody_has_shown_to_work_is_refused(tmp_path):
+    class DeepSpeedStrategy(SingleDeviceStrategy):
+        pass
+
+    trainer = trainer_for(tmp_path, BatchNormMonitor(), strategy=DeepSpeedStrategy(torch.device("cpu")))
+    with pytest.raises(ValueError, match="BatchNormMonitor does not support DeepSpeed"):
+        trainer.fit(Net(), train_data())
 
 
 @pytest.mark.parametrize("prefix", ["", 3])
