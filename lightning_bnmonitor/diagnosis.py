@@ -278,14 +278,14 @@ def _verdict(layer: Circumstances, evidence: Mapping[str, float]) -> str:
 
 
 def _flags(layer: Circumstances, evidence: Mapping[str, float]) -> Iterator[str]:
-    updates, assumed = layer.updates_per_call, layer.assumed_updates
+    updates = layer.updates_per_call
     if evidence.get("dead_channels"):
         yield "dead-channels"
     if layer.updates_twice:
         yield "double-update"
     if layer.interrupted:
         yield "interrupted-batch"
-    if updates > max(assumed, 1) and not layer.updates_twice:
+    if updates > 1 and not layer.weights_known and not layer.updates_twice:
         yield "missed-calls"
     if "calls_not_updating" in evidence:
         yield "not-updating"

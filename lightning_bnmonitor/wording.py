@@ -93,7 +93,7 @@ _FLAGS = {
         "saved (and given to all ranks, with DistributedDataParallel) are those of rank 0's data alone."
     ),
     "written-outside": (
-        "Something wrote the running statistics between windows (recalibration, SWA, a loaded checkpoint, a reset): "
+        "Something else wrote the running statistics (recalibration, SWA, a loaded checkpoint, a reset): "
         "what they are made of is known from there on only."
     ),
 }
@@ -183,6 +183,8 @@ def explain(verdict: str, flags: tuple[str, ...], evidence: Mapping[str, float])
         sentences = _WITHOUT_WEIGHTS if "updates_per_call" in evidence else _AFTER_RESET
     elif verdict == "noisy" and "momentum" not in evidence:
         sentences = [_FEW_AVERAGED]
+    elif verdict == "unused" and evidence.get("calls_skipped"):
+        sentences = ["No call of it was counted in this window."]
     else:
         sentences = _EXPLANATIONS[verdict]
     unseen = [_UNSEEN] if evidence.get("calls_skipped") else []
@@ -249,4 +251,4 @@ def _number(value: float) -> str:
     """Three digits, counts in full."""
     size = abs(value)
     is_count = size < 1e9 and value == int(value)
-    return f"{value:.0f}" if is_count or 1e3 <= size < 1e6 else f"{value:.3g}"
+    return f"{value:.0f}" if is_count or 999.5 <= size < 1e6 else f"{value:.3g}"

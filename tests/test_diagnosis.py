@@ -19,7 +19,7 @@ from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_bnmonitor import BatchNormTracker, LayerReport, divergence
-from lightning_bnmonitor.diagnosis import VERDICTS, Circumstances, Diagnosis, diagnose
+from lightning_bnmonitor.diagnosis import EVIDENCE, FLAGS, VERDICTS, Circumstances, Diagnosis, diagnose
 
 NAN, INF = math.nan, math.inf
 BELOW, ABOVE = -INF, INF  # neighbours of a threshold, towards these
@@ -404,6 +404,10 @@ def test_a_layer_as_it_should_be_has_no_flag():
         ({"updates_per_call": 1.0, "checkpointed": True}, ()),
         ({"updates_per_call": 2.0}, ("missed-calls",)),
         ({"updates_per_call": 1.5, "checkpointed": True}, ("missed-calls",)),
+        ({"updates_per_call": 1.5, "checkpointed": True, "assumed_updates": 2}, ("missed-calls",)),
+        ({"updates_per_call": 1.0, "assumed_updates": 2}, ()),
+        ({"rank_error": beside(0.1, ABOVE), "ranks": 2.0}, ("rank-0-only",)),
+        ({"rank_error": 0.1, "ranks": 2.0}, ()),
         ({"updates_per_call": beside(1, ABOVE)}, ("missed-calls",)),
         ({"updates_per_call": 0.5}, ("not-updating",)),
         ({"updates_per_call": 0.0}, ("not-updating",)),
@@ -679,11 +683,24 @@ def test_what_is_not_finite_is_said_with_its_place(symptoms, expected):
 @pytest.mark.parametrize("flags", [{}, {"written_outside": True, "dead_channels": 3.0}, {"batches": 90.0}])
 @pytest.mark.parametrize("verdict", VERDICTS)
 def test_words_are_sound_for_every_verdict(verdict, flags):
-    words_are_sound(diagnosed(SYMPTOMS[verdict], flags))
+    diagnosis = diagnosed(SYMPTOMS[verdict], flags)
+    words_are_sound(diagnosis)
+    # What is sent to other ranks is all of it.
+    assert diagnosis.evidence.keys() <= set(EVIDENCE)
+    assert set(diagnosis.flags) <= set(FLAGS)
 
 
 @pytest.mark.parametrize(
-    ("value", "text"), [(0.123456, "0.123"), (12.0, "12"), (1234567.0, "1234567"), (INF, "inf"), (1.2e-7, "1.2e-07")]
+    ("value", "text"),
+    [
+        (0.123456, "0.123"),
+        (12.0, "12"),
+        (999.4, "999"),
+        (999.6, "1000"),
+        (1234567.0, "1234567"),
+        (INF, "inf"),
+        (1.2e-7, "1.2e-07"),
+    ],
 )
 def test_numbers_are_printed_with_three_digits_and_counts_in_full(value, text):
     assert f"an error of {text}." in Diagnosis("stale", (), True, {"eval_error": value}).explanation
@@ -1320,6 +1337,12 @@ def test_buffers_that_are_written_between_windows_are_flagged_and_their_history_
     assert report.evidence["lag_error"] == pytest.approx(2 * 0.98**40, rel=0.1)
     assert report.evidence["warmup_error"] == 0
     words_are_sound(report.diagnosis)
+
+
+def test_a_layer_whose_calls_could_not_be_looked_at_is_not_said_not_to_have_been_called():
+    calls = {"calls": NEVER_CALLED | {"skipped": 5}}
+    explanation = diagnosed(calls, SYMPTOMS["unused"]).explanation
+    assert explanation.startswith("No call of it was counted in this window. 5 calls could not be looked at")
 
 
 def test_a_reset_between_windows_is_a_fresh_start(monitored):
