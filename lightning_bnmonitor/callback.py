@@ -287,7 +287,10 @@ class BatchNormMonitor(Callback):
         # Not `self.log`: it costs milliseconds a key, and is late for a callback that runs in validation.
         step = max(trainer.fit_loop.epoch_loop._batches_that_stepped - batches_over, 0)
         for logger in trainer.loggers if metrics else ():
-            logger.log_metrics(metrics, step=step)
+            try:
+                logger.log_metrics(metrics, step=step)
+            except Exception as error:  # a full disk, a name that it refuses: no reason not to train
+                warnings.warn(f"{type(logger).__name__} did not log the BatchNorm metrics: {error!r}", stacklevel=3)
         self._react(trainer, self._report)
 
     def _publish(self, trainer: Trainer) -> None:

@@ -102,6 +102,22 @@ class Look(Callback):
         self.look(pl_module)
 
 
+class StoppedError(Exception):
+    pass
+
+
+class SaveAndStop(Callback):
+    """Ends a run as a crash does, ten batches into the second epoch."""
+
+    def __init__(self, path):
+        self.path = path
+
+    def on_train_batch_end(self, trainer, pl_module, outputs, batch, batch_idx):
+        if trainer.global_step == BATCHES + 10:
+            trainer.save_checkpoint(self.path)
+            raise StoppedError
+
+
 def random_data():
     torch.manual_seed(1)
     return DataLoader(TensorDataset(torch.randn(WORLD_SIZE * BATCHES * 16 - 7, 8)), batch_size=16)
@@ -133,7 +149,7 @@ SCENARIOS = {
 }
 
 
-def outcome(scenario, folder):
+def outcome(scenario, folder, callbacks=(), ckpt_path=None):
     model, data, monitor_options, options = SCENARIOS[scenario]()
     monitor = BatchNormMonitor(**monitor_options)
     look = Look(monitor)
@@ -144,7 +160,7 @@ def outcome(scenario, folder):
             broadcast_buffers=options.get("broadcast_buffers", True), timeout=datetime.timedelta(seconds=30)
         ),
         max_epochs=options.get("max_epochs", 3),
-        callbacks=[monitor, look],
+        callbacks=[monitor, look, *callbacks],
         logger=CSVLogger(folder, name=scenario.replace(" ", "_")),
         enable_checkpointing=False,
         enable_progress_bar=False,
@@ -154,7 +170,9 @@ def outcome(scenario, folder):
     )
     end = "finished"
     try:
-        trainer.fit(model, data, random_data() if options.get("validate", True) else None)
+        trainer.fit(model, data, random_data() if options.get("validate", True) else None, ckpt_path=ckpt_path)
+    except StoppedError:
+        end = "stopped"
     except UnhealthyBatchNormError as error:
         end = "raised" if error.report is monitor.report() else "raised another report"
     reports = [report for report, _ in look.reports]
@@ -182,6 +200,9 @@ def run_rank(rank, folder, port):
     address = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "TORCHELASTIC_RUN_ID": "test"}
     os.environ.update({name: str(value) for name, value in (place | address).items()})
     results = {scenario: outcome(scenario, folder) for scenario in SCENARIOS}
+    path = Path(folder, "saved.ckpt")
+    results["stopped"] = outcome("healthy", folder, [SaveAndStop(path)])
+    results["resumed"] = outcome("healthy", folder, ckpt_path=path)
     Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(results))
     torch.distributed.destroy_process_group()
 
@@ -206,7 +227,7 @@ def ranks(tmp_path_factory):
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(WORLD_SIZE)]
 
 
-@pytest.mark.parametrize("scenario", SCENARIOS)
+@pytest.mark.parametrize("scenario", [*SCENARIOS, "resumed"])
 def test_all_ranks_have_the_same_reports_and_metrics(ranks, scenario):
     first, second = (result[scenario] for result in ranks)
     assert [report.to_dict() for report in first["reports"]] == [report.to_dict() for report in second["reports"]]
@@ -240,6 +261,18 @@ def test_every_window_has_the_data_of_all_ranks(ranks, scenario):
         deviation = received.std(axis=0)
         assert (np.abs(layer.population_mean.numpy() - received.mean(axis=0)) < 1e-6 * deviation).all()
         np.testing.assert_allclose(layer.population_var.numpy(), received.var(axis=0, ddof=1), rtol=1e-5)
+
+
+def test_after_a_resume_the_window_has_what_rank_0_saved_and_what_all_ranks_see_from_then_on(ranks):
+    assert [result["stopped"]["end"] for result in ranks] == [("stopped", 1)] * 2
+    second, third = ranks[0]["resumed"]["reports"]
+    assert [report["norm"].num_batches for report in (second, third)] == [BATCHES, BATCHES]
+    assert second["norm"].num_samples == (BATCHES + 30) * 16  # rank 1 saw ten batches before, which are not known
+    assert third["norm"].num_samples == ranks[0]["healthy"]["reports"][2]["norm"].num_samples
+    assert (
+        second["norm"].evidence["initial_weight"]
+        == ranks[0]["healthy"]["reports"][1]["norm"].evidence["initial_weight"]
+    )
 
 
 def test_all_ranks_raise_where_the_first_has_a_layer_that_needs_attention(ranks):
