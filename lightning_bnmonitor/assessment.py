@@ -173,11 +173,10 @@ def _seen(
 def _standings(layers: Sequence[TrackedLayer], ended: bool) -> Iterator[Standing]:
     tracked, running = num_batches_tracked(layers), running_stats(layers)
     for layer, num_tracked, buffers in zip(layers, tracked, running, strict=True):
-        width = layer.module.num_features
-        if layer.window:
-            width = layer.window.widths[layer.index]
-            if ended:
-                num_tracked, buffers = layer.tracked_end, layer.end
+        width = layer.width or layer.module.num_features
+        if ended and (layer.window or layer.end is not None):
+            num_tracked, buffers = layer.tracked_end, layer.end
+        buffers = _fitting(buffers, width)
         yield Standing(layer, width, _circumstances(layer, num_tracked, buffers is not None), num_tracked, buffers)
 
 
@@ -259,7 +258,7 @@ def _buffers(standings: Sequence[Standing], blocks: Blocks, end: Tensor) -> Buff
     history = np.array(histories).reshape(-1, 3)
     initial = torch.tensor([[0.0], [1.0]], dtype=torch.float64, device="cpu")
     return Buffers(
-        start=_side_by_side([layer.start for layer in layers], blocks, initial).numpy(),
+        start=_side_by_side([_fitting(layer.start, layer.width) for layer in layers], blocks, initial).numpy(),
         end=end.numpy(),
         initial_weight=history[:, 0],
         noise=history[:, 1:].T,
@@ -280,6 +279,11 @@ def _estimated_history(layer: TrackedLayer, samples_per_batch: float) -> History
     if layer.module.momentum is not None:
         squares = momentum / (2 - momentum) * (1 - (1 - momentum) ** (2 * calls))
     return 0.0, squares / samples_per_batch, squares / (samples_per_batch - 1)
+
+
+def _fitting(buffers: Tensor | None, width: int) -> Tensor | None:
+    """Running statistics, unless the layer has been given another width than what it has received."""
+    return None if buffers is None or buffers.shape[1] != width else buffers
 
 
 def _side_by_side(buffers: Sequence[Tensor | None], blocks: Blocks, missing: Tensor) -> Tensor:

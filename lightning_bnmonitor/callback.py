@@ -9,12 +9,15 @@ from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
+from lightning.pytorch.loggers import Logger
 from typing_extensions import override
 
 from lightning_bnmonitor import ranks
+from lightning_bnmonitor.capture import CaptureMode, check_capture
 from lightning_bnmonitor.layer_report import LayerReport
+from lightning_bnmonitor.layers import as_patterns
 from lightning_bnmonitor.report import Report
-from lightning_bnmonitor.tracker import BatchNormTracker, CaptureMode, as_patterns, check_capture
+from lightning_bnmonitor.tracker import BatchNormTracker
 
 OnUnhealthy = Literal["warn", "ignore", "raise"]
 _MAX_LAYERS_LOGGED = 100
@@ -287,10 +290,7 @@ class BatchNormMonitor(Callback):
         # Not `self.log`: it costs milliseconds a key, and is late for a callback that runs in validation.
         step = max(trainer.fit_loop.epoch_loop._batches_that_stepped - batches_over, 0)
         for logger in trainer.loggers if metrics else ():
-            try:
-                logger.log_metrics(metrics, step=step)
-            except Exception as error:  # a full disk, a name that it refuses: no reason not to train
-                warnings.warn(f"{type(logger).__name__} did not log the BatchNorm metrics: {error!r}", stacklevel=3)
+            _log(logger, metrics, step)
         self._react(trainer, self._report)
 
     def _publish(self, trainer: Trainer) -> None:
@@ -335,6 +335,14 @@ class BatchNormMonitor(Callback):
     def _detach(self) -> None:
         if self._tracker is not None:
             self._tracker.detach()
+
+
+def _log(logger: Logger, metrics: dict[str, float], step: int) -> None:
+    try:
+        logger.log_metrics(metrics, step=step)
+    except Exception as error:  # a full disk, a name that it refuses: no reason not to train
+        cause = error.__cause__ or error
+        warnings.warn(f"{type(logger).__name__} did not log the BatchNorm metrics: {cause!r}", stacklevel=4)
 
 
 def _warning(layers: Sequence[LayerReport]) -> str:

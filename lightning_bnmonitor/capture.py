@@ -16,13 +16,14 @@ The choice depends on modes, types and shapes, never on data: nothing here waits
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.modules.batchnorm import _BatchNorm
 
+CaptureMode = Literal["auto", "pass"]
 Path = Literal["saved", "traced", "pass"]
 PATHS: tuple[Path, ...] = ("saved", "traced", "pass")
 _FULL_PRECISION = (torch.float32, torch.float64)
@@ -48,6 +49,20 @@ class BatchMoments(NamedTuple):
     """Whether a kernel saved them that, on the CPU, sums value by value in float32: they then are less exact."""
     num_ranks: int = 1
     """Over how many ranks SyncBatchNorm has taken them. Counts then are those of this rank times that number."""
+
+
+def check_capture(capture: str) -> None:
+    """Raise ValueError if ``capture`` is none that exists."""
+    if capture not in get_args(CaptureMode):
+        raise ValueError(f"`capture` must be one of {list(get_args(CaptureMode))}, got {capture!r}.")
+
+
+def owned(moments: BatchMoments) -> BatchMoments:
+    """Moments whose memory no CUDA graph will write to at its next replay."""
+    if not moments.mean.is_cuda:
+        return moments
+    mean, spread = torch.stack([moments.mean, moments.spread])
+    return moments._replace(mean=mean, spread=spread)
 
 
 def saved_moments(module: _BatchNorm, x: Tensor, output: object) -> BatchMoments | None:

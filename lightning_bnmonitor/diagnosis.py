@@ -144,7 +144,7 @@ def distances(
     shift = divergence.mean_shift(mean, var, running[0], eps).numpy()
     ratio = divergence.log_var_ratio(var, running[1], eps).numpy()
     broken = (layers.count(~torch.isfinite(running).all(dim=0).numpy()) > 0) & comparable
-    with np.errstate(invalid="ignore", divide="ignore"):
+    with np.errstate(all="ignore"):
         return {
             "eval_error": np.where(broken, np.inf, np.sqrt(layers.mean(error**2))),
             "act_rmse": np.sqrt(layers.mean(exact.numpy() ** 2)),

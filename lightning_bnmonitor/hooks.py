@@ -5,6 +5,8 @@ Forward hooks only. They change nothing, and copies of the model (deep copies, p
 
 from __future__ import annotations
 
+import threading
+import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, ClassVar
@@ -31,6 +33,7 @@ class Gate:
     def __init__(self, root: nn.Module) -> None:
         self.root = weakref.ref(getattr(root, "_orig_mod", root))  # a compiled module has no mode of its own
         self.paused = 0
+        self.lock = threading.RLock()  # replicas of a model may be called in several threads
 
 
 class _Hook:
@@ -93,14 +96,22 @@ class LayerHook(_Hook):
         updating = module.training and module.track_running_stats and has_buffers
         if not _has_channels(x, module) or _is_abstract(x):
             self.skipped += 1
-        elif x.numel() == 0:
-            self.receive(module, None, module.training, updating)
-        else:
-            moments = None if self.by_pass else saved_moments(module, x, output)
-            if moments is None:
-                self.checkpointed |= saved_tensor_hooks_are_active()
-                moments = pass_moments(x)
-            self.receive(module, moments, module.training, updating)
+            return
+        try:
+            moments = self._moments(module, x, output) if x.numel() else None
+        except Exception as error:  # memory that a pass over the input does not find: no reason not to train
+            if not self.skipped:
+                warnings.warn(f"The moments of a call of {type(module).__name__} are left out: {error!r}", stacklevel=2)
+            self.skipped += 1
+            return
+        self.receive(module, moments, module.training, updating)
+
+    def _moments(self, module: _BatchNorm, x: Tensor, output: Any) -> BatchMoments:
+        moments = None if self.by_pass else saved_moments(module, x, output)
+        if moments is None:
+            self.checkpointed |= saved_tensor_hooks_are_active()
+            moments = pass_moments(x)
+        return moments
 
 
 def _has_channels(x: object, module: _BatchNorm) -> bool:
@@ -112,6 +123,7 @@ def _is_abstract(x: Tensor) -> bool:
     """Whether ``x`` has no values of its own: within a transform of ``torch.func``, while tracing, or if it is fake."""
     return (
         isinstance(x, FakeTensor)
+        or x.is_meta
         or torch._C._functorch.peek_interpreter_stack() is not None
         or torch._C._get_tracing_state() is not None
     )
@@ -173,7 +185,10 @@ class Attachment:
                 call = _DrainedCall(module._compiled_call_impl, drain)
                 module._compiled_call_impl = call
                 self._drained.append((weakref.ref(module), call))
-        self._handles.append(register_optimizer_step_post_hook(_after_step(after_step)))
+        # These are not the model's, and would outlive it and a tracker that is dropped while attached.
+        step_hook = register_optimizer_step_post_hook(_after_step(after_step))
+        self._release = weakref.finalize(self, _release, step_hook)
+        self._release.atexit = False
 
     def remove(self) -> None:
         """Remove everything. Harmless when repeated."""
@@ -187,7 +202,12 @@ class Attachment:
             if module is not None and module._compiled_call_impl is call:
                 module._compiled_call_impl = call.compiled
         self._drained.clear()
-        _CompilerSettings.release()
+        self._release()
+
+
+def _release(step_hook: Any) -> None:
+    step_hook.remove()
+    _CompilerSettings.release()
 
 
 class _CompilerSettings:
@@ -224,9 +244,11 @@ class _CompilerSettings:
 
 
 def _after_step(callback: Callable[[], None]) -> Callable[..., None]:
+    reference = weakref.WeakMethod(callback)
+
     def after_step(*_: Any) -> None:
-        if not torch.compiler.is_compiling():
-            callback()
+        if not torch.compiler.is_compiling() and (alive := reference()) is not None:
+            alive()
 
     return after_step
 

@@ -59,11 +59,13 @@ class TrackedLayer:
     def __init__(self, name: str, module: _BatchNorm, gate: Gate, flush: Callable[[], None]) -> None:
         self.name = name
         self.module = module
+        self.gate = gate
         self.hook = LayerHook(gate, self.receive)
         self.flush = flush
         self.stash: list[Batch] = []
         self.window: Window | None = None  # where its channels are accumulated, from its first update on
         self.index = -1
+        self.width = 0  # channels of what is stashed and accumulated; 0 before the first call
         self.first_call = -1  # the earlier it was called for the first time, the smaller
         self.num_ranks = 1  # over how many SyncBatchNorm takes its moments
         self.serial = False  # whether its moments came from a kernel that sums value by value
@@ -123,23 +125,28 @@ class TrackedLayer:
 
         ``training`` tells its mode, ``updating`` whether BatchNorm counted it in ``num_batches_tracked``.
         """
-        if len(self.stash) >= STASH_LIMIT:
-            self.flush()
-        if moments is not None:
-            if self.first_call < 0:
-                self.first_call = next(_call_counter)
-            weight = self._effective_momentum(module.momentum) if updating else 0.0
-            self.momentum = weight if updating else self.momentum
-            self.stash.append(
-                Batch(moments.num_samples, moments.mean, moments.spread, moments.eps, weight, moments.batch_size)
-            )
-            self.calls[moments.path] += 1
-            self.training_calls += training
-            if self.calls_in_step is not None:
-                self.calls_in_step += 1
-            self.serial |= moments.serial
-            self.num_ranks = moments.num_ranks
-        self.tracked_calls += updating
+        with self.gate.lock:
+            if len(self.stash) >= STASH_LIMIT:
+                self.flush()
+            if moments is not None and moments.mean.numel() != (self.width or moments.mean.numel()):
+                self.hook.skipped += 1  # the layer was given another width
+                return
+            if moments is not None:
+                self.width = moments.mean.numel()
+                if self.first_call < 0:
+                    self.first_call = next(_call_counter)
+                weight = self._effective_momentum(module.momentum) if updating else 0.0
+                self.momentum = weight if updating else self.momentum
+                self.stash.append(
+                    Batch(moments.num_samples, moments.mean, moments.spread, moments.eps, weight, moments.batch_size)
+                )
+                self.calls[moments.path] += 1
+                self.training_calls += training
+                if self.calls_in_step is not None:
+                    self.calls_in_step += 1
+                self.serial |= moments.serial
+                self.num_ranks = moments.num_ranks
+            self.tracked_calls += updating
 
     def updates_of_a_call(self, num_batches_tracked: int | None) -> float:
         """Updates of the buffers for each call that was to update them; NaN before the first, or if not counted.
@@ -152,12 +159,16 @@ class TrackedLayer:
 
     def forget(self) -> None:
         """Drop what waits for an update, the place in the window, and the windows before."""
-        self.stash, self.window, self.index, self.hook.traced, self.end = [], None, -1, (), None
+        self.stash, self.window, self.index, self.width = [], None, -1, 0
+        self.hook.traced, self.end = (), None
 
     def buffer_state(self, width: int) -> Tensor:
         """What :meth:`restore` needs per channel, ``(4, C)``: the buffers as they were at the windows' ends."""
         missing = torch.full((2, width), torch.nan, dtype=torch.float64, device="cpu")
-        return torch.cat([missing if buffers is None else buffers for buffers in (self.start, self.end)])
+        both = [
+            missing if buffers is None or buffers.shape[1] != width else buffers for buffers in (self.start, self.end)
+        ]
+        return torch.cat(both)
 
     def state(self) -> dict[str, Any]:
         """What :meth:`restore` needs besides, in primitives."""
@@ -182,6 +193,16 @@ class TrackedLayer:
         if momentum is None:  # a cumulative average: its k-th update has weight 1/k
             return updates / ((self.tracked_before or 0) + (self.tracked_calls + 1) * updates)
         return momentum if updates == 1 else 1 - (1 - momentum) ** updates
+
+
+def as_patterns(argument: str, patterns: str | Sequence[str] | None) -> tuple[str, ...] | None:
+    """A tuple of patterns from one or several. Raises TypeError if there is anything else, naming the argument."""
+    if patterns is None:
+        return None
+    several = (patterns,) if isinstance(patterns, str) else patterns
+    if not isinstance(several, Sequence) or not all(isinstance(pattern, str) for pattern in several):
+        raise TypeError(f"`{argument}` must be a pattern (a string), a sequence of them, or None, got {patterns!r}.")
+    return tuple(several)
 
 
 def find_layers(
@@ -242,7 +263,7 @@ def running_stats(layers: Sequence[TrackedLayer]) -> list[Tensor | None]:
     copies: list[Tensor | None] = [None] * len(layers)
     for there in by_device.values():
         means, variances = zip(*(of_layers[index] for index in there), strict=True)
-        stats = torch.stack([torch.cat(means), torch.cat(variances)]).cpu().double()
+        stats = torch.stack([torch.cat(means), torch.cat(variances)]).detach().cpu().double()
         for index, copy_ in zip(there, torch.split(stats, [mean.numel() for mean in means], dim=1), strict=True):
             copies[index] = copy_
     return copies
@@ -258,9 +279,17 @@ def num_batches_tracked(layers: Sequence[TrackedLayer]) -> list[int | None]:
     counts: list[int | None] = [None] * len(layers)
     for device in {tracked.device for _, tracked in known}:
         there = [(index, tracked) for index, tracked in known if tracked.device == device]
-        for (index, _), count in zip(there, torch.stack([tracked for _, tracked in there]).tolist(), strict=True):
+        values = torch.stack([tracked.reshape(()) for _, tracked in there]).tolist()
+        for (index, _), count in zip(there, values, strict=True):
             counts[index] = count
     return counts
+
+
+def device_of(module: nn.Module) -> torch.device:
+    """Where a layer is; the CPU if it has no values."""
+    for tensor in (*module.buffers(), *module.parameters()):
+        return torch.device("cpu") if tensor.is_meta else tensor.device
+    return torch.device("cpu")
 
 
 def _are_initial(buffers: Tensor) -> bool:

@@ -6,7 +6,7 @@ import warnings
 import weakref
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from torch import nn
@@ -14,14 +14,22 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bnmonitor import ranks
 from lightning_bnmonitor.assessment import assess, end_windows
-from lightning_bnmonitor.capture import BatchMoments
+from lightning_bnmonitor.capture import CaptureMode, check_capture, owned
 from lightning_bnmonitor.hooks import Attachment, Gate
-from lightning_bnmonitor.layers import STASH_LIMIT, TrackedLayer, find_layers, num_batches_tracked, running_stats
+from lightning_bnmonitor.layers import (
+    STASH_LIMIT,
+    TrackedLayer,
+    as_patterns,
+    device_of,
+    find_layers,
+    num_batches_tracked,
+    running_stats,
+)
 from lightning_bnmonitor.report import Report
 from lightning_bnmonitor.window import Batch, Window
 
-CaptureMode = Literal["auto", "pass"]
-_STATE_VERSION = 3
+_STATE_VERSION = 4
+_NO_MODEL = "The model of this BatchNormTracker no longer exists. Make a new tracker."
 _BUFFER_ROWS = 4  # per channel: the running statistics when the window began, and when the last one ended
 
 
@@ -88,6 +96,17 @@ class BatchNormTracker:
     def __exit__(self, *exc: object) -> None:
         self.detach()
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> BatchNormTracker:
+        # A detached one, of the copy of the model if that is what is copied.
+        model = self._model()
+        if model is None:
+            raise RuntimeError(_NO_MODEL)
+        twin = BatchNormTracker(
+            memo.get(id(model), model), self._include, self._exclude, "pass" if self._always_pass else "auto"
+        )
+        twin.load_state_dict(self.state_dict())
+        return twin
+
     @property
     def is_attached(self) -> bool:
         """Whether hooks are on the model."""
@@ -109,7 +128,7 @@ class BatchNormTracker:
             return self
         model = self._model()
         if model is None:
-            raise RuntimeError("The model of this BatchNormTracker no longer exists. Make a new tracker.")
+            raise RuntimeError(_NO_MODEL)
         known = {layer.module: layer for layer in self._layers}
         found = find_layers(model, self._include, self._exclude)
         self._layers = [known.get(module) or self._new_layer(name, module) for name, module in found.items()]
@@ -155,15 +174,18 @@ class BatchNormTracker:
     @torch.inference_mode(False)
     def flush(self) -> None:
         """Merge what is stashed into the window, all layers at once. This changes no result, whenever it is done."""
-        self._drain()
-        waiting = [layer for layer in self._layers if layer.stash]
-        self._place([layer for layer in waiting if layer.window is None])
-        for window in self._windows.values():
-            batches: dict[int, list[Batch]] = {layer.index: layer.stash for layer in waiting if layer.window is window}
-            if batches:
-                window.update(batches)
-        for layer in waiting:
-            layer.stash = []
+        with self._gate.lock:
+            self._drain()
+            waiting = [layer for layer in self._layers if layer.stash]
+            self._place([layer for layer in waiting if layer.window is None])
+            for window in self._windows.values():
+                batches: dict[int, list[Batch]] = {
+                    layer.index: layer.stash for layer in waiting if layer.window is window
+                }
+                if batches:
+                    window.update(batches)
+            for layer in waiting:
+                layer.stash = []
 
     def close(self, all_ranks: bool = False) -> Report:
         """End the window and report it. What is called until :meth:`reset` does not count.
@@ -229,7 +251,16 @@ class BatchNormTracker:
             "closed": self._closed is not None,
             "channels": torch.cat(parts, dim=-1),
             "layers": layers,
-            "not_called": [layer.name for layer in self._layers if layer.window is None],
+            "not_called": [
+                {
+                    "name": layer.name,
+                    "width": layer.module.num_features,
+                    "buffers": layer.buffer_state(layer.module.num_features),
+                    **layer.state(),
+                }
+                for layer in self._layers
+                if layer.window is None
+            ],
         }
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
@@ -281,7 +312,7 @@ class BatchNormTracker:
             if layer.hook.traced:
                 traced, layer.hook.traced = layer.hook.traced, ()
                 for moments, training, updating in traced if not self._gate.paused else ():
-                    layer.receive(layer.module, _own(moments) if moments.num_samples else None, training, updating)
+                    layer.receive(layer.module, owned(moments) if moments.num_samples else None, training, updating)
 
     def _place(self, layers: list[TrackedLayer]) -> None:
         """Give layers that were called for the first time their place in the flat channel space of their device."""
@@ -296,7 +327,7 @@ class BatchNormTracker:
         home = torch.device("cpu") if device.type == "mps" else device
         window = self._windows.setdefault(home, Window(home))
         for (layer, _), index in zip(layers, window.add_layers([width for _, width in layers]), strict=True):
-            layer.window, layer.index = window, index
+            layer.window, layer.index, layer.width = window, index, window.widths[index]
             self._placed.append(layer)
 
     @torch.inference_mode(False)
@@ -315,7 +346,7 @@ class BatchNormTracker:
             start += width
             if name in by_name and by_name[name].module.num_features in (0, width):  # 0: lazy, and not called yet
                 layer = by_name[name]
-                fitting.setdefault(_device_of(layer.module), []).append((layer, width))
+                fitting.setdefault(device_of(layer.module), []).append((layer, width))
                 restored.append((layer, channels, saved))
             else:
                 unknown.append(name)
@@ -325,13 +356,17 @@ class BatchNormTracker:
             assert layer.window is not None
             layer.window.restore(layer.index, channels[:-_BUFFER_ROWS], saved)
             layer.restore(saved, channels[-_BUFFER_ROWS:])
+        for saved in state["not_called"]:
+            idle = by_name.get(saved["name"])
+            if idle is not None and idle.module.num_features == saved["width"]:
+                idle.restore(saved, saved["buffers"])
         if state["rank"] != ranks.rank():
             for window in self._windows.values():
                 window.reset()
         if state["closed"]:
             self._closed = self._assess(ended=True)
             self._gate.paused += 1
-        known = {layer.name for layer, _, _ in restored} | set(state["not_called"])
+        known = {saved["name"] for saved in state["not_called"]} | {layer.name for layer, _, _ in restored}
         new = [name for name in by_name if name not in known]
         changes = [
             f"{what}: {', '.join(names)}"
@@ -342,33 +377,3 @@ class BatchNormTracker:
             warnings.warn(
                 f"BatchNorm layers have changed since the state was saved; {'; '.join(changes)}.", stacklevel=3
             )
-
-
-def check_capture(capture: str) -> None:
-    """Raise ValueError if ``capture`` is none that exists."""
-    if capture not in get_args(CaptureMode):
-        raise ValueError(f"`capture` must be one of {list(get_args(CaptureMode))}, got {capture!r}.")
-
-
-def as_patterns(argument: str, patterns: str | Sequence[str] | None) -> tuple[str, ...] | None:
-    """A tuple of patterns from one or several. Raises TypeError if there is anything else, naming the argument."""
-    if patterns is None:
-        return None
-    several = (patterns,) if isinstance(patterns, str) else patterns
-    if not isinstance(several, Sequence) or not all(isinstance(pattern, str) for pattern in several):
-        raise TypeError(f"`{argument}` must be a pattern (a string), a sequence of them, or None, got {patterns!r}.")
-    return tuple(several)
-
-
-def _own(moments: BatchMoments) -> BatchMoments:
-    """Moments whose memory no CUDA graph will write to at its next replay."""
-    if not moments.mean.is_cuda:
-        return moments
-    mean, spread = torch.stack([moments.mean, moments.spread])
-    return moments._replace(mean=mean, spread=spread)
-
-
-def _device_of(module: nn.Module) -> torch.device:
-    for tensor in (*module.buffers(), *module.parameters()):
-        return tensor.device
-    return torch.device("cpu")
