@@ -184,8 +184,9 @@ class BatchNormTracker:
                 }
                 if batches:
                     window.update(batches)
-            for layer in waiting:
-                layer.stash = []
+                    for layer in waiting:
+                        if layer.window is window:
+                            layer.stash = []
 
     def close(self, all_ranks: bool = False) -> Report:
         """End the window and report it. What is called until :meth:`reset` does not count.

@@ -12,7 +12,7 @@ the population alone and are merged into one further block beside them.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -186,7 +186,7 @@ class Window:
         """Add consecutive batches of any layers, in one fused update for all layers with equal histories.
 
         A batch with a non-finite mean or variance in a channel makes the population of that channel NaN until the next
-        :meth:`reset`, and that of no other.
+        :meth:`reset`, and that of no other. An interrupt while this computes changes nothing.
 
         Args:
             batches: For each layer's index, what its calls contributed, in the order of time.
@@ -202,16 +202,24 @@ class Window:
             if len(updating) < len(calls):
                 other = [call for call in calls if not call[1].momentum]
                 aside[len(other)].append((layer, other))
+        scalars, momenta = self._scalars.copy(), self._momenta.copy()
+        writes: list[Callable[[], None]] = []
         for (before, added), group in profiled.items():
             size, old_size = block_size(before + added), block_size(before)
             old_blocks = -(-before // old_size)
             first = before // size if size == old_size else 0  # blocks before it stay as they are
             union = [block * old_size // size - first for block in range(first, old_blocks)]
             union += [batch // size - first for batch in range(before, before + added)]
-            self._merge(group, slice(first, old_blocks), slice(first, first + union[-1] + 1), union)
+            rows = slice(first, old_blocks), slice(first, first + union[-1] + 1)
+            table, members = _merge_scalars(group, *rows, union, scalars, momenta)
+            writes.append(self._merge(group, *rows, table, members))
         for added, group in aside.items():
-            row = slice(_ASIDE, _ROWS)
-            self._merge(group, row, row, [0] * (1 + added))
+            rows = slice(_ASIDE, _ROWS), slice(_ASIDE, _ROWS)
+            table, members = _merge_scalars(group, *rows, [0] * (1 + added), scalars, momenta)
+            writes.append(self._merge(group, *rows, table, members))
+        for write in writes:
+            write()
+        self._scalars, self._momenta = scalars, momenta
 
     def blocks(self) -> Blocks:
         """All that the window holds, block by block. On the CPU, valid until the next update."""
@@ -251,18 +259,16 @@ class Window:
         self._scalars[layer] = state["scalars"]
         self._momenta[layer] = state["momenta"]
 
-    def _merge(self, group: list[_Calls], old: slice, new: slice, union: list[int]) -> None:
-        """Merge the ``old`` rows and the batches of a group of layers into the ``new`` rows.
+    def _merge(
+        self, group: list[_Calls], old: slice, new: slice, table: FloatArray, members: FloatArray
+    ) -> Callable[[], None]:
+        """Merge the ``old`` rows and the batches of a group of layers into the ``new`` rows: returns what writes them.
 
-        ``union`` tells for every part, old rows first, which of the new rows it belongs to. All layers of the group
-        have the same number of batches.
+        ``table`` and ``members`` are those of :func:`_merge_scalars`. All layers of the group have the same number of
+        batches.
         """
-        layers = [layer for layer, _ in group]
-        members = np.zeros((new.stop - new.start, len(union)))
-        members[union, range(len(union))] = 1
-        table = self._merge_scalars(group, old, new, members)
-        columns, layer_of = self._columns_of(tuple(layers))
-        num_parts, num_added, width = len(union), len(group[0][1]), len(layer_of)
+        columns, layer_of = self._columns_of(tuple(layer for layer, _ in group))
+        num_parts, num_added, width = members.shape[1], len(group[0][1]), len(layer_of)
 
         expanded = self._to_device(table).index_select(1, layer_of)
         weight, bessel, eps, number = torch.split(expanded, [2 * num_parts, num_added, num_added, num_added])
@@ -289,47 +295,16 @@ class Window:
         if old.stop > new.stop:  # rows that the coarser blocks no longer need
             freed = merged.new_zeros(2, old.stop - new.stop, 2, width)
             merged, new = torch.cat([merged, freed], dim=1), slice(new.start, old.stop)
-        if columns is None:
-            self._channels[:, new] = merged
-            self._first_bad = torch.minimum(self._first_bad, first_bad)
-        else:
-            self._channels[:, new].index_copy_(3, columns, merged)
-            self._first_bad[columns] = torch.minimum(self._first_bad[columns], first_bad)
 
-    def _merge_scalars(self, group: list[_Calls], old: slice, new: slice, members: FloatArray) -> FloatArray:
-        """The same for what is kept per layer, on the host.
+        def write() -> None:
+            if columns is None:
+                self._channels[:, new] = merged
+                self._first_bad = torch.minimum(self._first_bad, first_bad)
+            else:
+                self._channels[:, new].index_copy_(3, columns, merged)
+                self._first_bad[columns] = torch.minimum(self._first_bad[columns], first_bad)
 
-        Returns a table of what the merge of the channels needs, ``(2P + 3k, layers)``: the weights n and n - K of each
-        part, then n / (n - 1), eps and the number in the window of each of the k batches.
-        """
-        layers = [layer for layer, _ in group]
-        added = [
-            [
-                (b.num_samples, b.momentum, np.nan if b.eps is None else b.eps, b.batch_size, number)
-                for number, b in calls
-            ]
-            for _, calls in group
-        ]
-        count, momentum, eps, batch_size, number = np.array(added, dtype=float).transpose(2, 1, 0)  # (k, layers) each
-        since = np.cumprod(1 - momentum[::-1], axis=0)[::-1]  # what remains at the end of what stood before each batch
-        remains, after = since[0], np.concatenate([since[1:], np.ones_like(since[:1])])
-        weight, dof = momentum * after, np.maximum(count - 1, 1)
-
-        parts = np.empty((members.shape[1], len(layers), 6))
-        decay = np.ones((len(layers), 1, 6))
-        decay[..., _W], decay[..., _Q], decay[..., _QV] = remains[:, None], remains[:, None] ** 2, remains[:, None] ** 2
-        self._scalars[layers, : old.stop] *= decay
-        parts[: old.stop - old.start] = self._scalars[layers, old].transpose(1, 0, 2)
-        batch = parts[old.stop - old.start :]
-        batch[..., _K], batch[..., _N], batch[..., _W], batch[..., _B] = 1, count, weight, batch_size
-        batch[..., _Q], batch[..., _QV] = weight**2 / count, weight**2 / dof
-
-        self._scalars[layers, old] = 0
-        self._scalars[layers, new] = np.tensordot(members, parts, 1).transpose(1, 0, 2)
-        self._momenta[layers, _A] *= remains
-        self._momenta[layers, _S] = self._momenta[layers, _S] * remains + (after * (momentum > 0)).sum(axis=0)
-        weights = np.stack([parts[..., _N], parts[..., _N] - parts[..., _K]], axis=1)
-        return np.concatenate([weights.reshape(-1, len(layers)), count / dof, eps, number])
+        return write
 
     def _columns_of(self, layers: tuple[int, ...]) -> tuple[Tensor | None, Tensor]:
         """The flat columns of some layers (None: all of them), and for each of these which of the layers it is of."""
@@ -347,3 +322,41 @@ class Window:
 
     def _to_device(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+
+
+def _merge_scalars(
+    group: list[_Calls], old: slice, new: slice, union: list[int], scalars: FloatArray, momenta: FloatArray
+) -> tuple[FloatArray, FloatArray]:
+    """Merge what is kept per layer, in place: the ``old`` rows and the batches of a group into the ``new`` rows.
+
+    ``union`` tells for every part, old rows first, which of the new rows it belongs to. Returns what the merge of the
+    channels needs: a table ``(2P + 3k, layers)`` of the weights n and n - K of each part, then n / (n - 1), eps and the
+    number in the window of each of the k batches; and of 0 and 1 which part is in which row, ``(rows, P)``.
+    """
+    members = np.zeros((new.stop - new.start, len(union)))
+    members[union, range(len(union))] = 1
+    layers = [layer for layer, _ in group]
+    added = [
+        [(b.num_samples, b.momentum, np.nan if b.eps is None else b.eps, b.batch_size, number) for number, b in calls]
+        for _, calls in group
+    ]
+    count, momentum, eps, batch_size, number = np.array(added, dtype=float).transpose(2, 1, 0)  # (k, layers) each
+    since = np.cumprod(1 - momentum[::-1], axis=0)[::-1]  # what remains at the end of what stood before each batch
+    remains, after = since[0], np.concatenate([since[1:], np.ones_like(since[:1])])
+    weight, dof = momentum * after, np.maximum(count - 1, 1)
+
+    parts = np.empty((members.shape[1], len(layers), 6))
+    decay = np.ones((len(layers), 1, 6))
+    decay[..., _W], decay[..., _Q], decay[..., _QV] = remains[:, None], remains[:, None] ** 2, remains[:, None] ** 2
+    scalars[layers, : old.stop] *= decay
+    parts[: old.stop - old.start] = scalars[layers, old].transpose(1, 0, 2)
+    batch = parts[old.stop - old.start :]
+    batch[..., _K], batch[..., _N], batch[..., _W], batch[..., _B] = 1, count, weight, batch_size
+    batch[..., _Q], batch[..., _QV] = weight**2 / count, weight**2 / dof
+
+    scalars[layers, old] = 0
+    scalars[layers, new] = np.tensordot(members, parts, 1).transpose(1, 0, 2)
+    momenta[layers, _A] *= remains
+    momenta[layers, _S] = momenta[layers, _S] * remains + (after * (momentum > 0)).sum(axis=0)
+    weights = np.stack([parts[..., _N], parts[..., _N] - parts[..., _K]], axis=1)
+    return np.concatenate([weights.reshape(-1, len(layers)), count / dof, eps, number]), members

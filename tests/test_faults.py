@@ -376,7 +376,6 @@ def raising_once(function, error, monkeypatch, module):
     monkeypatch.setattr(module, function.__name__, broken)
 
 
-@pytest.mark.xfail(strict=True, reason="an interrupt within flush() counts calls twice")
 def test_a_keyboard_interrupt_while_calls_are_merged_loses_and_doubles_nothing(monkeypatch):
     window = lightning_bnmonitor.window
     raising_once(window.merge_moments, KeyboardInterrupt(), monkeypatch, window)
