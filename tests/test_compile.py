@@ -459,3 +459,21 @@ def test_compiled_moments_are_as_exact_as_those_of_a_serial_kernel(
     var = values.var(dim=1)
     assert ((reported.population_mean - values.mean(dim=1)).abs() / var.sqrt()).max() <= 40 * 2e-8 * (1 + ratio)
     assert ((reported.population_var - var).abs() / (var + layer.eps)).max() <= 2e-6
+
+
+@needs_compiler
+@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
+def test_every_mode_of_the_compiler_records_every_call(mode: str) -> None:
+    torch._dynamo.reset()
+    net = Net()
+    compiled, batches = torch.compile(net, mode=mode), []
+    with BatchNormTracker(compiled) as tracker:
+        for step in range(8):
+            batches.append(torch.randn(8, 3, 8, 8, generator=torch.Generator().manual_seed(step)))
+            compiled(batches[-1]).square().mean().backward()
+    received = net.first[0](torch.cat(batches)).detach().double()
+    reported = tracker.report()["first.1"]
+    assert [layer.evidence["calls_traced"] for layer in tracker.report().values()] == [8, 8, 8]
+    assert reported.num_samples == received[:, 0].numel()
+    error = (reported.population_mean - received.mean(dim=(0, 2, 3))).abs() / received.std(dim=(0, 2, 3))
+    assert (error < 1e-5).all()
