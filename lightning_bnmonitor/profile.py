@@ -17,7 +17,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lightning_bnmonitor.segments import BoolArray, FloatArray, Segments
+from lightning_bnmonitor.segments import BoolArray, FloatArray, Segments, student_score
 from lightning_bnmonitor.window import MAX_BLOCKS, Blocks, paired
 
 _INITIAL = np.array([[0.0], [1.0]])  # what PyTorch initialises the buffers to
@@ -326,15 +326,6 @@ def _contrast(blocks: Blocks, weights: FloatArray, density: FloatArray, reach: F
     alone = (density**2 * weights).sum(axis=2)
     variance: FloatArray = np.maximum(blocks.noise.sum(axis=2) - 2 * reach * mixed + reach**2 * alone, 0)
     return variance
-
-
-def student_score(z: FloatArray, dof: FloatArray) -> FloatArray:
-    """Student's t with ``dof`` degrees of freedom on the scale of a standard normal variable (Wallace, 1959)."""
-    score: FloatArray = np.square(z)
-    score /= dof
-    np.sqrt(np.log1p(score, out=score), out=score)
-    score *= (8 * dof + 1) / (8 * dof + 3) * np.sqrt(dof)
-    return np.copysign(score, z, out=score)
 
 
 def _ratio(numerator: FloatArray, denominator: FloatArray) -> FloatArray:

@@ -16,8 +16,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_bnmonitor.moments import merge_moments
-from lightning_bnmonitor.profile import ROUNDING, Profile, gates, student_score
-from lightning_bnmonitor.segments import FloatArray, Segments
+from lightning_bnmonitor.profile import ROUNDING, Profile, gates
+from lightning_bnmonitor.segments import FloatArray, Segments, student_score
 
 _MEAN, _VAR = 0, 1
 

@@ -1,4 +1,4 @@
-"""Layers as segments of the flat channel space: from one value a channel to one a layer, and back."""
+"""Layers as segments of the flat channel space: from one value a channel to one a layer, and back; their scores."""
 
 from __future__ import annotations
 
@@ -46,3 +46,12 @@ class Segments:
     def maximum(self, values: FloatArray) -> FloatArray:
         """Maximum over each layer's channels and over all other axes, ``(L,)``; NaN if none is left."""
         return np.fmax.reduceat(np.fmax.reduce(values.reshape(-1, self.num_channels)), self.starts)
+
+
+def student_score(z: FloatArray, dof: FloatArray) -> FloatArray:
+    """Student's t with ``dof`` degrees of freedom on the scale of a standard normal variable (Wallace, 1959)."""
+    score: FloatArray = np.square(z)
+    score /= dof
+    np.sqrt(np.log1p(score, out=score), out=score)
+    score *= (8 * dof + 1) / (8 * dof + 3) * np.sqrt(dof)
+    return np.copysign(score, z, out=score)
