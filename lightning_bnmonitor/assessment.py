@@ -15,7 +15,7 @@ from lightning_bnmonitor import ranks
 from lightning_bnmonitor.capture import PATHS
 from lightning_bnmonitor.diagnosis import METRICS, Circumstances, diagnose, distances, observations
 from lightning_bnmonitor.findings import Finding, pack, packed_size, unpack
-from lightning_bnmonitor.layer_report import LayerReport
+from lightning_bnmonitor.layer_report import Course, LayerReport
 from lightning_bnmonitor.layers import History, TrackedLayer, num_batches_tracked, running_stats
 from lightning_bnmonitor.profile import Buffers, Profile, evaluate
 from lightning_bnmonitor.report import Report
@@ -53,6 +53,7 @@ class _Measured(NamedTuple):
     """What the window of one device shows, for its layers in the order of their channels."""
 
     standings: list[Standing]
+    blocks: Blocks
     profile: Profile
     end: Tensor
     """Running statistics, ``(2, channels)``; NaN if a layer has none."""
@@ -102,7 +103,8 @@ def assess(
     in_order = sorted(zip(positions, layers, findings, strict=True), key=lambda item: item[0])
     summaries = [{name: finding.diagnosis.evidence.get(name, math.nan) for name in METRICS} for *_, finding in in_order]
     alone = None if all_ranks or ranks.num_ranks() == 1 else ranks.rank()
-    report = Report((_report(layer, finding) for _, layer, finding in in_order), summaries, alone)
+    courses = {layer: course for window in measured for layer, course in _courses(window)}
+    report = Report((_report(layer, finding, courses.get(layer)) for _, layer, finding in in_order), summaries, alone)
     endings = [ending for window in measured for ending in _endings(window)]
     return report, endings + [Ending(s, s.layer.history_without_updates(s.buffers), math.nan) for s in elsewhere]
 
@@ -184,12 +186,12 @@ def _measure(window: Window, standings: Iterable[Standing]) -> _Measured:
     here = sorted((s for s in standings if s.layer.window is window), key=lambda standing: standing.layer.index)
     blocks, eps = window.blocks(), np.array([standing.layer.module.eps for standing in here])
     end = _side_by_side([standing.buffers for standing in here], blocks, _nan(2, 1))
-    return _Measured(here, evaluate(blocks, _buffers(here, blocks, end), eps), end, eps)
+    return _Measured(here, blocks, evaluate(blocks, _buffers(here, blocks, end), eps), end, eps)
 
 
 def _findings(window: _Measured, seen: Mapping[TrackedLayer, _AllRanks]) -> Iterator[tuple[TrackedLayer, Finding]]:
     """What the window of one device says of its layers; of those that all ranks have told of, with what they have."""
-    standings, profile, end, eps = window
+    standings, _, profile, end, eps = window
     layers, exact, num_samples = profile.layers, profile.population, profile.num_samples
     if seen:
         exact, num_samples, first_bad = exact.copy(), num_samples.copy(), profile.first_bad.copy()
@@ -203,7 +205,7 @@ def _findings(window: _Measured, seen: Mapping[TrackedLayer, _AllRanks]) -> Iter
     has_stats = np.array([standing.circumstances.has_running_stats for standing in standings])
     metrics = distances(population, present, end, channel_eps, layers, has_stats & (num_samples > 0))
     observed = observations(profile, population, end, has_stats, channel_eps)
-    numbers = torch.cat([population, end, present, torch.from_numpy(profile.z)])
+    numbers = torch.cat([population, end, present, torch.from_numpy(profile.z), torch.from_numpy(profile.std_error)])
     parts = torch.split(numbers, layers.widths.tolist(), dim=1)
     rows = zip(*(metrics[name].tolist() for name in METRICS), strict=True)
     for standing, known, part, values, count in zip(standings, observed, parts, rows, num_samples, strict=True):
@@ -229,9 +231,19 @@ def _not_called(standing: Standing, seen: _AllRanks | None) -> Finding:
         values = distances(population, population, running, eps, one, comparable)
         metrics = {name: float(value[0]) for name, value in values.items()}
         observed |= seen.evidence
-    numbers = torch.cat([population, running, population, torch.zeros_like(population)])
+    numbers = torch.cat([population, running, population, torch.zeros_like(population), _nan(2, width)])
     num_samples = 0 if seen is None else int(seen.num_samples)
     return Finding(numbers, layer.num_calls, num_samples, buffers is not None, diagnose(known, observed, metrics))
+
+
+def _courses(window: _Measured) -> Iterator[tuple[TrackedLayer, Course]]:
+    """How the batch statistics of the layers of one device went over the window. They stay if the window goes on."""
+    num_blocks = (window.blocks.num_batches > 0).sum(axis=1).tolist()
+    num_batches = torch.from_numpy(window.blocks.num_batches)
+    value = torch.from_numpy(window.blocks.value[: max(num_blocks, default=0)].copy())
+    parts = torch.split(value, window.blocks.widths.tolist(), dim=-1)
+    for standing, batches, used, part in zip(window.standings, num_batches, num_blocks, parts, strict=True):
+        yield standing.layer, Course(batches[:used], part[:used, 0], part[:used, 1])
 
 
 def _endings(window: _Measured) -> Iterator[Ending]:
@@ -319,7 +331,7 @@ def _circumstances(layer: TrackedLayer, num_tracked: int | None, has_running_sta
     )
 
 
-def _report(layer: TrackedLayer, finding: Finding) -> LayerReport:
+def _report(layer: TrackedLayer, finding: Finding, course: Course | None) -> LayerReport:
     return LayerReport(
         name=layer.name,
         type=type(layer.module).__name__,
@@ -330,6 +342,7 @@ def _report(layer: TrackedLayer, finding: Finding) -> LayerReport:
         has_running_stats=finding.has_running_stats,
         diagnosis=finding.diagnosis,
         numbers=finding.numbers,
+        course=course or Course(_nan(0), _nan(0, finding.numbers.shape[1]), _nan(0, finding.numbers.shape[1])),
     )
 
 

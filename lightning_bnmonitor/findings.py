@@ -11,7 +11,7 @@ from torch import Tensor
 
 from lightning_bnmonitor.diagnosis import EVIDENCE, FLAGS, VERDICTS, Diagnosis
 
-_ROWS = 8  # of numbers of each channel
+_ROWS = 10  # of numbers of each channel
 _OTHERS = ("position", "num_batches", "num_samples", "has_running_stats", "verdict", "flags", "needs_attention")
 _COLUMNS = len(_OTHERS) + len(EVIDENCE)
 
@@ -20,7 +20,7 @@ class Finding(NamedTuple):
     """What is found of one layer."""
 
     numbers: Tensor
-    """Mean and variance of the population, of the running statistics and of now, and their z, ``(8, C)``."""
+    """Mean and variance of the population, of the running statistics, of now; z and standard errors, ``(10, C)``."""
     num_batches: int
     """Counted calls, on rank 0 if they are of all ranks."""
     num_samples: int

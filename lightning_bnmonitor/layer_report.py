@@ -5,13 +5,27 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_bnmonitor import divergence
 from lightning_bnmonitor.diagnosis import METRICS, Diagnosis
+
+
+class Course(NamedTuple):
+    """How the batch statistics of a layer went over the window: at most 16 runs of consecutive batches.
+
+    Of the calls on this rank that updated the running statistics. ``(J, C)`` float64 tensors on the CPU.
+    """
+
+    num_batches: Tensor
+    """Batches in each run, ``(J,)``."""
+    mean: Tensor
+    """Mean of all values of a run."""
+    var: Tensor
+    """Mean of the unbiased batch variances of a run, weighted by the values per channel less one."""
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,7 +52,9 @@ class LayerReport:
     diagnosis: Diagnosis
     """Verdict, flags, evidence."""
     numbers: Tensor
-    """``(8, C)``: means and variances of the population, of the running statistics and of now, and their z."""
+    """``(10, C)``: mean and variance of the population, of the running statistics, of now; z, and standard errors."""
+    course: Course
+    """The batch statistics over the window, on this rank."""
 
     @property
     def num_features(self) -> int:
@@ -84,6 +100,16 @@ class LayerReport:
     def z_var(self) -> Tensor:
         """The running variance against the batches' in the window, over what its noise explains; 0 likewise."""
         return self.numbers[7]
+
+    @property
+    def running_mean_stderr(self) -> Tensor:
+        """Standard error of the running mean: the part of it that is chance. NaN if it cannot be told."""
+        return self.numbers[8]
+
+    @property
+    def running_var_stderr(self) -> Tensor:
+        """Standard error of the running variance; NaN likewise."""
+        return self.numbers[9]
 
     @property
     def mean_shift(self) -> Tensor:
@@ -200,21 +226,23 @@ class LayerReport:
         }
 
     def to_dict(self) -> dict[str, Any]:
-        """Everything in JSON's types, per channel as lists; what JSON lacks as "NaN", "Infinity" and "-Infinity"."""
+        """All but the course, in JSON's types (lists per channel); what JSON lacks: "NaN", "Infinity", "-Infinity"."""
         scalars = ("name", "type", "num_features", "eps", "momentum", "num_batches", "num_samples", "has_running_stats")
         words = ("verdict", "needs_attention", "explanation", "remedy")
         moments = ("population_mean", "population_var", "running_mean", "running_var", "now_mean", "now_var")
         per_channel = (*moments, *METRICS, "kl", "z_mean", "z_var")
+        errors = ("running_mean_stderr", "running_var_stderr")
         return {
-            **{field: jsonable(getattr(self, field)) for field in (*scalars, *words, *per_channel)},
+            **{field: jsonable(getattr(self, field)) for field in (*scalars, *words, *per_channel, *errors)},
             "flags": list(self.flags),
             "summary": jsonable(self.summary()),
             "evidence": jsonable(self.evidence),
         }
 
     def __getstate__(self) -> dict[str, Any]:
-        # It may be a view of all layers' numbers, which would be saved with it.
-        return {**vars(self), "numbers": self.numbers.clone()}
+        # They may be views of all layers' numbers, which would be saved with them.
+        course = Course(*(part.clone() for part in self.course))
+        return {**vars(self), "numbers": self.numbers.clone(), "course": course}
 
     @property
     def _moments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

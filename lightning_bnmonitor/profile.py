@@ -65,6 +65,8 @@ class Profile:
     """Population standard deviation, and twice the population variance, both with ``eps``, ``(2, C)``."""
     noise_scale: FloatArray
     """V: variance of a batch's mean (variance) times its weight, ``(2, C)``."""
+    std_error: FloatArray
+    """Standard deviation of the buffers' own sampling noise, ``(2, C)``; NaN if not known."""
     z: FloatArray
     """The buffers against this window's reference, over what sampling noise explains, ``(2, C)``: 0 if not known."""
     score: FloatArray
@@ -274,6 +276,7 @@ def _evaluate(blocks: Blocks, buffers: Buffers, eps: FloatArray) -> Profile:
         noise=noise_now,
         unit=unit,
         noise_scale=noise_scale,
+        std_error=spread(known) * np.sqrt(noise_scale * spread(noise_now)),
         z=z,
         score=scores[0],
         z_lag=np.stack([z_lag_window, z_lag]),

@@ -308,6 +308,7 @@ def expected_profile(layer, index):
         "noise": noise,
         "unit": unit,
         "noise_scale": noise_scale,
+        "std_error": known * np.sqrt(noise_scale * noise[:, None]),
         "z": z,
         "score": scores[0],
         "z_lag": np.stack(z_lag),
@@ -361,7 +362,7 @@ def profiles(layers, step=32):
 
 
 OF_ALL_VALUES = ("layers", "num_samples", "population")  # compared with all values themselves
-PER_CHANNEL = ("unit", "noise_scale", "z", "score", "z_lag", "reference", "now", "first_bad")
+PER_CHANNEL = ("unit", "noise_scale", "std_error", "z", "score", "z_lag", "reference", "now", "first_bad")
 
 
 def part_of(profile, layers, index):

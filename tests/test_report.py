@@ -15,6 +15,7 @@ from torch import nn
 
 from lightning_bnmonitor import BatchNormTracker, LayerReport, Report
 from lightning_bnmonitor.diagnosis import Diagnosis
+from lightning_bnmonitor.layer_report import Course
 
 NAN, INF = math.nan, math.inf
 METRICS = ("eval_error", "act_rmse", "mean_shift", "log_var_ratio")
@@ -38,7 +39,9 @@ def layer(
 
     Its diagnosis is the given one, whatever the numbers are; ``evidence`` is added to a floor of 0.05.
     """
-    now = {"now_mean": mean, "now_var": var, "z_mean": [0.0] * len(mean), "z_var": [0.0] * len(mean)}
+    zeros = [0.0] * len(mean)
+    now = {"now_mean": mean, "now_var": var, "z_mean": zeros, "z_var": zeros}
+    now |= {"running_mean_stderr": zeros, "running_var_stderr": zeros}
     tensors = {
         **{"population_mean": mean, "population_var": var, "running_mean": running_mean, "running_var": running_var},
         **{field: fields.pop(field, values) for field, values in now.items()},
@@ -56,7 +59,10 @@ def layer(
         "diagnosis": Diagnosis(verdict, flags, attention, evidence),
     }
     order = [f"{of}_{moment}" for of in ("population", "running", "now", "z") for moment in ("mean", "var")]
+    order += ["running_mean_stderr", "running_var_stderr"]
     numbers = torch.tensor([list(tensors[name]) for name in order], dtype=torch.float64)
+    none = torch.empty(0, len(mean), dtype=torch.float64)
+    defaults["course"] = Course(none[:, 0], none, none)
     return LayerReport(**(defaults | {"numbers": numbers} | fields))
 
 
