@@ -15,7 +15,7 @@ from lightning_bnmonitor import ranks
 from lightning_bnmonitor.capture import PATHS
 from lightning_bnmonitor.diagnosis import METRICS, Circumstances, diagnose, distances, observations
 from lightning_bnmonitor.findings import Finding, pack, packed_size, unpack
-from lightning_bnmonitor.layer_report import Course, LayerReport
+from lightning_bnmonitor.layer_report import LayerReport
 from lightning_bnmonitor.layers import History, TrackedLayer, num_batches_tracked, running_stats
 from lightning_bnmonitor.profile import Buffers, Profile, evaluate
 from lightning_bnmonitor.report import Report
@@ -103,8 +103,8 @@ def assess(
     in_order = sorted(zip(positions, layers, findings, strict=True), key=lambda item: item[0])
     summaries = [{name: finding.diagnosis.evidence.get(name, math.nan) for name in METRICS} for *_, finding in in_order]
     alone = None if all_ranks or ranks.num_ranks() == 1 else ranks.rank()
-    courses = {layer: course for window in measured for layer, course in _courses(window)}
-    report = Report((_report(layer, finding, courses.get(layer)) for _, layer, finding in in_order), summaries, alone)
+    blocks = {layer: own for window in measured for layer, own in _blocks(window)}
+    report = Report((_report(layer, finding, blocks.get(layer)) for _, layer, finding in in_order), summaries, alone)
     endings = [ending for window in measured for ending in _endings(window)]
     return report, endings + [Ending(s, s.layer.history_without_updates(s.buffers), math.nan) for s in elsewhere]
 
@@ -236,14 +236,12 @@ def _not_called(standing: Standing, seen: _AllRanks | None) -> Finding:
     return Finding(numbers, layer.num_calls, num_samples, buffers is not None, diagnose(known, observed, metrics))
 
 
-def _courses(window: _Measured) -> Iterator[tuple[TrackedLayer, Course]]:
-    """How the batch statistics of the layers of one device went over the window. They stay if the window goes on."""
-    num_blocks = (window.blocks.num_batches > 0).sum(axis=1).tolist()
+def _blocks(window: _Measured) -> Iterator[tuple[TrackedLayer, tuple[Tensor, Tensor]]]:
+    """Batches and batch statistics of each layer's blocks on one device, which stay if the window goes on."""
     num_batches = torch.from_numpy(window.blocks.num_batches)
-    value = torch.from_numpy(window.blocks.value[: max(num_blocks, default=0)].copy())
-    parts = torch.split(value, window.blocks.widths.tolist(), dim=-1)
-    for standing, batches, used, part in zip(window.standings, num_batches, num_blocks, parts, strict=True):
-        yield standing.layer, Course(batches[:used], part[:used, 0], part[:used, 1])
+    values = torch.split(torch.from_numpy(window.blocks.value.copy()), window.blocks.widths.tolist(), dim=-1)
+    for standing, batches, value in zip(window.standings, num_batches, values, strict=True):
+        yield standing.layer, (batches, value)
 
 
 def _endings(window: _Measured) -> Iterator[Ending]:
@@ -331,7 +329,7 @@ def _circumstances(layer: TrackedLayer, num_tracked: int | None, has_running_sta
     )
 
 
-def _report(layer: TrackedLayer, finding: Finding, course: Course | None) -> LayerReport:
+def _report(layer: TrackedLayer, finding: Finding, blocks: tuple[Tensor, Tensor] | None) -> LayerReport:
     return LayerReport(
         name=layer.name,
         type=type(layer.module).__name__,
@@ -342,7 +340,7 @@ def _report(layer: TrackedLayer, finding: Finding, course: Course | None) -> Lay
         has_running_stats=finding.has_running_stats,
         diagnosis=finding.diagnosis,
         numbers=finding.numbers,
-        course=course or Course(_nan(0), _nan(0, finding.numbers.shape[1]), _nan(0, finding.numbers.shape[1])),
+        blocks=blocks,
     )
 
 

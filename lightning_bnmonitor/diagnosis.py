@@ -21,6 +21,8 @@ from lightning_bnmonitor.wording import explain, prescribe
 
 WARNING = 0.1
 """The error of the normalised activation in ``eval()`` from which on it is worth a warning."""
+ALERT = 0.25
+"""From which on it is an alert: for a mean, 10 % of the signs before a ReLU flip."""
 METRICS = ("eval_error", "act_rmse", "mean_shift", "log_var_ratio")
 """The distances of running statistics that are summarised in one number for each layer."""
 VERDICTS = (

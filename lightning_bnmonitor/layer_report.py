@@ -5,13 +5,17 @@ from __future__ import annotations
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
 
 from lightning_bnmonitor import divergence
 from lightning_bnmonitor.diagnosis import METRICS, Diagnosis
+from lightning_bnmonitor.plots import plot_channels
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 
 class Course(NamedTuple):
@@ -53,8 +57,8 @@ class LayerReport:
     """Verdict, flags, evidence."""
     numbers: Tensor
     """``(10, C)``: mean and variance of the population, of the running statistics, of now; z, and standard errors."""
-    course: Course
-    """The batch statistics over the window, on this rank."""
+    blocks: tuple[Tensor, Tensor] | None = None
+    """What :attr:`course` is made of: batches, ``(16,)``, and mean and variance of each run, ``(16, 2, C)``."""
 
     @property
     def num_features(self) -> int:
@@ -110,6 +114,16 @@ class LayerReport:
     def running_var_stderr(self) -> Tensor:
         """Standard error of the running variance; NaN likewise."""
         return self.numbers[9]
+
+    @property
+    def course(self) -> Course:
+        """The batch statistics over the window, on this rank. Empty if no call updated the running statistics."""
+        if self.blocks is None:
+            empty = torch.empty(0, self.num_features, dtype=torch.float64, device="cpu")
+            return Course(empty[:, 0], empty, empty)
+        num_batches, values = self.blocks
+        used = num_batches > 0
+        return Course(num_batches[used], values[used, 0], values[used, 1])
 
     @property
     def mean_shift(self) -> Tensor:
@@ -225,6 +239,24 @@ class LayerReport:
             "log_var_ratio": float(self.log_var_ratio.abs().nanmean()),
         }
 
+    def plot(self, ax: Any = None) -> tuple[Figure, Any]:
+        """The layer channel by channel, and its worst channel over the window, as a matplotlib figure.
+
+        Above: the exact mean and standard deviation of each channel, and the running ones with two standard errors,
+        which is as far as chance puts them; of more than 60 channels, the 60 with the largest ``eval_error``. Below, of
+        the channel where that is largest: mean and standard deviation of the batches by block, beside the running ones.
+
+        Args:
+            ax: Four axes, in any array, to draw in; None makes a figure.
+
+        Returns:
+            The figure and the four axes.
+
+        Raises:
+            ValueError: If ``ax`` are not four axes.
+        """
+        return plot_channels(self, ax)
+
     def to_dict(self) -> dict[str, Any]:
         """All but the course, in JSON's types (lists per channel); what JSON lacks: "NaN", "Infinity", "-Infinity"."""
         scalars = ("name", "type", "num_features", "eps", "momentum", "num_batches", "num_samples", "has_running_stats")
@@ -241,8 +273,8 @@ class LayerReport:
 
     def __getstate__(self) -> dict[str, Any]:
         # They may be views of all layers' numbers, which would be saved with them.
-        course = Course(*(part.clone() for part in self.course))
-        return {**vars(self), "numbers": self.numbers.clone(), "course": course}
+        blocks = self.blocks and (self.blocks[0].clone(), self.blocks[1].clone())
+        return {**vars(self), "numbers": self.numbers.clone(), "blocks": blocks}
 
     @property
     def _moments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -8,13 +8,18 @@ import re
 import textwrap
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from tabulate import tabulate
 
 from lightning_bnmonitor.diagnosis import METRICS
 from lightning_bnmonitor.layer_report import LayerReport, jsonable
+from lightning_bnmonitor.plots import plot_layers
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
 
 _EXPLAINED = 3  # layers in need of attention that a printed report explains
 
@@ -107,6 +112,18 @@ class Report(Mapping[str, LayerReport]):
             "summary": jsonable(self.summary()),
             "layers": {name: layer.to_dict() for name, layer in self._layers.items()},
         }
+
+    def plot(self, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """The layers' ``eval_error`` in their order over the noise floors, by verdict, as a matplotlib figure.
+
+        Args:
+            ax: The axes to draw in; None makes a figure.
+
+        Returns:
+            The figure and the axes.
+        """
+        errors = [self._summaries[name]["eval_error"] for name in self]
+        return plot_layers(list(self.values()), errors, ax)
 
     def to_markdown(self) -> str:
         """What :meth:`__str__` says, in Markdown; names are escaped."""

@@ -15,7 +15,6 @@ from torch import nn
 
 from lightning_bnmonitor import BatchNormTracker, LayerReport, Report
 from lightning_bnmonitor.diagnosis import Diagnosis
-from lightning_bnmonitor.layer_report import Course
 
 NAN, INF = math.nan, math.inf
 METRICS = ("eval_error", "act_rmse", "mean_shift", "log_var_ratio")
@@ -61,8 +60,6 @@ def layer(
     order = [f"{of}_{moment}" for of in ("population", "running", "now", "z") for moment in ("mean", "var")]
     order += ["running_mean_stderr", "running_var_stderr"]
     numbers = torch.tensor([list(tensors[name]) for name in order], dtype=torch.float64)
-    none = torch.empty(0, len(mean), dtype=torch.float64)
-    defaults["course"] = Course(none[:, 0], none, none)
     return LayerReport(**(defaults | {"numbers": numbers} | fields))
 
 

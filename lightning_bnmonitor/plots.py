@@ -1,0 +1,209 @@
+"""Figures of reports for papers and notebooks: all layers of a model, all channels of a layer."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_bnmonitor.diagnosis import ALERT, WARNING
+
+if TYPE_CHECKING:  # matplotlib takes half a second to import
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+    from lightning_bnmonitor.layer_report import LayerReport
+
+_MAX_LABELS = 60  # layers that are named, channels that are drawn
+_FLOOR, _CEILING = 1e-3, 10.0  # errors outside are drawn at these
+_EXACT, _NOISE = "#333333", "#bbbbbb"
+
+
+class Style(NamedTuple):
+    """How a verdict is drawn."""
+
+    color: str
+    """Colours that are told apart with any colour vision, in most cases; the letter says the same."""
+    letter: str
+
+
+STYLES: Mapping[str, Style] = {
+    "non-finite": Style("#000000", "X"),
+    "unused": Style("#999999", "U"),
+    "no-running-stats": Style("#999999", "B"),
+    "stale": Style("#661100", "S"),
+    "frozen": Style("#44AA99", "F"),
+    "insufficient-data": Style("#999999", "?"),
+    "tiny-batch": Style("#882255", "T"),
+    "ordered-batches": Style("#117733", "O"),
+    "grouped-batches": Style("#999933", "G"),
+    "warming-up": Style("#E69F00", "W"),
+    "lagging": Style("#D55E00", "L"),
+    "noisy": Style("#CC79A7", "N"),
+    "drifting": Style("#56B4E9", "D"),
+    "healthy": Style("#0072B2", "H"),
+}
+
+
+def plot_layers(layers: Sequence[LayerReport], errors: Sequence[float], ax: Axes | None = None) -> tuple[Figure, Axes]:
+    """The layers' ``eval_error`` in their order, by verdict, over their noise floors; see :meth:`Report.plot`.
+
+    Args:
+        layers: The layers.
+        errors: The ``eval_error`` of each.
+        ax: Where to draw; None makes a figure.
+    """
+    if ax is None:
+        import matplotlib.pyplot as plt
+
+        width = min(max(8.0, 2.0 + 0.22 * len(layers)), 16.0)
+        fig, ax = plt.subplots(figsize=(width, 4.5), layout="constrained")
+    else:
+        fig = _figure(ax)
+    floors = [layer.evidence.get("noise_error", math.nan) for layer in layers]
+    position = np.arange(len(layers))
+    ax.bar(position, np.nan_to_num(floors), width=0.7, color=_NOISE, alpha=0.6, label="sampling noise explains")
+    shown = np.clip(np.nan_to_num(errors, nan=math.nan, posinf=_CEILING), _FLOOR, _CEILING)
+    verdicts = np.array([layer.verdict for layer in layers])
+    for verdict, style in STYLES.items():
+        its = (verdicts == verdict) & ~np.isnan(shown)
+        if its.any():
+            ax.scatter(position[its], shown[its], s=90, color=style.color, zorder=3, edgecolors="white", linewidths=0.8)
+            label = f"{style.letter}: {verdict}"
+            ax.scatter(position[its], shown[its], s=22, color="white", marker=f"${style.letter}$", zorder=4)
+            ax.scatter([], [], s=60, color=style.color, marker=f"${style.letter}$", label=label)
+    for level, name in ((WARNING, "warning"), (ALERT, "alert")):
+        ax.axhline(level, color=_EXACT, linewidth=0.8, linestyle="--" if level == WARNING else "-", zorder=1)
+        right = ("axes fraction", "data")
+        ax.annotate(f" {name} {level}", (1, level), xycoords=right, va="center", fontsize=8, color=_EXACT)
+    ax.set_yscale("log")
+    largest = float(np.nanmax([*shown, 0.4])) if len(layers) else 0.4
+    ax.set_ylim(_FLOOR, min(max(1.0, 1.6 * largest), 1.6 * _CEILING))
+    ax.set_xlim(-0.7, len(layers) - 0.3)
+    every = -(-len(layers) // _MAX_LABELS) or 1
+    names = [shortened(layer.name) for layer in layers]
+    ax.set_xticks(position[::every], names[::every], rotation=90, fontsize=8, parse_math=False)
+    ax.set_ylabel("eval_error: RMS error of the\nnormalised activation in eval()")
+    _legend_above(ax, 4)
+    return fig, ax
+
+
+def plot_channels(layer: LayerReport, ax: Any = None) -> tuple[Figure, Any]:
+    """One layer, channel by channel and over the window; see :meth:`LayerReport.plot`.
+
+    Args:
+        layer: The layer.
+        ax: Four axes, in any array; None makes a figure.
+
+    Raises:
+        ValueError: If ``ax`` are not four.
+    """
+    if ax is None:
+        import matplotlib.pyplot as plt
+
+        fig, ax = plt.subplots(2, 2, figsize=(11, 6.5), layout="constrained")
+        fig.suptitle(f"{layer.name}: {layer.verdict}", x=0.01, ha="left", parse_math=False)
+    elif np.size(ax) != 4:
+        raise ValueError(f"`ax` must be four axes, got {np.size(ax)}.")
+    else:
+        fig = _figure(np.ravel(ax)[0])
+    of_means, of_stds, mean_course, std_course = np.ravel(ax)
+    error = torch.nan_to_num(layer.eval_error, nan=-1.0)
+    worst = int(error.argmax()) if len(error) else 0
+    chosen = error.argsort(descending=True, stable=True)[:_MAX_LABELS].sort().values
+    color = STYLES[layer.verdict].color
+
+    std, running_std = _std(layer.population_var), _std(layer.running_var)
+    running_std_error = layer.running_var_stderr / (2 * running_std)
+    position = np.arange(len(chosen))
+    few = f"the {len(chosen)} worst of {layer.num_features} channels" if len(chosen) < layer.num_features else "channel"
+    of_means.bar(
+        position,
+        2 * _at(std, chosen),
+        bottom=_at(layer.population_mean - std, chosen),
+        color=_NOISE,
+        alpha=0.4,
+        width=0.8,
+        label="exact ± std",
+    )
+    rows = (
+        (of_means, layer.population_mean, layer.running_mean, layer.running_mean_stderr, "mean"),
+        (of_stds, std, running_std, running_std_error, "std"),
+    )
+    of_means.use_sticky_edges = False
+    for axes, exact, running, stderr, name in rows:
+        axes.plot(position, _at(exact, chosen), "_", color=_EXACT, markersize=9, label="exact")
+        bars = np.nan_to_num(2 * _at(stderr, chosen))
+        axes.errorbar(
+            position,
+            _at(running, chosen),
+            bars,
+            fmt="o",
+            color=color,
+            markersize=4,
+            capsize=2,
+            label="running ± 2 standard errors",
+        )
+        axes.set_ylabel(name)
+        axes.set_xlabel(few)
+        every = -(-len(chosen) // 16) or 1
+        axes.set_xticks(position[::every], chosen.tolist()[::every], fontsize=8)
+        _legend_above(axes, 3)
+
+    course = layer.course
+    middle = course.num_batches.cumsum(0) - course.num_batches / 2
+    courses = (
+        (mean_course, course.mean, layer.population_mean, layer.running_mean, layer.running_mean_stderr, "mean"),
+        (std_course, _std(course.var), std, running_std, running_std_error, "std"),
+    )
+    for axes, values, exact, running, stderr, name in courses:
+        axes.plot(middle.numpy(), _at(values, worst), "o-", color=_EXACT, markersize=4, label="batches")
+        axes.axhline(float(exact[worst]), color=_EXACT, linewidth=0.8, linestyle=":", label="exact")
+        axes.axhline(
+            float(running[worst]), color=color, linewidth=1.5, linestyle="--", label="running ± 2 standard errors"
+        )
+        half = 2 * float(torch.nan_to_num(stderr[worst]))
+        axes.axhspan(float(running[worst]) - half, float(running[worst]) + half, color=color, alpha=0.2, linewidth=0)
+        axes.set_xlabel(f"batch in the window (channel {worst})")
+        axes.set_ylabel(name)
+        _legend_above(axes, 3)
+    return fig, ax
+
+
+def shortened(name: str, length: int = 28) -> str:
+    """The end of a name that is too long, on one line."""
+    name = " ".join(name.split())
+    return name if len(name) <= length else f"…{name[1 - length :]}"
+
+
+def _legend_above(ax: Axes, num_columns: int) -> None:
+    ax.legend(
+        fontsize=8,
+        ncols=num_columns,
+        loc="lower left",
+        bbox_to_anchor=(0, 1),
+        frameon=False,
+        borderaxespad=0.3,
+        columnspacing=1.2,
+        handletextpad=0.5,
+    )
+
+
+def _std(var: Tensor) -> Tensor:
+    return var.clamp_min(0).sqrt()
+
+
+def _at(values: Tensor, channels: Any) -> Any:
+    return values[..., channels].numpy()
+
+
+def _figure(ax: Axes) -> Figure:
+    from matplotlib.figure import Figure
+
+    fig = ax.get_figure(root=True)
+    assert isinstance(fig, Figure)
+    return fig
