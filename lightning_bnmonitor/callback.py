@@ -14,6 +14,7 @@ from typing_extensions import override
 
 from lightning_bnmonitor import ranks
 from lightning_bnmonitor.capture import CaptureMode, check_capture
+from lightning_bnmonitor.dashboard import Dashboard
 from lightning_bnmonitor.layer_report import LayerReport
 from lightning_bnmonitor.layers import as_patterns
 from lightning_bnmonitor.report import Report
@@ -102,6 +103,7 @@ class BatchNormMonitor(Callback):
         exclude: str | Sequence[str] | None = None,
         capture: CaptureMode = "auto",
         per_layer: bool | str = "auto",
+        dashboard: bool = True,
         log_key_prefix: str = "bn",
         on_unhealthy: OnUnhealthy = "warn",
     ) -> None:
@@ -115,6 +117,8 @@ class BatchNormMonitor(Callback):
             )
         if not isinstance(per_layer, bool) and per_layer != "auto":
             raise ValueError(f'`per_layer` must be True, False or "auto", got {per_layer!r}.')
+        if not isinstance(dashboard, bool):
+            raise ValueError(f"`dashboard` must be True or False, got {dashboard!r}.")
         if not isinstance(log_key_prefix, str) or not log_key_prefix:
             raise ValueError(f"`log_key_prefix` must be a string that is not empty, got {log_key_prefix!r}.")
         if on_unhealthy not in get_args(OnUnhealthy):
@@ -126,10 +130,12 @@ class BatchNormMonitor(Callback):
         self._exclude = as_patterns("exclude", exclude)
         self._capture = capture
         self._per_layer = per_layer
+        self._has_dashboard = dashboard
         self._log_key_prefix = log_key_prefix
         self._on_unhealthy = on_unhealthy
         self._warned_of: set[tuple[str, str]] = set()  # layer and verdict
         self._tracker: BatchNormTracker | None = None
+        self._dashboard: Dashboard | None = None
         self._report: Report | None = None
         self._num_batches = 0  # training batches in the window that is open
         self._is_due = False  # whether a window begins with the next training batch
@@ -159,6 +165,7 @@ class BatchNormMonitor(Callback):
             "is_awaited": self._is_awaited,
             "warned_of": [list(pair) for pair in sorted(self._warned_of)],
             "summary": dict(self._summary),
+            "dashboard": None if self._dashboard is None else self._dashboard.state_dict(),
             "tracker": self._tracker.state_dict(),
         }
 
@@ -194,6 +201,8 @@ class BatchNormMonitor(Callback):
         self._num_batches, self._is_due = 0, True
         self._is_awaited = self._every_n_train_batches is None  # what is resumed within an epoch does not start one
         self._warned_of, self._summary = set(), {}
+        # Not where nothing is logged: it holds what only rank 0 shows.
+        self._dashboard = Dashboard(self._log_key_prefix) if self._has_dashboard and trainer.is_global_zero else None
         tracker = BatchNormTracker(pl_module, self._include, self._exclude, self._capture)
         self._tracker = tracker.attach()
         if ranks.num_ranks() > 1:
@@ -246,6 +255,8 @@ class BatchNormMonitor(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._is_awaited |= self._every_n_train_batches is not None  # another rank's last window may be open
         self._end_window(trainer, batches_over=1)
+        if self._dashboard is not None:
+            self._dashboard.finish(trainer.loggers)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -255,17 +266,19 @@ class BatchNormMonitor(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._detach()
+        if self._dashboard is not None:
+            self._dashboard.finish(trainer.loggers)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._detach()
         self._report = self.report()
         self._saved = self.state_dict()
-        self._tracker = None
+        self._tracker = self._dashboard = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy monitors nothing: it has the configuration and the last report.
-        return {**self.__dict__, "_tracker": None, "_saved": {}, "_pending": None}
+        return {**self.__dict__, "_tracker": None, "_dashboard": None, "_saved": {}, "_pending": None}
 
     def _is_last_epoch_of_window(self, trainer: Trainer) -> bool:
         # Epochs are counted as ModelCheckpoint counts them, so that equal periods fall together.
@@ -286,11 +299,14 @@ class BatchNormMonitor(Callback):
         prefix = self._log_key_prefix
         self._summary = {f"{prefix}/{name}": value for name, value in self._report.summary().items()}
         self._publish(trainer)
-        metrics = {**self._summary, **self._layer_metrics(self._report)}
+        per_layer = self._layer_metrics(self._report)
+        metrics = {**self._summary, **per_layer}
         # Not `self.log`: it costs milliseconds a key, and is late for a callback that runs in validation.
         step = max(trainer.fit_loop.epoch_loop._batches_that_stepped - batches_over, 0)
         for logger in trainer.loggers if metrics else ():
             _log(logger, metrics, step)
+        if self._dashboard is not None and metrics:
+            self._dashboard.show(trainer.loggers, self._report, step, bool(per_layer))
         self._react(trainer, self._report)
 
     def _publish(self, trainer: Trainer) -> None:
@@ -311,6 +327,8 @@ class BatchNormMonitor(Callback):
         self._num_batches, self._is_due, self._is_awaited = state["num_batches"], state["is_due"], state["is_awaited"]
         self._warned_of = {(name, verdict) for name, verdict in state["warned_of"]}
         self._summary = dict(state["summary"])
+        if self._dashboard is not None and (shown := state.get("dashboard")) is not None:
+            self._dashboard.load_state_dict(shown)
 
     def _react(self, trainer: Trainer, report: Report) -> None:
         """Warn or raise if layers need attention."""
@@ -346,10 +364,10 @@ def _log(logger: Logger, metrics: dict[str, float], step: int) -> None:
 
 
 def _warning(layers: Sequence[LayerReport]) -> str:
-    lines = [f"{layer.explanation} {layer.remedy}" for layer in layers[:_MAX_LAYERS_WARNED_OF]]
-    if others := ", ".join(f"{layer.name} ({layer.verdict})" for layer in layers[_MAX_LAYERS_WARNED_OF:]):
-        lines.append(f"Also: {others}.")
-    return "BatchNorm layers need attention:\n" + "\n".join(lines)
+    listed = ", ".join(f"{layer.name} ({layer.verdict})" for layer in layers[:_MAX_LAYERS_WARNED_OF])
+    if len(layers) > _MAX_LAYERS_WARNED_OF:
+        listed += f" and {len(layers) - _MAX_LAYERS_WARNED_OF} more"
+    return f"BatchNorm layers need attention: {listed}. `BatchNormMonitor.report()` says why, and what to do."
 
 
 def _is_last_validation(trainer: Trainer) -> bool:

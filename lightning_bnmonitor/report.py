@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _EXPLAINED = 3  # layers in need of attention that a printed report explains
+_CHANGES = 10  # layers whose change of verdict is listed
 
 
 class Report(Mapping[str, LayerReport]):
@@ -125,14 +126,25 @@ class Report(Mapping[str, LayerReport]):
         errors = [self._summaries[name]["eval_error"] for name in self]
         return plot_layers(list(self.values()), errors, ax)
 
-    def to_markdown(self) -> str:
-        """What :meth:`__str__` says, in Markdown; names are escaped."""
-        table = self._table("github", _escape)
+    def to_markdown(self, n: int | None = None, since: Mapping[str, str] | None = None) -> str:
+        """What :meth:`brief` says, in Markdown; names are escaped.
+
+        Args:
+            n: Layers in the table, the worst first; None for all.
+            since: Verdicts by name, of an earlier window: changes are listed before the table.
+
+        Raises:
+            ValueError: If ``n`` is negative.
+        """
+        worst = self.worst(n)
         items = [
             f"- **{_escape(layer.name)}**: {layer.verdict}. {_escape(layer.diagnosis.explanation)} {layer.remedy}"
-            for layer in self.unhealthy[:_EXPLAINED]
+            for layer in worst[:_EXPLAINED]
+            if layer.needs_attention
         ]
-        return "\n\n".join(part for part in (self._headline, table, "\n".join(items)) if part)
+        table = self._table("github", _escape, worst) if worst or not self._layers else ""
+        parts = (f"**{self._headline}**", self._changes(since or {}), table, "\n".join(items))
+        return "\n\n".join(part for part in parts if part)
 
     def brief(self, n: int | None = 10) -> str:
         """One sentence on the model, the table of the ``n`` worst layers, and the first three of them explained.
@@ -176,6 +188,15 @@ class Report(Mapping[str, LayerReport]):
         listed = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
         return f"{len(unhealthy)} of {layers} need{'s' * (len(unhealthy) == 1)} attention{alone}: {listed}."
 
+    def _changes(self, since: Mapping[str, str]) -> str:
+        changed = [layer for layer in self.worst() if since.get(layer.name, layer.verdict) != layer.verdict]
+        if not changed:
+            return ""
+        lines = [f"- {_escape(layer.name)}: {since[layer.name]} → {layer.verdict}" for layer in changed[:_CHANGES]]
+        if len(changed) > _CHANGES:
+            lines.append(f"- and {len(changed) - _CHANGES} more")
+        return "\n".join(["Changed since the last window:", "", *lines])
+
     def _table(
         self, style: str, escape: Callable[[str], str] = str, layers: Sequence[LayerReport] | None = None
     ) -> str:
@@ -201,8 +222,9 @@ class Report(Mapping[str, LayerReport]):
 
 
 def _escape(text: str) -> str:
-    """Text that Markdown shows as it is."""
-    return re.sub(r"([\\`*_\[\]<>|])", r"\\\1", " ".join(text.replace("&", "&amp;").splitlines()))
+    """Text that Markdown shows as it is, on GitHub and in TensorBoard: not all know the same escapes."""
+    text = re.sub(r"([\\`*_\[\]])", r"\\\1", " ".join(text.split()))
+    return re.sub(r"&(?=[#\w])|[<>|~$]", lambda match: f"&#{ord(match.group())};", text)
 
 
 def _number(value: float) -> str:

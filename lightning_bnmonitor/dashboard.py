@@ -1,0 +1,181 @@
+"""What loggers can show beyond scalars: a heatmap and a text for each window, and TensorBoard's layout of charts."""
+
+from __future__ import annotations
+
+import re
+import time
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+from lightning.pytorch.loggers import Logger
+from numpy.typing import NDArray
+
+from lightning_bnmonitor.diagnosis import METRICS
+from lightning_bnmonitor.heatmap import Heatmap
+from lightning_bnmonitor.report import Report
+
+_SHARE = 0.01  # of the time since the beginning that may go into drawing
+_NUM_LAYERS = 10  # in a text
+_HEALTH, _LAYERS = "BatchNorm health", "BatchNorm layers"  # titles in the layout of charts
+
+
+class Dashboard:
+    """Heatmap, text and layout for one ``fit``, on the rank that logs.
+
+    A heatmap holds all windows so far. It is drawn at the end of the first window and of the last, and between them as
+    often as takes at most 1 % of the time, so that any number of short windows costs little and fills no disk.
+
+    Args:
+        prefix: What all tags begin with.
+    """
+
+    def __init__(self, prefix: str) -> None:
+        self._prefix = prefix
+        self._heatmap = Heatmap()
+        self._verdicts: dict[str, str] = {}  # of the layers, in the window before
+        self._undrawn: int | None = None  # the step of a window that is not in a picture yet
+        self._is_first = True
+        self._began, self._spent = time.monotonic(), 0.0  # seconds
+        self._refused: set[tuple[int, str]] = set()  # what loggers failed to take
+
+    def show(self, loggers: Sequence[Logger], report: Report, step: int, per_layer: bool) -> None:
+        """Log a window that ended at a training step.
+
+        Args:
+            loggers: All loggers: each gets what it has a method for.
+            report: The report of the window.
+            step: The step to log at.
+            per_layer: Whether there are scalars for each layer.
+        """
+        is_full = self._heatmap.add(report, step)
+        text = report.to_markdown(_NUM_LAYERS, self._verdicts or None)
+        self._verdicts = {name: layer.verdict for name, layer in report.items()}
+        self._undrawn = step
+        for logger in loggers:
+            if self._is_first:
+                self._try(logger, "charts", partial(_set_layout, logger, self._prefix, per_layer))
+            self._try(logger, "report", partial(_log_text, logger, f"{self._prefix}/report", text, step))
+        if self._is_first or (is_full and self._spent <= _SHARE * (time.monotonic() - self._began)):
+            self.finish(loggers)
+        self._is_first = False
+
+    def finish(self, loggers: Sequence[Logger]) -> None:
+        """Draw the heatmap, if a window has ended since it was drawn."""
+        step, self._undrawn = self._undrawn, None
+        takers = [
+            logger for logger in loggers if _takes_images(logger) and (id(logger), "heatmap") not in self._refused
+        ]
+        if step is None or not takers:
+            return
+        began = time.monotonic()
+        image = self._heatmap.draw()
+        tag = f"{self._prefix}/heatmap"
+        for logger in takers:
+            self._try(logger, "heatmap", partial(_log_image, logger, tag, image, step))
+        self._spent += time.monotonic() - began
+
+    def state_dict(self) -> dict[str, Any]:
+        """What the next windows are compared with, in tensors and primitives."""
+        return {"heatmap": self._heatmap.state_dict(), "verdicts": dict(self._verdicts)}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`."""
+        self._heatmap.load_state_dict(state["heatmap"])
+        self._verdicts = dict(state["verdicts"])
+
+    def _try(self, logger: Logger, what: str, log: Callable[[], None]) -> None:
+        """Log unless it failed before: what a logger cannot take is no reason not to train."""
+        if (id(logger), what) in self._refused:
+            return
+        try:
+            log()
+        except Exception as error:
+            self._refused.add((id(logger), what))
+            warnings.warn(f"{type(logger).__name__} did not log the BatchNorm {what}: {error!r}", stacklevel=6)
+
+
+def layout(prefix: str, per_layer: bool) -> dict[str, dict[str, list[Any]]]:
+    """The charts of TensorBoard's custom scalars, as ``SummaryWriter.add_custom_scalars`` takes them."""
+    prefix = re.escape(prefix)
+    errors = [f"^{prefix}/eval_error_{of}$" for of in ("max", "p90", "median")]
+    charts: dict[str, dict[str, list[Any]]] = {
+        _HEALTH: {
+            "eval_error over the layers: maximum, 90 %, median": ["Multiline", errors],
+            "layers that need attention": ["Multiline", [f"^{prefix}/unhealthy_layers$"]],
+        }
+    }
+    if per_layer:
+        charts[_LAYERS] = {metric: ["Multiline", [rf"^{prefix}\.{metric}/"]] for metric in METRICS}
+    return charts
+
+
+def _set_layout(logger: Any, prefix: str, per_layer: bool) -> None:
+    """Add our charts to those that a user has laid out in the logger's directory.
+
+    TensorBoard shows the last layout of a run: one that is set later stands.
+    """
+    experiment: Any = getattr(logger, "experiment", None)
+    if not hasattr(type(experiment), "add_custom_scalars"):
+        return
+    charts = layout(prefix, per_layer)
+    experiment.flush()
+    others = [category for category in _categories(experiment.log_dir) if category.title not in charts]
+    if not others:
+        experiment.add_custom_scalars(charts)
+        return
+    from tensorboard.plugins.custom_scalar import layout_pb2, summary
+
+    ours = [
+        layout_pb2.Category(
+            title=title,
+            chart=[
+                layout_pb2.Chart(title=name, multiline=layout_pb2.MultilineChartContent(tag=tags))
+                for name, (_, tags) in its.items()
+            ],
+        )
+        for title, its in charts.items()
+    ]
+    experiment.file_writer.add_summary(summary.pb(layout_pb2.Layout(category=[*others, *ours])))
+
+
+def _categories(folder: str) -> list[Any]:
+    """The categories of the last layout in a directory of event files."""
+    from tensorboard.backend.event_processing import io_wrapper
+    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.plugins.custom_scalar import layout_pb2, metadata
+
+    found = layout_pb2.Layout()
+    for path in sorted(io_wrapper.ListDirectoryAbsolute(folder)):
+        if not io_wrapper.IsSummaryEventsFile(path):
+            continue
+        for record in RawEventFileLoader(path).Load():
+            if metadata.CONFIG_SUMMARY_TAG.encode() in record:
+                for value in Event.FromString(record).summary.value:
+                    if value.tag == metadata.CONFIG_SUMMARY_TAG:
+                        found = layout_pb2.Layout.FromString(value.tensor.string_val[0])
+    return list(found.category)
+
+
+def _takes_images(logger: Logger) -> bool:
+    experiment: Any = getattr(logger, "experiment", None)
+    return hasattr(type(experiment), "add_image") or hasattr(type(logger), "log_image")
+
+
+def _log_image(logger: Any, tag: str, image: NDArray[np.uint8], step: int) -> None:
+    experiment: Any = getattr(logger, "experiment", None)
+    if hasattr(type(experiment), "add_image"):
+        experiment.add_image(tag, image, step, dataformats="HWC")
+    else:
+        logger.log_image(key=tag, images=[image], step=step)
+
+
+def _log_text(logger: Any, tag: str, text: str, step: int) -> None:
+    experiment: Any = getattr(logger, "experiment", None)
+    if hasattr(type(experiment), "add_text"):
+        experiment.add_text(tag, text, step)
+    elif hasattr(type(logger), "log_text"):
+        logger.log_text(key=tag, columns=["report"], data=[[text]], step=step)

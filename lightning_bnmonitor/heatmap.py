@@ -1,0 +1,197 @@
+"""The layers' ``eval_error`` over all windows, in bounded memory and as a picture of bounded size."""
+
+from __future__ import annotations
+
+import math
+from collections import Counter, defaultdict
+from collections.abc import Iterable, Mapping
+from itertools import count
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from lightning_bnmonitor.diagnosis import ALERT, VERDICTS, WARNING
+from lightning_bnmonitor.plots import STYLES, shortened
+from lightning_bnmonitor.report import Report
+
+MAX_ROWS, MAX_COLUMNS = 60, 60
+_LEVELS = (0.0, 0.03, WARNING, ALERT, 0.6, 1.5)  # the last is open above
+_COLORS = ("#f6f4ea", "#dcd9c4", "#e9b44c", "#d1603d", "#8c2f5b", "#2b1243")  # ever darker
+_MISSING = "#ffffff"
+_DPI = 100
+_CELL_HEIGHT, _MIN_ROWS, _PLOT_WIDTH, _TOP, _BOTTOM, _RIGHT = 19, 5, 640, 62, 98, 24  # in pixels
+_CHARACTER = 8.4  # width in pixels
+_NO_VERDICT = len(VERDICTS)
+
+
+class Heatmap:
+    """What is remembered of all windows: at most 60 rows of layers by 60 columns of windows.
+
+    When a 61st column would begin, neighbouring columns are merged in pairs, and from then on a column holds twice as
+    many windows: the largest error of them. More than 60 layers are grouped by the modules that they are in.
+    """
+
+    def __init__(self) -> None:
+        self.rows: list[str] = []
+        """Names of layers, or of groups of them."""
+        self.steps: list[int] = []
+        """The training step at the end of each column."""
+        self._errors = np.empty((0, 0), dtype=np.float32)
+        self._verdicts = np.empty((0, 0), dtype=np.uint8)  # indices, the last one for none
+        self._stride = 1  # windows in a full column
+        self._filled = 1  # in the last one
+
+    def add(self, report: Report, step: int) -> bool:
+        """Append a window that ended after so many training steps. Returns whether a column is full now."""
+        errors, verdicts = self._place(report)
+        if self._filled < self._stride:
+            self._filled += 1
+            self.steps[-1] = step
+            both = np.stack([self._errors[:, -1], errors], axis=1), np.stack([self._verdicts[:, -1], verdicts], axis=1)
+            self._errors[:, -1:], self._verdicts[:, -1:] = _paired(*both)
+        else:
+            if len(self.steps) == MAX_COLUMNS:
+                self._errors, self._verdicts = _paired(self._errors, self._verdicts)
+                self.steps, self._stride = self.steps[1::2], 2 * self._stride
+            self.steps.append(step)
+            self._errors = np.column_stack([self._errors, errors])
+            self._verdicts = np.column_stack([self._verdicts, verdicts])
+            self._filled = 1
+        return self._filled == self._stride
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, in tensors and primitives."""
+        return {
+            "rows": list(self.rows),
+            "steps": list(self.steps),
+            "errors": torch.from_numpy(self._errors.copy()),
+            "verdicts": torch.from_numpy(self._verdicts.copy()),
+            "stride": self._stride,
+            "filled": self._filled,
+        }
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`."""
+        self.rows, self.steps = list(state["rows"]), list(state["steps"])
+        self._errors, self._verdicts = state["errors"].numpy().copy(), state["verdicts"].numpy().copy()
+        self._stride, self._filled = state["stride"], state["filled"]
+
+    def draw(self) -> NDArray[np.uint8]:
+        """The picture, ``(height, width, 3)``: at most 1300 pixels high and 1000 wide."""
+        import matplotlib as mpl
+        from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.colors import BoundaryNorm, ListedColormap
+        from matplotlib.figure import Figure
+
+        with mpl.rc_context(), mpl.style.context("default"):
+            names = [shortened(name) for name in self.rows]
+            left = 16 + _CHARACTER * max(map(len, names), default=0)
+            height_of_rows = _CELL_HEIGHT * max(len(names), _MIN_ROWS)
+            width, height = left + _PLOT_WIDTH + _RIGHT, _TOP + height_of_rows + _BOTTOM
+            fig = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
+            canvas = FigureCanvasAgg(fig)
+            plot = (left / width, _BOTTOM / height, _PLOT_WIDTH / width, height_of_rows / height)
+            ax = fig.add_axes(plot)
+            colors = ListedColormap(_COLORS, bad=_MISSING)
+            norm = BoundaryNorm(_LEVELS, len(_COLORS), extend="max")
+            shown = np.ma.masked_invalid(np.where(np.isposinf(self._errors), 1e3, self._errors))
+            image = ax.imshow(shown, cmap=colors, norm=norm, aspect="auto", interpolation="nearest")
+            self._mark(ax)
+            ax.set_yticks([])  # drawn by hand, which takes half as long
+            style: dict[str, Any] = {
+                "fontsize": 10,
+                "family": "monospace",
+                "ha": "right",
+                "va": "center",
+                "parse_math": False,
+            }
+            for row, name in enumerate(names):
+                ax.text(-0.5 - 5 * len(self.steps) / _PLOT_WIDTH, row, name, **style)
+            every = -(-len(self.steps) // 10) or 1
+            shown_steps = range(len(self.steps))[::-every][::-1]
+            ax.set_xticks(shown_steps, [str(self.steps[index]) for index in shown_steps], fontsize=10)
+            ax.set_xlabel("training step at the end of the window", fontsize=10)
+            ax.tick_params(length=0)
+            ax.hlines(np.arange(1, len(names)) - 0.5, -0.5, len(self.steps) - 0.5, color="white", linewidth=1)
+            bar = fig.add_axes((plot[0], 28 / height, plot[2], 12 / height))
+            ticks = fig.colorbar(image, cax=bar, orientation="horizontal", ticks=_LEVELS, spacing="uniform")
+            ticks.ax.set_xticklabels([f"{level:g}" for level in _LEVELS], fontsize=9)
+            fig.text(8 / width, 1 - 20 / height, "BatchNorm: eval_error of the layers, window by window", fontsize=12)
+            fig.text(8 / width, 1 - 44 / height, self._legend(), fontsize=10)
+            canvas.draw()  # type: ignore[no-untyped-call]
+            pixels: NDArray[np.uint8] = np.asarray(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
+            return np.ascontiguousarray(pixels[..., :3])
+
+    def _mark(self, ax: Any) -> None:
+        """A letter where a verdict begins, and dots where it goes on."""
+        previous = np.column_stack([np.full(len(self.rows), _NO_VERDICT), self._verdicts[:, :-1]])
+        light = ~(self._errors >= ALERT)
+        for index, verdict in enumerate(VERDICTS):
+            if verdict == "healthy":
+                continue
+            its = self._verdicts == index
+            begins = its & (previous != index)
+            for marks, marker, size in ((begins, f"${STYLES[verdict].letter}$", 60), (its & ~begins, ".", 12)):
+                for where, color in ((marks & light, "black"), (marks & ~light, "white")):
+                    if where.any():
+                        row, column = where.nonzero()
+                        ax.scatter(column, row, s=size, marker=marker, color=color, linewidths=0)
+
+    def _legend(self) -> str:
+        present = [verdict for index, verdict in enumerate(VERDICTS) if (self._verdicts == index).any()]
+        marks = [f"{STYLES[verdict].letter} {verdict}" for verdict in present if verdict != "healthy"]
+        return "    ".join(marks) if marks else "no layer was anything but healthy"
+
+    def _place(self, report: Report) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+        """Error and verdict of each row; the rows are made those of this report, in its order."""
+        groups, summaries = grouped(report), report.layer_summaries()
+        before = {label: row for row, label in enumerate(self.rows)}
+        self.rows = list(dict.fromkeys(groups.values()))
+        shape = (len(self.rows), len(self.steps))
+        errors, verdicts = np.full(shape, math.nan, dtype=np.float32), np.full(shape, _NO_VERDICT, dtype=np.uint8)
+        for row, label in enumerate(self.rows):
+            if label in before:
+                errors[row], verdicts[row] = self._errors[before[label]], self._verdicts[before[label]]
+        self._errors, self._verdicts = errors, verdicts
+        position = {label: row for row, label in enumerate(self.rows)}
+        new_errors = np.full(len(self.rows), math.nan, dtype=np.float32)
+        new_verdicts = np.full(len(self.rows), _NO_VERDICT, dtype=np.uint8)
+        for layer in reversed(report.worst()):
+            row = position[groups[layer.name]]
+            new_errors[row] = np.fmax(new_errors[row], summaries[layer.name]["eval_error"])
+            new_verdicts[row] = VERDICTS.index(layer.verdict)
+        return new_errors, new_verdicts
+
+
+def grouped(names: Iterable[str]) -> dict[str, str]:
+    """The row of each layer: its own name if there are at most 60, or else that of a module that it is in.
+
+    These modules are as high in the hierarchy as still gives more than 60, and so many consecutive ones with the same
+    parent share a row as leaves 60.
+    """
+    paths = {name: tuple(name.split(".")) for name in names}
+    if len(paths) <= MAX_ROWS:
+        return {name: name for name in paths}
+    depth = next(depth for depth in count(1) if len({path[:depth] for path in paths.values()}) > MAX_ROWS)
+    siblings: dict[tuple[str, ...], list[tuple[str, ...]]] = defaultdict(list)
+    for module in dict.fromkeys(path[:depth] for path in paths.values()):
+        siblings[module[:-1]].append(module)
+    size = next(size for size in count(2) if sum(-(-len(each) // size) for each in siblings.values()) <= MAX_ROWS)
+    rows: dict[tuple[str, ...], str] = {}
+    for parent, modules in siblings.items():
+        for start in range(0, len(modules), size):
+            run = modules[start : start + size]
+            label = ".".join(run[0]) if len(run) == 1 else f"{'.'.join(run[0])} to {run[-1][-1]}"
+            rows |= dict.fromkeys(run, ".".join(parent) if 1 < len(run) == len(modules) else label)
+    layers = Counter(rows[path[:depth]] for path in paths.values())
+    of_layers = {name: rows[path[:depth]] for name, path in paths.items()}
+    return {name: row if row == name else f"{row} ({layers[row]})" for name, row in of_layers.items()}
+
+
+def _paired(errors: NDArray[np.float32], verdicts: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
+    """Columns merged in pairs: the larger error, and the verdict that comes with it."""
+    first, second = errors[:, 0::2], errors[:, 1::2]
+    later = ~(first > second) & (verdicts[:, 1::2] != _NO_VERDICT)
+    return np.fmax(first, second), np.where(later, verdicts[:, 1::2], verdicts[:, 0::2])
