@@ -364,7 +364,12 @@ def _log(logger: Logger, metrics: dict[str, float], step: int) -> None:
 
 
 def _warning(layers: Sequence[LayerReport]) -> str:
-    listed = ", ".join(f"{layer.name} ({layer.verdict})" for layer in layers[:_MAX_LAYERS_WARNED_OF])
+    """All in one line: the report has the rest."""
+    errors = [layer.evidence.get("eval_error", math.nan) for layer in layers]
+    listed = ", ".join(
+        f"{layer.name} ({layer.verdict}, eval_error {error:.2g})"
+        for layer, error in list(zip(layers, errors, strict=True))[:_MAX_LAYERS_WARNED_OF]
+    )
     if len(layers) > _MAX_LAYERS_WARNED_OF:
         listed += f" and {len(layers) - _MAX_LAYERS_WARNED_OF} more"
     return f"BatchNorm layers need attention: {listed}. `BatchNormMonitor.report()` says why, and what to do."

@@ -19,7 +19,6 @@ from lightning_bnmonitor.report import Report
 
 _SHARE = 0.01  # of the time since the beginning that may go into drawing
 _NUM_LAYERS = 10  # in a text
-_HEALTH, _LAYERS = "BatchNorm health", "BatchNorm layers"  # titles in the layout of charts
 
 
 class Dashboard:
@@ -99,16 +98,17 @@ class Dashboard:
 
 def layout(prefix: str, per_layer: bool) -> dict[str, dict[str, list[Any]]]:
     """The charts of TensorBoard's custom scalars, as ``SummaryWriter.add_custom_scalars`` takes them."""
+    suffix = "" if prefix == "bn" else f" ({prefix})"
     prefix = re.escape(prefix)
     errors = [f"^{prefix}/eval_error_{of}$" for of in ("max", "p90", "median")]
     charts: dict[str, dict[str, list[Any]]] = {
-        _HEALTH: {
+        f"BatchNorm health{suffix}": {
             "eval_error over the layers: maximum, 90 %, median": ["Multiline", errors],
             "layers that need attention": ["Multiline", [f"^{prefix}/unhealthy_layers$"]],
         }
     }
     if per_layer:
-        charts[_LAYERS] = {metric: ["Multiline", [rf"^{prefix}\.{metric}/"]] for metric in METRICS}
+        charts[f"BatchNorm layers{suffix}"] = {metric: ["Multiline", [rf"^{prefix}\.{metric}/"]] for metric in METRICS}
     return charts
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping
 from itertools import count
@@ -21,7 +22,9 @@ _LEVELS = (0.0, 0.03, WARNING, ALERT, 0.6, 1.5)  # the last is open above
 _COLORS = ("#f6f4ea", "#dcd9c4", "#e9b44c", "#d1603d", "#8c2f5b", "#2b1243")  # ever darker
 _MISSING = "#ffffff"
 _DPI = 100
-_CELL_HEIGHT, _MIN_ROWS, _PLOT_WIDTH, _TOP, _BOTTOM, _RIGHT = 19, 5, 640, 62, 98, 24  # in pixels
+# In pixels. TensorBoard shows a picture 350 pixels wide: few columns take little room, for letters that can be read.
+_CELL_HEIGHT, _CELL_WIDTH, _MIN_WIDTH, _MAX_WIDTH = 19, 28, 320, 640
+_TOP, _LINE, _BOTTOM, _RIGHT = 40, 18, 98, 24
 _CHARACTER = 8.4  # width in pixels
 _NO_VERDICT = len(VERDICTS)
 
@@ -88,11 +91,14 @@ class Heatmap:
         with mpl.rc_context(), mpl.style.context("default"):
             names = [shortened(name) for name in self.rows]
             left = 16 + _CHARACTER * max(map(len, names), default=0)
-            height_of_rows = _CELL_HEIGHT * max(len(names), _MIN_ROWS)
-            width, height = left + _PLOT_WIDTH + _RIGHT, _TOP + height_of_rows + _BOTTOM
+            plot_width = min(max(_CELL_WIDTH * len(self.steps), _MIN_WIDTH), _MAX_WIDTH)
+            plot_height = _CELL_HEIGHT * max(len(names), 1)
+            width = left + plot_width + _RIGHT
+            legend = textwrap.wrap(self._legend(), int(width / _CHARACTER), break_on_hyphens=False)
+            height = _TOP + _LINE * len(legend) + plot_height + _BOTTOM
             fig = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
             canvas = FigureCanvasAgg(fig)
-            plot = (left / width, _BOTTOM / height, _PLOT_WIDTH / width, height_of_rows / height)
+            plot = (left / width, _BOTTOM / height, plot_width / width, plot_height / height)
             ax = fig.add_axes(plot)
             colors = ListedColormap(_COLORS, bad=_MISSING)
             norm = BoundaryNorm(_LEVELS, len(_COLORS), extend="max")
@@ -108,8 +114,8 @@ class Heatmap:
                 "parse_math": False,
             }
             for row, name in enumerate(names):
-                ax.text(-0.5 - 5 * len(self.steps) / _PLOT_WIDTH, row, name, **style)
-            every = -(-len(self.steps) // 10) or 1
+                ax.text(-0.5 - 5 * len(self.steps) / plot_width, row, name, **style)
+            every = -(-len(self.steps) // (plot_width // 64)) or 1
             shown_steps = range(len(self.steps))[::-every][::-1]
             ax.set_xticks(shown_steps, [str(self.steps[index]) for index in shown_steps], fontsize=10)
             ax.set_xlabel("training step at the end of the window", fontsize=10)
@@ -118,8 +124,10 @@ class Heatmap:
             bar = fig.add_axes((plot[0], 28 / height, plot[2], 12 / height))
             ticks = fig.colorbar(image, cax=bar, orientation="horizontal", ticks=_LEVELS, spacing="uniform")
             ticks.ax.set_xticklabels([f"{level:g}" for level in _LEVELS], fontsize=9)
-            fig.text(8 / width, 1 - 20 / height, "BatchNorm: eval_error of the layers, window by window", fontsize=12)
-            fig.text(8 / width, 1 - 44 / height, self._legend(), fontsize=10)
+            fig.text(8 / width, 1 - 22 / height, "eval_error of BatchNorm layers", fontsize=12)
+            for line, text in enumerate(legend):
+                y = 1 - (_TOP + _LINE * line) / height
+                fig.text(8 / width, y, text.replace("=", " "), fontsize=10, family="monospace")
             canvas.draw()  # type: ignore[no-untyped-call]
             pixels: NDArray[np.uint8] = np.asarray(canvas.buffer_rgba())  # type: ignore[no-untyped-call]
             return np.ascontiguousarray(pixels[..., :3])
@@ -141,8 +149,8 @@ class Heatmap:
 
     def _legend(self) -> str:
         present = [verdict for index, verdict in enumerate(VERDICTS) if (self._verdicts == index).any()]
-        marks = [f"{STYLES[verdict].letter} {verdict}" for verdict in present if verdict != "healthy"]
-        return "    ".join(marks) if marks else "no layer was anything but healthy"
+        marks = [f"{STYLES[verdict].letter}={verdict}" for verdict in present if verdict != "healthy"]
+        return " ".join(marks) if marks else "all layers are healthy"
 
     def _place(self, report: Report) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         """Error and verdict of each row; the rows are made those of this report, in its order."""

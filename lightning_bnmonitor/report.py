@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _EXPLAINED = 3  # layers in need of attention that a printed report explains
+_ERRORS, _DISTANCES = ("eval_error", "noise"), ("mean_shift", "log_var_ratio")
 _CHANGES = 10  # layers whose change of verdict is listed
 
 
@@ -127,7 +128,7 @@ class Report(Mapping[str, LayerReport]):
         return plot_layers(list(self.values()), errors, ax)
 
     def to_markdown(self, n: int | None = None, since: Mapping[str, str] | None = None) -> str:
-        """What :meth:`brief` says, in Markdown; names are escaped.
+        """What :meth:`brief` says, in Markdown, the table narrower by some columns; names are escaped.
 
         Args:
             n: Layers in the table, the worst first; None for all.
@@ -142,7 +143,7 @@ class Report(Mapping[str, LayerReport]):
             for layer in worst[:_EXPLAINED]
             if layer.needs_attention
         ]
-        table = self._table("github", _escape, worst) if worst or not self._layers else ""
+        table = self._table("github", _escape, worst, (*_ERRORS, *_DISTANCES)) if worst else ""
         parts = (f"**{self._headline}**", self._changes(since or {}), table, "\n".join(items))
         return "\n\n".join(part for part in parts if part)
 
@@ -198,27 +199,23 @@ class Report(Mapping[str, LayerReport]):
         return "\n".join(["Changed since the last window:", "", *lines])
 
     def _table(
-        self, style: str, escape: Callable[[str], str] = str, layers: Sequence[LayerReport] | None = None
+        self,
+        style: str,
+        escape: Callable[[str], str] = str,
+        layers: Sequence[LayerReport] | None = None,
+        columns: Sequence[str] = (*_ERRORS, "act_rmse", *_DISTANCES, "channels", "batches", "samples"),
     ) -> str:
-        rows = [
-            [
-                escape(layer.name),
-                ", ".join([layer.verdict, *layer.flags]),
-                *(_number(value) for value in (self._summaries[layer.name]["eval_error"], self._floor(layer))),
-                *(_number(self._summaries[layer.name][metric]) for metric in METRICS[1:]),
-                layer.num_features,
-                layer.num_batches,
-                layer.num_samples,
-            ]
-            for layer in (self.worst() if layers is None else layers)
-        ]
-        headers = ["layer", "verdict", "eval_error", "noise", *METRICS[1:], "channels", "batches", "samples"]
-        align = ("left", "left", *["right"] * (len(headers) - 2))
+        rows = []
+        for layer in self.worst() if layers is None else layers:
+            cells = {name: _number(value) for name, value in self._summaries[layer.name].items()}
+            cells["noise"] = _number(layer.diagnosis.evidence.get("noise_error", math.nan))
+            cells |= {"channels": str(layer.num_features), "batches": str(layer.num_batches)}
+            cells["samples"] = str(layer.num_samples)
+            words = [escape(layer.name), ", ".join([layer.verdict, *layer.flags])]
+            rows.append([*words, *(cells[name] for name in columns)])
+        headers = ["layer", "verdict", *columns]
+        align = ("left", "left", *["right"] * len(columns))
         return tabulate(rows, headers=headers, tablefmt=style, disable_numparse=True, colalign=align if rows else None)
-
-    @staticmethod
-    def _floor(layer: LayerReport) -> float:
-        return layer.diagnosis.evidence.get("noise_error", math.nan)
 
 
 def _escape(text: str) -> str:

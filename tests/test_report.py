@@ -20,6 +20,7 @@ NAN, INF = math.nan, math.inf
 METRICS = ("eval_error", "act_rmse", "mean_shift", "log_var_ratio")
 PER_CHANNEL = ("mean_shift", "log_var_ratio", "act_rmse", "kl", "eval_error")
 MOMENTS = ("population_mean", "population_var", "running_mean", "running_var", "now_mean", "now_var")
+MARKDOWN_COLUMNS = ["layer", "verdict", "eval_error", "noise", "mean_shift", "log_var_ratio"]
 COLUMNS = ["layer", "verdict", "eval_error", "noise", *METRICS[1:], "channels", "batches", "samples"]
 NOT_SICK = ("unused", "no-running-stats", "stale", "frozen", "insufficient-data", "drifting", "healthy")
 
@@ -601,8 +602,8 @@ def test_tables_have_a_row_for_each_layer_with_the_worst_first():
 
 def test_tables_show_verdict_flags_counts_and_the_numbers_of_the_summary():
     report = sample_report()
-    rows = {row[0]: row for row in markdown_rows(report.to_markdown())}
-    assert rows["layer"] == COLUMNS
+    rows = {row[0]: row for row in text_rows(str(report))}
+    assert str(report).split("\n\n")[1].splitlines()[0].split() == COLUMNS
     counts = ["1", "10", "80"]
     errors = ["0.2500", "0.0500", "0.2500", "0.2500", "0.0000"]
     assert rows["encoder.0"] == ["encoder.0", "drifting, dead-channels, missed-calls", *errors, *counts]
@@ -611,7 +612,9 @@ def test_tables_show_verdict_flags_counts_and_the_numbers_of_the_summary():
     assert rows["head"] == ["head", "unused", "-", "0.0500", "-", "-", "-", "1", "0", "0"]
     in_html = [[cell.strip() for cell in row] for row in Cells(report._repr_html_()).rows if row]
     assert in_html == [rows[name] for name in ("10", "tail", "encoder.0", "encoder.1", "head")]
-    assert text_rows(str(report)) == in_html
+    in_markdown = markdown_rows(report.to_markdown())
+    assert in_markdown[0] == MARKDOWN_COLUMNS
+    assert in_markdown[2:] == [[row[COLUMNS.index(name)] for name in MARKDOWN_COLUMNS] for row in in_html]
 
 
 def test_the_column_noise_is_the_floor_of_the_evidence():
@@ -643,7 +646,7 @@ def test_the_column_noise_is_the_floor_of_the_evidence():
 def test_every_form_begins_with_one_sentence_on_the_model(layers, headline):
     report = Report(layers)
     assert str(report).split("\n")[0] == headline
-    assert report.to_markdown().split("\n")[0] == headline
+    assert report.to_markdown().split("\n")[0] == f"**{headline}**"
     assert Cells(report._repr_html_()).texts[0] == headline
     assert report.brief(0) == headline
 
@@ -762,7 +765,7 @@ def test_markdown_keeps_a_layer_name_in_its_cell_and_item_and_lets_none_become_a
     source = report.to_markdown()
     rows = markdown_rows(source)
     assert len(rows) == 3
-    assert [len(row) for row in rows] == [len(COLUMNS)] * 3
+    assert [len(row) for row in rows] == [len(MARKDOWN_COLUMNS)] * 3
     item = as_shown(source.split("\n\n")[-1])
     shown = " ".join(name.split("\n"))
     assert rows[-1][0] == shown
@@ -770,6 +773,34 @@ def test_markdown_keeps_a_layer_name_in_its_cell_and_item_and_lets_none_become_a
     assert not re.search(r"(?<!\\)<[bi]>", source)
     emphasis = re.sub(r"`[^`]*`", "", re.sub(r"\\.", "", source.split("\n\n")[-1]))  # what is not escaped nor code
     assert emphasis.count("**") == 2
+
+
+def test_markdown_lists_what_has_changed_since_an_earlier_window_before_the_table():
+    report = sick_report()
+    before = {"fine": "healthy", "a": "noisy", "b": "lagging", "d": "healthy", "gone": "noisy"}
+    headline, introduction, changes, table, _ = report.to_markdown(since=before).split("\n\n")
+    assert headline == "**5 of 6 BatchNorm layers need attention: 5 lagging.**"
+    assert introduction == "Changed since the last window:"
+    assert changes.splitlines() == ["- a: noisy → lagging", "- d: healthy → lagging"]
+    assert table.startswith("| layer")
+
+
+def test_markdown_lists_ten_changes_and_counts_the_others():
+    report = Report(layer(f"a_{index}") for index in range(13))
+    changes = report.to_markdown(since=dict.fromkeys(report, "noisy")).split("\n\n")[2].splitlines()
+    assert changes == [rf"- a\_{index}: noisy → healthy" for index in range(10)] + ["- and 3 more"]
+
+
+@pytest.mark.parametrize("since", [None, {}, {"a": "lagging", "fine": "healthy"}])
+def test_markdown_lists_no_changes_if_there_are_none(since):
+    assert sick_report().to_markdown(since=since) == sick_report().to_markdown()
+
+
+@pytest.mark.parametrize("n", [0, 1, 4, 9])
+def test_markdown_has_the_n_worst_layers(n):
+    source = sick_report().to_markdown(n)
+    assert [row[0] for row in markdown_rows(source)[2:]] == ["a", "b", "c", "d", "e", "fine"][:n]
+    assert sum(line.startswith("- **") for line in source.splitlines()) == min(n, 3)
 
 
 def test_an_empty_report_has_every_form():
@@ -780,8 +811,7 @@ def test_an_empty_report_has_every_form():
     assert report.layer_summaries() == {}
     assert report.to_dict() == {"rank": None, "summary": {}, "layers": {}}
     assert str(report) == report.brief() == "No BatchNorm layer was monitored."
-    assert markdown_rows(report.to_markdown())[0] == COLUMNS
-    assert len(markdown_rows(report.to_markdown())) == 2
+    assert report.to_markdown() == "**No BatchNorm layer was monitored.**"
     assert Cells(report._repr_html_()).tags == ["p"]
     assert repr(report) == "Report([])"
     with pytest.raises(KeyError, match="'any'"):
