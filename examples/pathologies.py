@@ -8,16 +8,19 @@ number), or the running statistics are recomputed at its end. Losses are those o
 from __future__ import annotations
 
 import argparse
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import torch
+from lightning.pytorch.loggers import TensorBoardLogger
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_bnmonitor import BatchNormTracker, LayerReport, Report
+from lightning_bnmonitor.dashboard import Dashboard
 
 FEATURES, CLASSES, GROUPS = 16, 8, 64
 NUM_TRAIN, NUM_EVAL = 2048, 1024
@@ -118,8 +121,8 @@ class Training:
     between_groups: float = 0.0
     momentum: float | None = 0.1
 
-    def run(self, seed: int) -> tuple[Report, float]:
-        """The report of the last epoch, and the loss in eval mode."""
+    def run(self, seed: int) -> tuple[list[Report], float]:
+        """The reports of all epochs, and the loss in eval mode."""
         torch.manual_seed(seed)
         generator = torch.Generator().manual_seed(seed)
         train, held_out = (Data.sample(n, generator, self.between_groups) for n in (NUM_TRAIN, NUM_EVAL))
@@ -127,9 +130,10 @@ class Training:
         for norm in (net.norm1, net.norm2):
             norm.momentum = self.momentum
         optimizer = torch.optim.SGD(net.parameters(), lr=self.lr, momentum=0.9)
+        reports = []
         with BatchNormTracker(net) as tracker:
+            tracker.close()
             for epoch in range(self.epochs + self.recalibrate):
-                tracker.close()
                 if epoch == self.epochs:
                     optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
                     update_bn([self.disturb(x, epoch, 1.0) for x, _ in self._batches(train, generator)], net)
@@ -143,11 +147,11 @@ class Training:
                     if torch.isfinite(loss):
                         loss.backward()
                         optimizer.step()
-            report = tracker.close()
+                reports.append(tracker.close())
         net.eval()
         with torch.no_grad():
             logits = net(self.disturb(held_out.x, self.epochs, 1.0))
-        return report, float(nn.functional.cross_entropy(logits, held_out.y))
+        return reports, float(nn.functional.cross_entropy(logits, held_out.y))
 
     def _batches(self, data: Data, generator: torch.Generator) -> Iterator[tuple[Tensor, Tensor]]:
         """One epoch of full batches, in the order that was asked for."""
@@ -338,17 +342,25 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--explain", action="store_true", help="print each explanation and remedy, too")
+    parser.add_argument(
+        "--logdir", type=Path, help="log all epochs of all causes as layers of one model, for TensorBoard"
+    )
     args = parser.parse_args()
+    epochs: list[list[LayerReport]] = [[] for _ in range(Training.epochs)]
     rows, named, helped, remedies = [], 0, 0, 0
     for case in CASES:
-        report, loss = case.training.run(args.seed)
-        layer = report[case.layer]
+        reports, loss = case.training.run(args.seed)
+        layer = reports[-1][case.layer]
+        for epoch, report in zip(epochs, reports, strict=True):
+            epoch.append(
+                replace(report[case.layer], name=case.cause if case.layer == "norm1" else f"{case.cause}, {case.layer}")
+            )
         right = case.expected == layer.verdict or case.expected in layer.flags
         named += right
         row = [case.cause, case.layer, _words(layer), loss, case.remedy]
         if case.repaired is not None:
             remedies += 1
-            repaired, loss_after = case.repaired(case.training, layer).run(args.seed)
+            (*_, repaired), loss_after = case.repaired(case.training, layer).run(args.seed)
             helps = repaired[case.layer].verdict in ("healthy", "drifting") and not loss_after > loss + _TOLERANCE
             helped += helps
             row += [_words(repaired[case.layer]) + ("" if helps else " (NOT MENDED)"), loss_after]
@@ -359,8 +371,21 @@ def main() -> None:
     headers = ["cause", "layer", "verdict", "eval loss", "remedy", "verdict after", "eval loss after"]
     print(tabulate(rows, headers=headers, tablefmt="github", floatfmt=".2f", missingval="-"))
     print(f"\n{named} of {len(CASES)} causes are named, {helped} of {remedies} remedies help.")
+    if args.logdir is not None:
+        show(epochs, args.logdir)
     if named < len(CASES) or helped < remedies:
         raise SystemExit("A cause was not named, or a remedy did not help.")
+
+
+def show(epochs: Sequence[Sequence[LayerReport]], logdir: Path) -> None:
+    """Log what each epoch has shown of every cause as the monitor would."""
+    logger, dashboard = TensorBoardLogger(logdir, name="pathologies"), Dashboard("bn")
+    for number, layers in enumerate(epochs, start=1):
+        report = Report(layers)
+        logger.log_metrics({f"bn/{name}": value for name, value in report.summary().items()}, step=number)
+        dashboard.show([logger], report, number, per_layer=False)
+    dashboard.finish([logger])
+    logger.finalize("success")
 
 
 def _words(layer: LayerReport) -> str:

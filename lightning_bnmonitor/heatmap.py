@@ -150,7 +150,7 @@ class Heatmap:
     def _legend(self) -> str:
         present = [verdict for index, verdict in enumerate(VERDICTS) if (self._verdicts == index).any()]
         marks = [f"{STYLES[verdict].letter}={verdict}" for verdict in present if verdict != "healthy"]
-        return " ".join(marks) if marks else "all layers are healthy"
+        return "  ".join(marks) if marks else "all layers are healthy"
 
     def _place(self, report: Report) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
         """Error and verdict of each row; the rows are made those of this report, in its order."""

@@ -174,7 +174,7 @@ def plot_channels(layer: LayerReport, ax: Any = None) -> tuple[Figure, Any]:
     return fig, ax
 
 
-def shortened(name: str, length: int = 28) -> str:
+def shortened(name: str, length: int = 40) -> str:
     """The end of a name that is too long, on one line."""
     name = " ".join(name.split())
     return name if len(name) <= length else f"…{name[1 - length :]}"

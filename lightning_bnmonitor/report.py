@@ -15,14 +15,14 @@ from tabulate import tabulate
 
 from lightning_bnmonitor.diagnosis import METRICS
 from lightning_bnmonitor.layer_report import LayerReport, jsonable
-from lightning_bnmonitor.plots import plot_layers
+from lightning_bnmonitor.plots import STYLES, plot_layers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 _EXPLAINED = 3  # layers in need of attention that a printed report explains
-_ERRORS, _DISTANCES = ("eval_error", "noise"), ("mean_shift", "log_var_ratio")
+_ERRORS = ("eval_error", "noise")
 _CHANGES = 10  # layers whose change of verdict is listed
 
 
@@ -128,7 +128,7 @@ class Report(Mapping[str, LayerReport]):
         return plot_layers(list(self.values()), errors, ax)
 
     def to_markdown(self, n: int | None = None, since: Mapping[str, str] | None = None) -> str:
-        """What :meth:`brief` says, in Markdown, the table narrower by some columns; names are escaped.
+        """What :meth:`brief` says, in Markdown, with the first columns of the table; names are escaped.
 
         Args:
             n: Layers in the table, the worst first; None for all.
@@ -143,7 +143,7 @@ class Report(Mapping[str, LayerReport]):
             for layer in worst[:_EXPLAINED]
             if layer.needs_attention
         ]
-        table = self._table("github", _escape, worst, (*_ERRORS, *_DISTANCES)) if worst else ""
+        table = self._table("github", _escape, worst, columns=_ERRORS) if worst else ""
         parts = (f"**{self._headline}**", self._changes(since or {}), table, "\n".join(items))
         return "\n\n".join(part for part in parts if part)
 
@@ -167,11 +167,16 @@ class Report(Mapping[str, LayerReport]):
         return self.brief(None)
 
     def _repr_html_(self) -> str:
+        # Colours are those of the page around it, whether light or dark.
         items = "".join(
-            f"<li>{html.escape(f'{layer.explanation} {layer.remedy}')}</li>" for layer in self.unhealthy[:_EXPLAINED]
+            f"<li><strong>{html.escape(layer.name)}</strong>: {layer.verdict}. "
+            f"{_code(html.escape(f'{layer.diagnosis.explanation} {layer.remedy}'))}</li>"
+            for layer in self.unhealthy[:_EXPLAINED]
         )
+        table = self._table("unsafehtml", html.escape, badge=_badge) if self._layers else ""
+        table = table.replace("<table>", '<table style="color: inherit; font-size: inherit">')
         explained = f"<ul>{items}</ul>" if items else ""
-        return f"<p>{html.escape(self._headline)}</p>{self._table('html') if self._layers else ''}{explained}"
+        return f"<p><strong>{html.escape(self._headline)}</strong></p>{table}{explained}"
 
     def __repr__(self) -> str:
         return f"Report({list(self._layers.values())!r})"
@@ -203,7 +208,8 @@ class Report(Mapping[str, LayerReport]):
         style: str,
         escape: Callable[[str], str] = str,
         layers: Sequence[LayerReport] | None = None,
-        columns: Sequence[str] = (*_ERRORS, "act_rmse", *_DISTANCES, "channels", "batches", "samples"),
+        badge: Callable[[str], str] | None = None,
+        columns: Sequence[str] = (*_ERRORS, *METRICS[1:], "channels", "batches", "samples"),
     ) -> str:
         rows = []
         for layer in self.worst() if layers is None else layers:
@@ -212,6 +218,8 @@ class Report(Mapping[str, LayerReport]):
             cells |= {"channels": str(layer.num_features), "batches": str(layer.num_batches)}
             cells["samples"] = str(layer.num_samples)
             words = [escape(layer.name), ", ".join([layer.verdict, *layer.flags])]
+            if badge is not None:
+                words[1] = badge(layer.verdict) + words[1]
             rows.append([*words, *(cells[name] for name in columns)])
         headers = ["layer", "verdict", *columns]
         align = ("left", "left", *["right"] * len(columns))
@@ -222,6 +230,17 @@ def _escape(text: str) -> str:
     """Text that Markdown shows as it is, on GitHub and in TensorBoard: not all know the same escapes."""
     text = re.sub(r"([\\`*_\[\]])", r"\\\1", " ".join(text.split()))
     return re.sub(r"&(?=[#\w])|[<>|~$]", lambda match: f"&#{ord(match.group())};", text)
+
+
+def _badge(verdict: str) -> str:
+    """A verdict's letter on its colour, as in the figures."""
+    color, letter = STYLES[verdict]
+    box = "display: inline-block; width: 1.3em; text-align: center; border-radius: 3px; margin-right: 0.5em"
+    return f'<span style="background: {color}; color: white; {box}">{letter}</span>'
+
+
+def _code(text: str) -> str:
+    return re.sub(r"`([^`]*)`", r"<code>\1</code>", text)
 
 
 def _number(value: float) -> str:

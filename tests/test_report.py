@@ -20,7 +20,7 @@ NAN, INF = math.nan, math.inf
 METRICS = ("eval_error", "act_rmse", "mean_shift", "log_var_ratio")
 PER_CHANNEL = ("mean_shift", "log_var_ratio", "act_rmse", "kl", "eval_error")
 MOMENTS = ("population_mean", "population_var", "running_mean", "running_var", "now_mean", "now_var")
-MARKDOWN_COLUMNS = ["layer", "verdict", "eval_error", "noise", "mean_shift", "log_var_ratio"]
+MARKDOWN_COLUMNS = ["layer", "verdict", "eval_error", "noise"]
 COLUMNS = ["layer", "verdict", "eval_error", "noise", *METRICS[1:], "channels", "batches", "samples"]
 NOT_SICK = ("unused", "no-running-stats", "stale", "frozen", "insufficient-data", "drifting", "healthy")
 
@@ -522,26 +522,39 @@ def test_a_cumulative_average_is_reported_as_momentum_none():
 
 
 class Cells(html.parser.HTMLParser):
-    """The text of every body cell of an HTML table, row by row, of every paragraph and item, and all tags."""
+    """The text of every body cell of an HTML table, row by row, of every paragraph and item, all badges and tags."""
 
     def __init__(self, source: str) -> None:
         super().__init__()
         self.rows: list[list[str]] = []
         self.tags: list[str] = []
         self.texts: list[str] = []
+        self.badges: list[str] = []
         self.inside: list[str] | None = None  # what the text belongs to: the last entry of this
+        self.outside: list[str] | None = None  # the same, while in a badge
         self.feed(source)
 
     def handle_starttag(self, tag, attrs):
         self.tags.append(tag)
         if tag == "tr":
             self.rows.append([])
-        self.inside = {"td": self.rows[-1] if self.rows else None, "p": self.texts, "li": self.texts}.get(tag)
-        if self.inside is not None:
+        elif tag == "code":
+            self.handle_data("`")
+        elif tag == "span":
+            self.inside, self.outside = self.badges, self.inside
             self.inside.append("")
+        elif tag != "strong":
+            self.inside = {"td": self.rows[-1] if self.rows else None, "p": self.texts, "li": self.texts}.get(tag)
+            if self.inside is not None:
+                self.inside.append("")
 
     def handle_endtag(self, tag):
-        self.inside = None
+        if tag == "code":
+            self.handle_data("`")
+        elif tag == "span":
+            self.inside = self.outside
+        elif tag != "strong":
+            self.inside = None
 
     def handle_data(self, data):
         if self.inside is not None:
@@ -736,7 +749,9 @@ def odd_report() -> Report:
 def test_html_shows_odd_layer_names_as_they_are_and_lets_none_become_a_tag():
     cells = Cells(odd_report()._repr_html_())
     assert {row[0].strip() for row in cells.rows if row} == set(ODD_NAMES)
-    assert set(cells.tags) == {"table", "thead", "tbody", "tr", "th", "td", "p", "ul", "li"}
+    table = {"table", "thead", "tbody", "tr", "th", "td"}
+    assert set(cells.tags) == table | {"p", "ul", "li", "strong", "code", "span"}
+    assert cells.badges == ["N"] * len(ODD_NAMES)
 
 
 def test_plain_text_shows_odd_layer_names_as_they_are():
@@ -812,7 +827,7 @@ def test_an_empty_report_has_every_form():
     assert report.to_dict() == {"rank": None, "summary": {}, "layers": {}}
     assert str(report) == report.brief() == "No BatchNorm layer was monitored."
     assert report.to_markdown() == "**No BatchNorm layer was monitored.**"
-    assert Cells(report._repr_html_()).tags == ["p"]
+    assert Cells(report._repr_html_()).tags == ["p", "strong"]
     assert repr(report) == "Report([])"
     with pytest.raises(KeyError, match="'any'"):
         report["any"]

@@ -1,0 +1,112 @@
+"""What is seen in TensorBoard: served on the loopback interface, opened in headless Chromium."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from selenium.webdriver.support.wait import WebDriverWait
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+WIDTHS = (1280, 800)
+LAYERS = ("stem.1", "body.1", "body.4", "body.7", "head.1")
+METRICS = ("eval_error", "act_rmse", "mean_shift", "log_var_ratio")
+SUMMARY = (
+    "act_rmse_max",
+    "eval_error_max",
+    "eval_error_median",
+    "eval_error_p90",
+    "mean_shift_max",
+    "unhealthy_layers",
+)
+
+pytestmark = pytest.mark.skipif(
+    shutil.which("chromium") is None or not Path("/usr/bin/chromedriver").exists(),
+    reason="needs Chromium and its driver: apt-get install chromium chromium-driver",
+)
+
+
+@pytest.fixture(scope="module")
+def screenshot():
+    sys.path.insert(0, str(EXAMPLES))
+    try:
+        import screenshot
+    finally:
+        sys.path.remove(str(EXAMPLES))
+    return screenshot
+
+
+@pytest.fixture(scope="module")
+def url(screenshot, tmp_path_factory):
+    """TensorBoard over a short run of the example."""
+    logdir = tmp_path_factory.mktemp("logs")
+    command = [sys.executable, EXAMPLES / "synthetic.py", "--logdir", logdir, "--epochs", "3"]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command, check=True, capture_output=True, timeout=300, env=environment)
+    with screenshot.tensorboard(logdir) as url:
+        yield url
+
+
+@pytest.fixture(scope="module", params=WIDTHS)
+def page(request, screenshot):
+    page = screenshot.browser(request.param, 1000)
+    yield page
+    page.quit()
+
+
+@pytest.fixture
+def look(screenshot, url, page, request, tmp_path_factory):
+    """Opens a tab, takes its picture for whoever wants to look at it, and returns the cards."""
+
+    def open_tab(tab, minimum=1):
+        cards = screenshot.open_tab(page, url, tab, minimum)
+        folder = Path(os.environ.get("SCREENSHOTS", tmp_path_factory.getbasetemp()))
+        path = folder / f"{tab}-{page.get_window_size()['width']}.png"
+        screenshot.shoot(page, path)
+        colors = Image.open(path).convert("RGB").getcolors(maxcolors=2**24)
+        assert len(colors) > 100, "an empty page"
+        return cards
+
+    return open_tab
+
+
+def test_the_scalars_tab_has_a_card_for_each_tag_and_those_of_the_model_come_before_those_of_layers(look):
+    tags = [tag for tag in look("scalars", 2 + len(SUMMARY)) if tag.startswith("bn")]
+    assert tags[: len(SUMMARY)] == [f"bn/{name}" for name in SUMMARY]
+
+
+def test_the_custom_scalars_tab_has_the_layout_of_the_model_and_of_its_layers(look, page, screenshot):
+    charts = look("custom_scalars", 2 + len(METRICS))
+    assert charts == ["eval_error over the layers: maximum, 90 %, median", "layers that need attention", *METRICS]
+    # A symbol is drawn for each line; of the charts that the window has no room for, none are.
+    symbols = f'{screenshot.SHOWN} return shown.filter(e => e.matches("path.symbol")).length'
+    drawn = WebDriverWait(page, screenshot.TIMEOUT).until(lambda page: page.execute_script(symbols))
+    assert drawn >= 3 + 1
+
+
+def test_the_images_tab_shows_the_heatmap(look, page, screenshot):
+    widths = look("images")
+    tags = f'{screenshot.SHOWN} return shown.filter(e => e.matches("tf-image-loader")).map(e => e.tag)'
+    assert page.execute_script(tags) == ["bn/heatmap"]
+    assert 300 < widths[0] <= 1000
+
+
+def test_the_text_tab_shows_the_sentence_and_the_table_before_the_explanations(look):
+    text = look("text", 2)[0]
+    parts = (
+        "2 of 5 BatchNorm layers need attention",
+        "layer\tverdict\teval_error",
+        "stem.1\twarming-up",
+        "Set momentum=",
+    )
+    positions = [text.find(part) for part in parts]
+    assert -1 not in positions
+    assert positions == sorted(positions)
+    assert all(layer in text for layer in LAYERS)
+
+
+def test_the_time_series_tab_draws_our_lines(look):
+    assert len(look("timeseries", 2)) >= 2
