@@ -9,12 +9,11 @@ from typing import Any, Literal, get_args
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
-from lightning.pytorch.loggers import Logger
 from typing_extensions import override
 
 from lightning_bnmonitor import ranks
 from lightning_bnmonitor.capture import CaptureMode, check_capture
-from lightning_bnmonitor.dashboard import Dashboard
+from lightning_bnmonitor.dashboard import Dashboard, log_scalars
 from lightning_bnmonitor.layer_report import LayerReport
 from lightning_bnmonitor.layers import as_patterns
 from lightning_bnmonitor.report import Report
@@ -304,7 +303,7 @@ class BatchNormMonitor(Callback):
         # Not `self.log`: it costs milliseconds a key, and is late for a callback that runs in validation.
         step = max(trainer.fit_loop.epoch_loop._batches_that_stepped - batches_over, 0)
         for logger in trainer.loggers if metrics else ():
-            _log(logger, metrics, step)
+            log_scalars(logger, metrics, step)
         if self._dashboard is not None and metrics:
             self._dashboard.show(trainer.loggers, self._report, step, bool(per_layer))
         self._react(trainer, self._report)
@@ -353,14 +352,6 @@ class BatchNormMonitor(Callback):
     def _detach(self) -> None:
         if self._tracker is not None:
             self._tracker.detach()
-
-
-def _log(logger: Logger, metrics: dict[str, float], step: int) -> None:
-    try:
-        logger.log_metrics(metrics, step=step)
-    except Exception as error:  # a full disk, a name that it refuses: no reason not to train
-        cause = error.__cause__ or error
-        warnings.warn(f"{type(logger).__name__} did not log the BatchNorm metrics: {cause!r}", stacklevel=4)
 
 
 def _warning(layers: Sequence[LayerReport]) -> str:

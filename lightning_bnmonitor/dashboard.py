@@ -96,6 +96,15 @@ class Dashboard:
             warnings.warn(f"{type(logger).__name__} did not log the BatchNorm {what}: {error!r}", stacklevel=6)
 
 
+def log_scalars(logger: Logger, metrics: Mapping[str, float], step: int) -> None:
+    """Log metrics; warn if the logger fails."""
+    try:
+        logger.log_metrics(dict(metrics), step=step)
+    except Exception as error:  # a full disk, a name that it refuses: no reason not to train
+        cause = error.__cause__ or error
+        warnings.warn(f"{type(logger).__name__} did not log the BatchNorm metrics: {cause!r}", stacklevel=4)
+
+
 def layout(prefix: str, per_layer: bool) -> dict[str, dict[str, list[Any]]]:
     """The charts of TensorBoard's custom scalars, as ``SummaryWriter.add_custom_scalars`` takes them."""
     suffix = "" if prefix == "bn" else f" ({prefix})"

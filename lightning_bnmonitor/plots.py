@@ -61,7 +61,8 @@ def plot_layers(layers: Sequence[LayerReport], errors: Sequence[float], ax: Axes
         import matplotlib.pyplot as plt
 
         width = min(max(8.0, 2.0 + 0.22 * len(layers)), 16.0)
-        fig, ax = plt.subplots(figsize=(width, 4.5), layout="constrained")
+        height = 3.8 + 0.075 * max((len(shortened(layer.name)) for layer in layers), default=0)
+        fig, ax = plt.subplots(figsize=(width, height), layout="constrained")
     else:
         fig = _figure(ax)
     floors = [layer.evidence.get("noise_error", math.nan) for layer in layers]
