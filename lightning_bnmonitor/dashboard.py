@@ -49,6 +49,8 @@ class Dashboard:
             step: The step to log at.
             per_layer: Whether there are scalars for each layer.
         """
+        if not report:
+            return
         is_full = self._heatmap.add(report, step)
         text = report.to_markdown(_NUM_LAYERS, self._verdicts or None)
         self._verdicts = {name: layer.verdict for name, layer in report.items()}

@@ -23,7 +23,7 @@ _COLORS = ("#f6f4ea", "#dcd9c4", "#e9b44c", "#d1603d", "#8c2f5b", "#2b1243")  # 
 _MISSING = "#ffffff"
 _DPI = 100
 # In pixels. TensorBoard shows a picture 350 pixels wide: few columns take little room, for letters that can be read.
-_CELL_HEIGHT, _CELL_WIDTH, _MIN_WIDTH, _MAX_WIDTH = 19, 28, 320, 640
+_CELL_HEIGHT, _CELL_WIDTH, _MIN_WIDTH, _MAX_WIDTH = 19, 28, 320, 600
 _TOP, _LINE, _BOTTOM, _RIGHT = 40, 18, 98, 24
 _CHARACTER = 8.4  # width in pixels
 _NO_VERDICT = len(VERDICTS)
@@ -39,6 +39,7 @@ class Heatmap:
     def __init__(self) -> None:
         self.rows: list[str] = []
         """Names of layers, or of groups of them."""
+        self._row_of: dict[str, str] = {}  # of every layer
         self.steps: list[int] = []
         """The training step at the end of each column."""
         self._errors = np.empty((0, 0), dtype=np.float32)
@@ -68,6 +69,7 @@ class Heatmap:
         """Everything, in tensors and primitives."""
         return {
             "rows": list(self.rows),
+            "row_of": dict(self._row_of),
             "steps": list(self.steps),
             "errors": torch.from_numpy(self._errors.copy()),
             "verdicts": torch.from_numpy(self._verdicts.copy()),
@@ -77,22 +79,29 @@ class Heatmap:
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a :meth:`state_dict`."""
-        self.rows, self.steps = list(state["rows"]), list(state["steps"])
+        self.rows, self.steps, self._row_of = list(state["rows"]), list(state["steps"]), dict(state["row_of"])
         self._errors, self._verdicts = state["errors"].numpy().copy(), state["verdicts"].numpy().copy()
         self._stride, self._filled = state["stride"], state["filled"]
 
     def draw(self) -> NDArray[np.uint8]:
-        """The picture, ``(height, width, 3)``: at most 1300 pixels high and 1000 wide."""
+        """The picture, ``(height, width, 3)``: at most 1400 pixels high and 1000 wide.
+
+        Raises:
+            ValueError: If there is no layer in it.
+        """
+        if not self.rows:
+            raise ValueError("There is no layer to draw.")
         import matplotlib as mpl
         from matplotlib.backends.backend_agg import FigureCanvasAgg
         from matplotlib.colors import BoundaryNorm, ListedColormap
         from matplotlib.figure import Figure
 
         with mpl.rc_context(), mpl.style.context("default"):
-            names = [shortened(name) for name in self.rows]
-            left = 16 + _CHARACTER * max(map(len, names), default=0)
+            sizes = Counter(self._row_of.values())
+            names = [shortened(row if sizes[row] == 1 else f"{row} ({sizes[row]})") for row in self.rows]
+            left = 16 + _CHARACTER * max(map(len, names))
             plot_width = min(max(_CELL_WIDTH * len(self.steps), _MIN_WIDTH), _MAX_WIDTH)
-            plot_height = _CELL_HEIGHT * max(len(names), 1)
+            plot_height = _CELL_HEIGHT * len(names)
             width = left + plot_width + _RIGHT
             legend = textwrap.wrap(self._legend(), int(width / _CHARACTER), break_on_hyphens=False)
             height = _TOP + _LINE * len(legend) + plot_height + _BOTTOM
@@ -153,53 +162,65 @@ class Heatmap:
         return "  ".join(marks) if marks else "all layers are healthy"
 
     def _place(self, report: Report) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
-        """Error and verdict of each row; the rows are made those of this report, in its order."""
-        groups, summaries = grouped(report), report.layer_summaries()
-        before = {label: row for row, label in enumerate(self.rows)}
-        self.rows = list(dict.fromkeys(groups.values()))
+        """Error and verdict of each row; the rows are put in the order of this report."""
+        if not self._row_of.keys() >= report.keys():
+            self._row_of = grouped([*report, *(name for name in self._row_of if name not in report)])
+        before = {row: index for index, row in enumerate(self.rows)}
+        in_order = [*report, *(name for name in self._row_of if name not in report)]
+        self.rows = list(dict.fromkeys(self._row_of[name] for name in in_order))
         shape = (len(self.rows), len(self.steps))
         errors, verdicts = np.full(shape, math.nan, dtype=np.float32), np.full(shape, _NO_VERDICT, dtype=np.uint8)
-        for row, label in enumerate(self.rows):
-            if label in before:
-                errors[row], verdicts[row] = self._errors[before[label]], self._verdicts[before[label]]
+        for index, row in enumerate(self.rows):
+            if row in before:
+                errors[index], verdicts[index] = self._errors[before[row]], self._verdicts[before[row]]
         self._errors, self._verdicts = errors, verdicts
-        position = {label: row for row, label in enumerate(self.rows)}
+        position = {row: index for index, row in enumerate(self.rows)}
         new_errors = np.full(len(self.rows), math.nan, dtype=np.float32)
         new_verdicts = np.full(len(self.rows), _NO_VERDICT, dtype=np.uint8)
+        summaries = report.layer_summaries()
         for layer in reversed(report.worst()):
-            row = position[groups[layer.name]]
-            new_errors[row] = np.fmax(new_errors[row], summaries[layer.name]["eval_error"])
-            new_verdicts[row] = VERDICTS.index(layer.verdict)
+            index = position[self._row_of[layer.name]]
+            new_errors[index] = np.fmax(new_errors[index], summaries[layer.name]["eval_error"])
+            new_verdicts[index] = VERDICTS.index(layer.verdict)
         return new_errors, new_verdicts
 
 
 def grouped(names: Iterable[str]) -> dict[str, str]:
     """The row of each layer: its own name if there are at most 60, or else that of a module that it is in.
 
-    These modules are as high in the hierarchy as still gives more than 60, and so many consecutive ones with the same
-    parent share a row as leaves 60.
+    These modules are as high in the hierarchy as still gives more than 60, and so many consecutive ones share a row as
+    leaves 60: with the same parent, unless there are more than 60 parents.
     """
     paths = {name: tuple(name.split(".")) for name in names}
     if len(paths) <= MAX_ROWS:
         return {name: name for name in paths}
     depth = next(depth for depth in count(1) if len({path[:depth] for path in paths.values()}) > MAX_ROWS)
-    siblings: dict[tuple[str, ...], list[tuple[str, ...]]] = defaultdict(list)
-    for module in dict.fromkeys(path[:depth] for path in paths.values()):
-        siblings[module[:-1]].append(module)
-    size = next(size for size in count(2) if sum(-(-len(each) // size) for each in siblings.values()) <= MAX_ROWS)
+    modules = list(dict.fromkeys(path[:depth] for path in paths.values()))
+    families: dict[tuple[str, ...], list[tuple[str, ...]]] = defaultdict(list)
+    for module in modules:
+        families[module[:-1]].append(module)
+    if len(families) > MAX_ROWS:
+        families = {(): modules}
+    size = next(size for size in count(2) if sum(-(-len(each) // size) for each in families.values()) <= MAX_ROWS)
     rows: dict[tuple[str, ...], str] = {}
-    for parent, modules in siblings.items():
-        for start in range(0, len(modules), size):
-            run = modules[start : start + size]
-            label = ".".join(run[0]) if len(run) == 1 else f"{'.'.join(run[0])} to {run[-1][-1]}"
-            rows |= dict.fromkeys(run, ".".join(parent) if 1 < len(run) == len(modules) else label)
-    layers = Counter(rows[path[:depth]] for path in paths.values())
-    of_layers = {name: rows[path[:depth]] for name, path in paths.items()}
-    return {name: row if row == name else f"{row} ({layers[row]})" for name, row in of_layers.items()}
+    for parent, family in families.items():
+        for start in range(0, len(family), size):
+            run = family[start : start + size]
+            is_all = parent and parent not in modules and 1 < len(run) == len(family)
+            rows |= dict.fromkeys(run, ".".join(parent) if is_all else _named(run[0], run[-1]))
+    return {name: rows[path[:depth]] for name, path in paths.items()}
+
+
+def _named(first: tuple[str, ...], last: tuple[str, ...]) -> str:
+    """A run of modules."""
+    if first == last:
+        return ".".join(first)
+    return f"{'.'.join(first)} to {last[-1] if first[:-1] == last[:-1] else '.'.join(last)}"
 
 
 def _paired(errors: NDArray[np.float32], verdicts: NDArray[np.uint8]) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
     """Columns merged in pairs: the larger error, and the verdict that comes with it."""
     first, second = errors[:, 0::2], errors[:, 1::2]
-    later = ~(first > second) & (verdicts[:, 1::2] != _NO_VERDICT)
+    later = (~(first > second) & ~np.isnan(second)) | np.isnan(first)
+    later &= verdicts[:, 1::2] != _NO_VERDICT
     return np.fmax(first, second), np.where(later, verdicts[:, 1::2], verdicts[:, 0::2])

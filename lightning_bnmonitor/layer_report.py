@@ -21,7 +21,8 @@ if TYPE_CHECKING:
 class Course(NamedTuple):
     """How the batch statistics of a layer went over the window: at most 16 runs of consecutive batches.
 
-    Of the calls on this rank that updated the running statistics. ``(J, C)`` float64 tensors on the CPU.
+    Of the calls on this rank that updated the running statistics. ``(J, C)`` float64 tensors on the CPU; a channel that
+    received a value that is not finite is NaN in any of the runs.
     """
 
     num_batches: Tensor

@@ -163,12 +163,10 @@ def plot_channels(layer: LayerReport, ax: Any = None) -> tuple[Figure, Any]:
     )
     for axes, values, exact, running, stderr, name in courses:
         axes.plot(middle.numpy(), _at(values, worst), "o-", color=_EXACT, markersize=4, label="batches")
-        axes.axhline(float(exact[worst]), color=_EXACT, linewidth=0.8, linestyle=":", label="exact")
-        axes.axhline(
-            float(running[worst]), color=color, linewidth=1.5, linestyle="--", label="running ± 2 standard errors"
-        )
-        half = 2 * float(torch.nan_to_num(stderr[worst]))
-        axes.axhspan(float(running[worst]) - half, float(running[worst]) + half, color=color, alpha=0.2, linewidth=0)
+        axes.axhline(float(_at(exact, worst)), color=_EXACT, linewidth=0.8, linestyle=":", label="exact")
+        level, half = float(_at(running, worst)), 2 * float(np.nan_to_num(_at(stderr, worst)))
+        axes.axhline(level, color=color, linewidth=1.5, linestyle="--", label="running ± 2 standard errors")
+        axes.axhspan(level - half, level + half, color=color, alpha=0.2, linewidth=0)
         axes.set_xlabel(f"batch in the window (channel {worst})")
         axes.set_ylabel(name)
         _legend_above(axes, 3)
@@ -176,8 +174,10 @@ def plot_channels(layer: LayerReport, ax: Any = None) -> tuple[Figure, Any]:
 
 
 def shortened(name: str, length: int = 40) -> str:
-    """The end of a name that is too long, on one line."""
+    """The end of a name that is too long, on one line, in letters that matplotlib's own font has."""
     name = " ".join(name.split())
+    drawable = (letter.isprintable() and (letter < "\u0530" or "\u2000" < letter < "\u2300") for letter in name)
+    name = "".join(letter if is_drawable else "?" for letter, is_drawable in zip(name, drawable, strict=True))
     return name if len(name) <= length else f"…{name[1 - length :]}"
 
 
@@ -199,7 +199,9 @@ def _std(var: Tensor) -> Tensor:
 
 
 def _at(values: Tensor, channels: Any) -> Any:
-    return values[..., channels].numpy()
+    """Values of channels, NaN where they are not finite: matplotlib leaves these out."""
+    values = values[..., channels]
+    return torch.where(torch.isfinite(values), values, torch.nan).numpy()
 
 
 def _figure(ax: Axes) -> Figure:

@@ -22,12 +22,12 @@ def test_the_benchmark_of_logging_measures_disk_memory_and_time() -> None:
     assert "Traceback" not in done.stderr, done.stderr
     storage, timing = tables(done.stdout)
 
-    unmonitored, default, per_layer, always, resnet = storage
-    assert [int(row["layers"]) for row in storage] == [LAYERS] * 4 + [20]
+    unmonitored, default, always, resnet = storage
+    assert [int(row["layers"]) for row in storage] == [LAYERS] * 3 + [20]
     assert int(unmonitored["images"]) == 0
-    assert all(1 <= int(row["images"]) <= WINDOWS for row in (default, per_layer))
+    assert 1 <= int(default["images"]) <= WINDOWS
     assert all(int(row["images"]) == WINDOWS for row in (always, resnet))
-    assert all(float(row["events, MB"]) > float(row["images, MB"]) > 0 for row in (default, per_layer, always, resnet))
+    assert all(float(row["events, MB"]) > float(row["images, MB"]) > 0 for row in (default, always, resnet))
     assert all(float(row["resident, MB"]) > float(row["growth, MB"]) for row in storage)
 
     kinds = ["the first", "median", "the longest of the others"]
