@@ -137,7 +137,9 @@ def _set_layout(logger: Any, prefix: str, per_layer: bool) -> None:
     if not others:
         experiment.add_custom_scalars(charts)
         return
-    from tensorboard.plugins.custom_scalar import layout_pb2, summary
+    from tensorboard.compat.proto.summary_pb2 import Summary
+    from tensorboard.plugins.custom_scalar import layout_pb2, metadata
+    from tensorboard.util import tensor_util
 
     ours = [
         layout_pb2.Category(
@@ -149,7 +151,12 @@ def _set_layout(logger: Any, prefix: str, per_layer: bool) -> None:
         )
         for title, its in charts.items()
     ]
-    experiment.file_writer.add_summary(summary.pb(layout_pb2.Layout(category=[*others, *ours])))
+    value = Summary.Value(
+        tag=metadata.CONFIG_SUMMARY_TAG,
+        tensor=tensor_util.make_tensor_proto(layout_pb2.Layout(category=[*others, *ours]).SerializeToString()),
+        metadata=metadata.create_summary_metadata(),
+    )
+    experiment.file_writer.add_summary(Summary(value=[value]))
 
 
 def _categories(folder: str) -> list[Any]:
@@ -172,7 +179,10 @@ def _categories(folder: str) -> list[Any]:
 
 
 def _takes_images(logger: Logger) -> bool:
-    experiment: Any = getattr(logger, "experiment", None)
+    try:
+        experiment: Any = getattr(logger, "experiment", None)
+    except Exception:  # what cannot be written to takes nothing
+        return False
     return hasattr(type(experiment), "add_image") or hasattr(type(logger), "log_image")
 
 

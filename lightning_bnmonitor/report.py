@@ -229,7 +229,9 @@ class Report(Mapping[str, LayerReport]):
 def _escape(text: str) -> str:
     """Text that Markdown shows as it is, on GitHub and in TensorBoard: not all know the same escapes."""
     text = re.sub(r"([\\`*_\[\]])", r"\\\1", " ".join(text.split()))
-    return re.sub(r"&(?=[#\w])|[<>|~$]", lambda match: f"&#{ord(match.group())};", text)
+    # What begins a heading, a list or a rule, at the beginning; what HTML, tables, formulas and strikethroughs are of.
+    special = r"^[#+=-]|(?<=^\d)[.)](?=\s|$)|&(?=[#\w])|[<>|~$]"
+    return re.sub(special, lambda match: f"&#{ord(match.group())};", text)
 
 
 def _badge(verdict: str) -> str:

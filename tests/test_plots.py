@@ -302,7 +302,7 @@ def test_an_odd_channel_leaves_the_others_as_they_are_drawn(bad):
     fig, axes = report.plot()
     fig.canvas.draw()
     for ax, expected in ((axes[0, 0], report.running_mean), (axes[0, 1], report.running_var.sqrt())):
-        np.testing.assert_allclose(drawn(ax)[1], np.where(np.isfinite(expected), expected, np.nan))
+        np.testing.assert_allclose(drawn(ax)[1], np.where(expected.isfinite(), expected, np.nan))
         low, high = ax.get_ylim()
         shown = [value for value in expected.tolist() if math.isfinite(value)]
         assert low <= min(shown) <= max(shown) <= high < 1e3
