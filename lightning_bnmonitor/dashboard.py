@@ -72,7 +72,11 @@ class Dashboard:
         if step is None or not takers:
             return
         began = time.monotonic()
-        image = self._heatmap.draw()
+        try:
+            image = self._heatmap.draw()
+        except Exception as error:  # no reason not to train either
+            warnings.warn(f"The BatchNorm heatmap could not be drawn: {error!r}", stacklevel=6)
+            return
         tag = f"{self._prefix}/heatmap"
         for logger in takers:
             self._try(logger, "heatmap", partial(_log_image, logger, tag, image, step))
@@ -131,9 +135,11 @@ def _set_layout(logger: Any, prefix: str, per_layer: bool) -> None:
     experiment: Any = getattr(logger, "experiment", None)
     if not hasattr(type(experiment), "add_custom_scalars"):
         return
+    prefix = _tag(logger, prefix)
     charts = layout(prefix, per_layer)
     experiment.flush()
-    others = [category for category in _categories(experiment.log_dir) if category.title not in charts]
+    titles = layout(prefix, per_layer=True)
+    others = [category for category in _categories(experiment.log_dir) if category.title not in titles]
     if not others:
         experiment.add_custom_scalars(charts)
         return
@@ -178,6 +184,12 @@ def _categories(folder: str) -> list[Any]:
     return list(found.category)
 
 
+def _tag(logger: Any, tag: str) -> str:
+    """A tag with the prefix that the logger gives to those of scalars."""
+    prefix = getattr(logger, "_prefix", "")
+    return f"{prefix}{logger.LOGGER_JOIN_CHAR}{tag}" if prefix else tag
+
+
 def _takes_images(logger: Logger) -> bool:
     try:
         experiment: Any = getattr(logger, "experiment", None)
@@ -189,7 +201,7 @@ def _takes_images(logger: Logger) -> bool:
 def _log_image(logger: Any, tag: str, image: NDArray[np.uint8], step: int) -> None:
     experiment: Any = getattr(logger, "experiment", None)
     if hasattr(type(experiment), "add_image"):
-        experiment.add_image(tag, image, step, dataformats="HWC")
+        experiment.add_image(_tag(logger, tag), image, step, dataformats="HWC")
     else:
         logger.log_image(key=tag, images=[image], step=step)
 
@@ -197,6 +209,6 @@ def _log_image(logger: Any, tag: str, image: NDArray[np.uint8], step: int) -> No
 def _log_text(logger: Any, tag: str, text: str, step: int) -> None:
     experiment: Any = getattr(logger, "experiment", None)
     if hasattr(type(experiment), "add_text"):
-        experiment.add_text(tag, text, step)
+        experiment.add_text(_tag(logger, tag), text, step)
     elif hasattr(type(logger), "log_text"):
         logger.log_text(key=tag, columns=["report"], data=[[text]], step=step)

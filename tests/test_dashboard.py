@@ -1060,3 +1060,37 @@ def test_of_two_ranks_only_the_first_draws_and_writes(tmp_path):
 
 if __name__ == "__main__":
     (rank_of if sys.argv[2:] else child)(sys.argv[1])
+
+
+def test_a_prefix_of_the_logger_is_that_of_pictures_texts_and_charts_as_of_scalars(tmp_path):
+    logger = board(tmp_path, prefix="exp")
+    fit(logger, BatchNormMonitor())
+    found = events(logger.log_dir)
+    assert found.at("exp-bn/heatmap") == found.at("exp-bn/report") == found.at("exp-bn/unhealthy_layers")
+    patterns = [tag for chart in charts_of(found.layouts[-1]).values() for tags in chart.values() for tag in tags]
+    assert patterns
+    assert all(matched(pattern, found.scalars) for pattern in patterns)
+
+
+def test_charts_of_layers_go_when_a_run_goes_on_in_the_same_directory_without_them(tmp_path):
+    path = tmp_path / "saved.ckpt"
+    fit(board(tmp_path, version=0), BatchNormMonitor(), At(BATCHES + 3, Save(path)))
+    second = board(tmp_path, version=0)
+    fit(second, BatchNormMonitor(per_layer=False), ckpt_path=path, max_epochs=3)
+    assert events(second.log_dir).categories() == OURS[:1]
+
+
+def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(tmp_path):
+    monitor = BatchNormMonitor()
+
+    def spoil(trainer):
+        monitor._dashboard._heatmap.rows = []
+
+    class Spoil(Callback):
+        def on_train_end(self, trainer, pl_module):
+            spoil(trainer)
+
+    logger = board(tmp_path)
+    with pytest.warns(UserWarning, match="could not be drawn: ValueError"):
+        fit(logger, Spoil(), monitor)
+    assert events(logger.log_dir).at("bn/heatmap") == STEPS[:1]
