@@ -54,6 +54,8 @@ class BatchNormMonitor(Callback):
         capture: ``"auto"``, or ``"pass"`` to make a pass over every input: see
             :class:`~lightning_bnmonitor.BatchNormTracker`.
         per_layer: Whether to log scalars for each layer; ``"auto"``: up to 100 layers.
+        dashboard: Whether to log more than scalars to loggers that take it, on rank 0: the image ``bn/heatmap`` (layers
+            by windows, drawn in at most 1 % of the time), the text ``bn/report``, TensorBoard's layout of charts.
         log_key_prefix: What the logged names begin with, not empty.
         on_unhealthy: What to do at a window's end if layers need attention: ``"warn"`` of each layer and verdict once,
             ``"ignore"``, or ``"raise"`` :class:`UnhealthyBatchNormError` with the report on every rank.
@@ -81,9 +83,9 @@ class BatchNormMonitor(Callback):
     Layers that were not called in a window or have no running statistics enter no metric.
 
     Raises:
-        ValueError: If an ``every_n_*`` is not a positive integer or both are given, if ``capture``, ``per_layer`` or
-            ``on_unhealthy`` is unknown, or ``log_key_prefix`` empty; when ``fit`` starts, if a pattern matches no
-            BatchNorm layer, or with DeepSpeed.
+        ValueError: If an ``every_n_*`` is not a positive integer or both are given, if ``capture``, ``per_layer``,
+            ``dashboard`` or ``on_unhealthy`` is unknown, or ``log_key_prefix`` empty; when ``fit`` starts, if a pattern
+            matches no BatchNorm layer, or with DeepSpeed.
         TypeError: If ``include`` or ``exclude`` is neither None nor strings.
         UnhealthyBatchNormError: At the end of a window, with ``on_unhealthy="raise"``, if a layer needs attention.
 

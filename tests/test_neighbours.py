@@ -34,7 +34,7 @@ from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks, _global_optimizer_pre_hooks
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_bnmonitor import BatchNormMonitor
+from lightning_bnmonitor import BatchNormMonitor, BatchNormTracker
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
@@ -980,3 +980,39 @@ def _has_compiler():
         return bool(get_cpp_compiler())
     except Exception:
         return False
+
+
+def test_averaged_weights_with_running_statistics_of_others_are_seen_in_a_pass_over_data():
+    """The lines in the README."""
+    torch.manual_seed(0)
+    x = torch.randn(2048, 8) + 1
+    y = (x.sum(dim=1) > 8).long()
+    batches = x.split(64)
+    layers = [nn.Linear(8, 32), nn.BatchNorm1d(32), nn.ReLU(), nn.Linear(32, 32), nn.BatchNorm1d(32), nn.ReLU()]
+    net = nn.Sequential(*layers, nn.Linear(32, 2))
+    averaged, optimizer = torch.optim.swa_utils.AveragedModel(net), torch.optim.SGD(net.parameters(), 0.3, momentum=0.9)
+    for _ in range(6):
+        for indices in torch.randperm(len(x)).split(64):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(net(x[indices]), y[indices]).backward()
+            optimizer.step()
+        averaged.update_parameters(net)
+
+    def look():
+        averaged.train()
+        for module in averaged.modules():
+            if isinstance(module, torch.nn.modules.batchnorm._BatchNorm):
+                module.eval()
+        with BatchNormTracker(averaged) as tracker, torch.no_grad():
+            for batch in batches:
+                averaged(batch)
+        averaged.eval()
+        with torch.no_grad():
+            return tracker.report(), float(nn.functional.cross_entropy(averaged(x), y))
+
+    report, loss = look()
+    assert [(layer.verdict, layer.needs_attention) for layer in report.values()] == [("frozen", True)] * 2
+    torch.optim.swa_utils.update_bn(batches, averaged)
+    repaired, loss_after = look()
+    assert repaired.unhealthy == []
+    assert loss_after < loss / 2
