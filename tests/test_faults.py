@@ -50,6 +50,8 @@ def everything_restored():
     yield
     signal.signal(signal.SIGINT, handler)
     sys.setswitchinterval(interval)
+    for late in set(threading.enumerate()) - threads:
+        late.join(60)  # a loader does not wait for the threads that feed its workers
     assert set(threading.enumerate()) <= threads
     assert (_CompilerSettings.users, optimizer_hooks()) == (users, hooks)
 
