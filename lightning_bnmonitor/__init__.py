@@ -3,6 +3,7 @@
 from lightning_bnmonitor.callback import BatchNormMonitor, UnhealthyBatchNormError
 from lightning_bnmonitor.layer_report import LayerReport
 from lightning_bnmonitor.moments import ChannelMoments, Moments
+from lightning_bnmonitor.recalibration import Recalibration, recalibrate
 from lightning_bnmonitor.report import Report
 from lightning_bnmonitor.tracker import BatchNormTracker
 
@@ -13,6 +14,8 @@ __all__ = [
     "ChannelMoments",
     "LayerReport",
     "Moments",
+    "Recalibration",
     "Report",
     "UnhealthyBatchNormError",
+    "recalibrate",
 ]

@@ -20,6 +20,7 @@ from lightning_bnmonitor.layers import History, TrackedLayer, num_batches_tracke
 from lightning_bnmonitor.profile import Buffers, Profile, evaluate
 from lightning_bnmonitor.report import Report
 from lightning_bnmonitor.segments import FloatArray, Segments
+from lightning_bnmonitor.stationary import Part, as_one_block
 from lightning_bnmonitor.window import Blocks, Window
 
 # |mean| / sqrt(var + eps) above which what a kernel saved is not exact enough:
@@ -59,6 +60,8 @@ class _Measured(NamedTuple):
     """Running statistics, ``(2, channels)``; NaN if a layer has none."""
     eps: FloatArray
     """Of each layer."""
+    moves: bool
+    """Whether the weights may have changed in it."""
 
 
 class _AllRanks(NamedTuple):
@@ -78,6 +81,7 @@ def assess(
     windows: Mapping[torch.device, Window],
     ended: bool,
     all_ranks: bool,
+    part: Part | None = None,
 ) -> tuple[Report, list[Ending]]:
     """Where layers stand in their windows.
 
@@ -87,10 +91,12 @@ def assess(
         windows: The windows of all devices.
         ended: Whether they have ended, and the running statistics are to be taken as they were then.
         all_ranks: Whether to report on all ranks together: all have to call this, and get the same report.
+        part: If the weights stayed as they were and nothing was updated: what part in the running statistics the
+            batches are to be taken to have. Now is the population then.
     """
     ordered = [*placed, *(layer for layer in layers if layer.window is None)]
-    standings = dict(zip(ordered, _standings(ordered, ended), strict=True))
-    measured = [_measure(window, standings.values()) for window in windows.values()]
+    standings = dict(zip(ordered, _standings(ordered, ended, part), strict=True))
+    measured = [_measure(window, standings.values(), part) for window in windows.values()]
     elsewhere = [standing for standing in standings.values() if standing.layer.window is None]
     position = {layer: index for index, layer in enumerate(ordered)}
 
@@ -172,26 +178,31 @@ def _seen(
     }
 
 
-def _standings(layers: Sequence[TrackedLayer], ended: bool) -> Iterator[Standing]:
+def _standings(layers: Sequence[TrackedLayer], ended: bool, part: Part | None) -> Iterator[Standing]:
     tracked, running = num_batches_tracked(layers), running_stats(layers)
     for layer, num_tracked, buffers in zip(layers, tracked, running, strict=True):
         width = layer.width or layer.module.num_features
         if ended and (layer.window or layer.end is not None):
             num_tracked, buffers = layer.tracked_end, layer.end
         buffers = _fitting(buffers, width)
-        yield Standing(layer, width, _circumstances(layer, num_tracked, buffers is not None), num_tracked, buffers)
+        circumstances = _circumstances(layer, num_tracked, buffers is not None)
+        if part == "average":
+            average = 1 / max(layer.num_calls, 1)
+            circumstances = circumstances._replace(momentum=None, effective_momentum=average)
+        yield Standing(layer, width, circumstances, num_tracked, buffers)
 
 
-def _measure(window: Window, standings: Iterable[Standing]) -> _Measured:
+def _measure(window: Window, standings: Iterable[Standing], part: Part | None) -> _Measured:
     here = sorted((s for s in standings if s.layer.window is window), key=lambda standing: standing.layer.index)
     blocks, eps = window.blocks(), np.array([standing.layer.module.eps for standing in here])
+    blocks = blocks if part is None else as_one_block(blocks, part)
     end = _side_by_side([standing.buffers for standing in here], blocks, _nan(2, 1))
-    return _Measured(here, blocks, evaluate(blocks, _buffers(here, blocks, end), eps), end, eps)
+    return _Measured(here, blocks, evaluate(blocks, _buffers(here, blocks, end), eps), end, eps, part is None)
 
 
 def _findings(window: _Measured, seen: Mapping[TrackedLayer, _AllRanks]) -> Iterator[tuple[TrackedLayer, Finding]]:
     """What the window of one device says of its layers; of those that all ranks have told of, with what they have."""
-    standings, _, profile, end, eps = window
+    standings, _, profile, end, eps, moves = window
     layers, exact, num_samples = profile.layers, profile.population, profile.num_samples
     if seen:
         exact, num_samples, first_bad = exact.copy(), num_samples.copy(), profile.first_bad.copy()
@@ -200,7 +211,7 @@ def _findings(window: _Measured, seen: Mapping[TrackedLayer, _AllRanks]) -> Iter
                 num_samples[index], exact[:, own], first_bad[own], _ = all_ranks
         profile = replace(profile, first_bad=first_bad)
     population = torch.from_numpy(exact)
-    present = torch.from_numpy(np.where(layers.spread(profile.num_batches > 1), profile.now, exact))
+    present = torch.from_numpy(np.where(layers.spread(moves & (profile.num_batches > 1)), profile.now, exact))
     channel_eps = torch.from_numpy(layers.spread(eps))
     has_stats = np.array([standing.circumstances.has_running_stats for standing in standings])
     metrics = distances(population, present, end, channel_eps, layers, has_stats & (num_samples > 0))
@@ -211,7 +222,7 @@ def _findings(window: _Measured, seen: Mapping[TrackedLayer, _AllRanks]) -> Iter
     for standing, known, part, values, count in zip(standings, observed, parts, rows, num_samples, strict=True):
         layer = standing.layer
         if layer in seen:
-            known |= seen[layer].evidence
+            known |= seen[layer].evidence if moves else {"ranks": seen[layer].evidence["ranks"]}
         diagnosis = diagnose(standing.circumstances, known, dict(zip(METRICS, values, strict=True)))
         yield layer, Finding(part, layer.num_calls, int(count), standing.buffers is not None, diagnosis)
 

@@ -258,8 +258,9 @@ def _verdict(layer: Circumstances, evidence: Mapping[str, float]) -> str:
         return "insufficient-data"
     if e["samples_per_batch"] <= _TINY:
         return "tiny-batch"
-    # Of batches that repeat each other exactly there is no ratio.
-    is_ordered = e.get("ordering_ratio", math.inf) > e["ordering_limit"] and e.get("ordering_share", 0.0) > _SHARE
+    # Of batches that repeat each other exactly there is no ratio, and in one block no order.
+    limit = e.get("ordering_limit", math.inf)
+    is_ordered = e.get("ordering_ratio", math.inf) > limit and e.get("ordering_share", 0.0) > _SHARE
     if is_ordered and e["trend_share"] < 0.5:
         return "ordered-batches"
     if e.get("grouping_ratio", 0) > e["grouping_limit"] and e["grouping_share"] > _SHARE:

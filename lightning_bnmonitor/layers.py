@@ -31,11 +31,21 @@ ROOT = "(root)"
 """Name of a layer that is itself the monitored model."""
 _SAVED = (
     *("calls", "training_calls", "tracked_before", "tracked_calls", "updates_per_call", "momentum"),
-    *("next_updates_per_call", "history", "tracked_end", "last_history", "written_outside", "serial", "first_call"),
+    *(
+        "next_updates_per_call",
+        "history",
+        "tracked_end",
+        "last_history",
+        "history_since",
+        "written_outside",
+        "serial",
+        "first_call",
+    ),
     "num_ranks",
     *("calls_in_step", "interrupted"),
 )
 _call_counter = itertools.count()
+_SAVED_BUFFERS = ("start", "end", "since")
 _SAVED_OF_HOOK = ("by_pass", "skipped", "checkpointed")
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
@@ -76,6 +86,8 @@ class TrackedLayer:
         self.tracked_end: int | None = None  # and how often they had been updated
         self.history: History | None = None  # what the buffers were made of when the window began
         self.last_history: History | None = None  # and what they were made of
+        self.since: Tensor | None = None  # the buffers as we have written them since
+        self.history_since: History | None = None  # and what these are made of
         self.begin_window(None, None)
 
     def begin_window(self, buffers: Tensor | None, num_batches_tracked: int | None) -> None:
@@ -88,8 +100,11 @@ class TrackedLayer:
         self.hook.skipped, self.hook.checkpointed = 0, False
         self.interrupted = False  # whether it was resumed from the middle of a step
         self.start = buffers
-        self.written_outside = self.end is not None and not _same(self.end, buffers)
-        self.history = None if self.written_outside or self.end is None else self.last_history
+        continued = self.end is not None and _same(self.end, buffers)
+        known = self.since is not None and _same(self.since, buffers)
+        self.written_outside = self.end is not None and not continued and not known
+        self.history = self.last_history if continued else self.history_since if known else None
+        self.since = self.history_since = None
         if self.history is None and not num_batches_tracked and (buffers is None or _are_initial(buffers)):
             self.history = _FRESH
 
@@ -108,6 +123,15 @@ class TrackedLayer:
         repeated = self.hook.checkpointed and updates >= 1 and float(updates).is_integer()
         if not math.isnan(updates):
             self.next_updates_per_call = int(updates) if repeated else 1
+
+    def rewritten(self, buffers: Tensor | None, history: History | None, window_ended: bool) -> None:
+        """Go on from buffers, ``(2, C)``, that we have written: what they are made of (None: as before)."""
+        if window_ended:
+            self.since, self.history_since = (buffers, history) if history is not None else (None, None)
+            return
+        self.start, self.history = buffers, history
+        if history is None and not self.tracked_before and (buffers is None or _are_initial(buffers)):
+            self.history = _FRESH
 
     @property
     def num_calls(self) -> int:
@@ -160,26 +184,24 @@ class TrackedLayer:
     def forget(self) -> None:
         """Drop what waits for an update, the place in the window, and the windows before."""
         self.stash, self.window, self.index, self.width = [], None, -1, 0
-        self.hook.traced, self.end = (), None
+        self.hook.traced, self.end, self.since = (), None, None
 
     def buffer_state(self, width: int) -> Tensor:
-        """What :meth:`restore` needs per channel, ``(4, C)``: the buffers as they were at the windows' ends."""
+        """What :meth:`restore` needs per channel, ``(6, C)``: the buffers at the windows' ends, and written since."""
         missing = torch.full((2, width), torch.nan, dtype=torch.float64, device="cpu")
-        both = [
-            missing if buffers is None or buffers.shape[1] != width else buffers for buffers in (self.start, self.end)
-        ]
-        return torch.cat(both)
+        known = [getattr(self, name) for name in _SAVED_BUFFERS]
+        return torch.cat([missing if buffers is None or buffers.shape[1] != width else buffers for buffers in known])
 
     def state(self) -> dict[str, Any]:
         """What :meth:`restore` needs besides, in primitives."""
         hook = {field: getattr(self.hook, field) for field in _SAVED_OF_HOOK}
-        known = {"has_start": self.start is not None, "has_end": self.end is not None}
+        known = {f"has_{name}": getattr(self, name) is not None for name in _SAVED_BUFFERS}
         return {field: copy(getattr(self, field)) for field in _SAVED} | hook | known
 
     def restore(self, state: Mapping[str, Any], buffers: Tensor) -> None:
         """Go on as the layer whose :meth:`state` and :meth:`buffer_state` these are."""
-        self.start = buffers[:2].clone() if state["has_start"] else None
-        self.end = buffers[2:].clone() if state["has_end"] else None
+        for name, saved in zip(_SAVED_BUFFERS, torch.split(buffers, 2), strict=True):
+            setattr(self, name, saved.clone() if state[f"has_{name}"] else None)
         for field in _SAVED:
             setattr(self, field, copy(state[field]))
         for field in _SAVED_OF_HOOK:

@@ -184,6 +184,12 @@ def broadcast(values: Tensor) -> Tensor:
     return values.cpu()
 
 
+def all_succeeded(success: bool) -> bool:
+    """Whether all ranks say so; each has to call this."""
+    said = gather(torch.tensor([success], dtype=torch.uint8, device="cpu"))
+    return bool(broadcast(torch.stack(said).amin(dim=0) if said else torch.zeros(1, dtype=torch.uint8, device="cpu")))
+
+
 def _device() -> torch.device:
     """Where our process group takes tensors from."""
     return torch.device(dist.distributed_c10d._get_object_coll_device(group()))

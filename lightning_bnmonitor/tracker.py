@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -18,6 +18,7 @@ from lightning_bnmonitor.capture import CaptureMode, check_capture, owned
 from lightning_bnmonitor.hooks import Attachment, Gate
 from lightning_bnmonitor.layers import (
     STASH_LIMIT,
+    History,
     TrackedLayer,
     as_patterns,
     device_of,
@@ -28,9 +29,11 @@ from lightning_bnmonitor.layers import (
 from lightning_bnmonitor.report import Report
 from lightning_bnmonitor.window import Batch, Window
 
-_STATE_VERSION = 4
+_STATE_VERSION = 5
 _NO_MODEL = "The model of this BatchNormTracker no longer exists. Make a new tracker."
-_BUFFER_ROWS = 4  # per channel: the running statistics when the window began, and when the last one ended
+_BUFFER_ROWS = 6  # per channel: the running statistics when the window began, when the last one ended, and since
+
+_attached: weakref.WeakSet[BatchNormTracker] = weakref.WeakSet()
 
 
 class BatchNormTracker:
@@ -40,7 +43,7 @@ class BatchNormTracker:
     that validation does not, and frozen layers inside a training model do. Nothing that is computed changes: hooks only
     read, and never wait for the device within a step.
 
-    State is 584 bytes a channel, about 850 bytes a layer, and the batch moments of up to 24 calls (8 bytes a channel
+    State is 600 bytes a channel, about 850 bytes a layer, and the batch moments of up to 24 calls (8 bytes a channel
     each, 16 for a float64 model). It is float64, on the layers' device (on the CPU for MPS, which has no float64).
 
     Args:
@@ -135,6 +138,7 @@ class BatchNormTracker:
         self._begin_window([layer for layer in self._layers if layer.module not in known])
         hooks = {layer.module: layer.hook for layer in self._layers}
         self._attachment = Attachment(model, hooks, drain=self._drain, after_step=self.step)
+        _attached.add(self)
         if self._pending is not None:
             self._restore(self._pending)
             self._pending = None
@@ -146,6 +150,7 @@ class BatchNormTracker:
             self._drain()
             self._attachment.remove()
             self._attachment = None
+            _attached.discard(self)
 
     def step(self) -> None:
         """Tell that a training step has ended: the time to merge what is stashed if there is enough of it.
@@ -223,6 +228,18 @@ class BatchNormTracker:
             window.reset()
         self._begin_window(self._layers)
         self._reopen()
+
+    def rewritten(self, histories: Mapping[_BatchNorm, History | None]) -> None:
+        """Take note that we have just written the running statistics of these layers, and what they are made of.
+
+        None: what they were made of before.
+        """
+        self.flush()
+        here = [layer for layer in self._layers if layer.module in histories]
+        for layer, buffers in zip(here, running_stats(here), strict=True):
+            if self._closed is None and layer.window is not None:
+                layer.window.forget_weights(layer.index)
+            layer.rewritten(buffers, histories[layer.module], self._closed is not None)
 
     def report(self) -> Report:
         """Where the running statistics stand against what the layers have received in this window, on this rank."""
@@ -378,3 +395,9 @@ class BatchNormTracker:
             warnings.warn(
                 f"BatchNorm layers have changed since the state was saved; {'; '.join(changes)}.", stacklevel=3
             )
+
+
+def trackers_of(layers: Iterable[_BatchNorm]) -> list[BatchNormTracker]:
+    """The trackers that are attached to any of these layers."""
+    modules = set(layers)
+    return [tracker for tracker in list(_attached) if any(layer.module in modules for layer in tracker._layers)]

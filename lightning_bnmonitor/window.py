@@ -83,6 +83,8 @@ class Blocks(NamedTuple):
     """Batches that updated no running statistics, ``(layers,)``; they are in none of the above but ``first_bad``."""
     aside_samples: FloatArray
     """Their values per channel, ``(layers,)``."""
+    aside_size: FloatArray
+    """Their samples, ``(layers,)``: the sum over the batches."""
     aside_value: FloatArray
     """Of them, what ``value`` is of a block, ``(2, channels)``."""
     aside_m2: FloatArray
@@ -239,6 +241,7 @@ class Window:
             first_bad=self._first_bad.cpu().numpy(),
             aside_batches=aside[:, _K].copy(),
             aside_samples=aside[:, _N].copy(),
+            aside_size=aside[:, _B].copy(),
             aside_value=channels[_VALUE, _ASIDE],
             aside_m2=channels[_M2, _ASIDE],
         )
@@ -250,6 +253,11 @@ class Window:
     def layer_state(self, layer: int) -> dict[str, list[Any]]:
         """What is kept per layer, in primitives: see :meth:`restore`."""
         return {"scalars": self._scalars[layer].tolist(), "momenta": self._momenta[layer].tolist()}
+
+    def forget_weights(self, layer: int) -> None:
+        """The running statistics have just been written: no batch so far is in them."""
+        self._scalars[layer, :, [_W, _Q, _QV]] = 0
+        self._momenta[layer] = _FRESH
 
     def restore(self, layer: int, channels: Tensor, state: Mapping[str, Any]) -> None:
         """Give a layer the state that another window had for it: its channels' part and its own."""

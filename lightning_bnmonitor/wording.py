@@ -7,7 +7,7 @@ import re
 from collections.abc import Mapping, Sequence
 from string import Formatter
 
-_RECALIBRATE = "recompute its running statistics (`torch.optim.swa_utils.update_bn(loader, model)`)"
+_RECALIBRATE = "recompute its running statistics (`lightning_bnmonitor.recalibrate(model, loader)`)"
 
 _EXPLANATIONS: dict[str, tuple[str, ...]] = {
     "unused": ("It was not called in this window while the model was in training mode.",),

@@ -1,0 +1,377 @@
+"""The repair: the exact statistics of given data, at fixed weights, written into the running statistics."""
+
+from __future__ import annotations
+
+import itertools
+import random
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from lightning.fabric.utilities import move_data_to_device
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parameter import is_lazy
+
+from lightning_bnmonitor import ranks
+from lightning_bnmonitor.assessment import assess
+from lightning_bnmonitor.hooks import Gate
+from lightning_bnmonitor.layer_report import LayerReport
+from lightning_bnmonitor.layers import History, as_patterns, find_layers
+from lightning_bnmonitor.report import Report
+from lightning_bnmonitor.stationary import Part
+from lightning_bnmonitor.tracker import BatchNormTracker, trackers_of
+
+Forward = Callable[[nn.Module, Any], Any]
+_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
+_FROZEN, _NO_STATS, _UNUSED = "frozen", "no running statistics", "unused"
+
+
+def recalibrate(
+    model: nn.Module,
+    batches: Iterable[Any],
+    forward: Forward | None = None,
+    num_batches: int | None = None,
+    *,
+    include: str | Sequence[str] | None = None,
+    exclude: str | Sequence[str] | None = None,
+    frozen: bool = False,
+    all_ranks: bool = True,
+) -> Recalibration:
+    r"""Replace the running statistics of a model's BatchNorm layers by the exact statistics of data.
+
+    One pass over the data, at fixed weights and without gradients, all layers at once: BatchNorm normalises by the
+    batch, as in training, and everything else is in eval mode (dropout is off). What is compiled runs eagerly.
+
+    **What is written** is the mean and the unbiased variance of all values that a layer receives, from all batches
+    pooled,
+
+    .. math:: \mu = \frac1N \sum_t n_t \mu_t, \qquad
+        \sigma^2 = \frac1{N-1} \Big(\sum_t (n_t - 1) v_t + \sum_t n_t (\mu_t - \mu)^2\Big),
+
+    with :math:`n_t` values of mean :math:`\mu_t` and unbiased variance :math:`v_t` in batch t and :math:`N = \sum n_t`
+    (merged as by Chan, Golub and LeVeque, 1983, in float64). It is not the mean of the batch variances, which BatchNorm
+    itself and ``torch.optim.swa_utils.update_bn`` average: ``eval()`` normalises single values, and their variance
+    includes that between batches, which those leave out. So it does not depend on how the data are split into batches,
+    as far as the first layers of a network go.
+
+    **How exact** ``eval()`` then is: for a layer that no other BatchNorm precedes, up to the rounding of the buffers
+    (6e-8 of \|mean\|/std in float32). One that follows others has received activations that were normalised by the
+    batch, in this pass as in training, while in ``eval()`` they are normalised by the statistics of all: that
+    difference falls with the number of values per channel in a batch, and larger batches than in training do no harm.
+
+    Nothing else changes: modes, momentum, ``num_batches_tracked``, ``requires_grad`` and random states are as before,
+    and on any error, or an interrupt, so is every buffer, to the bit. Monitors that are attached do not count these
+    calls, and know where the running statistics come from.
+
+    Args:
+        model: The root module.
+        batches: What to pass through the model, a ``DataLoader`` say: training data, shuffled, in batches of the size
+            of training, or larger. Iterated once.
+        forward: Called with the model and a batch, to run it. By default ``model(batch)`` for a tensor or an object,
+            ``model(batch[0])`` for a tuple or list (inputs first, as ``update_bn`` does), ``model(**batch)`` for a
+            mapping, all moved to the model's device. Mixed precision: run the model under ``torch.autocast`` in it.
+        num_batches: At most so many batches; None for all.
+        include: ``fnmatch`` patterns of the names of layers to recalibrate; None for all.
+        exclude: ``fnmatch`` patterns of the names of layers to leave alone, in eval mode.
+        frozen: Whether to recalibrate frozen layers, too: those in eval mode while the model is in training mode, and
+            those that update no running statistics in training (``track_running_stats=False``, ``momentum=0``). In a
+            model that is in eval mode as a whole the former cannot be told apart: use ``exclude``.
+        all_ranks: Whether all ranks of the default process group of ``torch.distributed``, if there is one, call this
+            together, each with its own data: statistics are merged, and the same on all. That takes six collectives,
+            whose size grows with channels; with ``SyncBatchNorm`` each rank needs as many batches, too.
+
+    Returns:
+        Where the running statistics stood against these data, where they stand now, and the way back.
+
+    Raises:
+        ValueError: If ``num_batches`` is not a positive integer or None, there is no batch at all, a layer has not been
+            initialised (lazy ones, before the first call), or what a layer receives, or its variance in the precision
+            of its buffers, is not finite.
+        TypeError: If ``include`` or ``exclude`` is neither None nor strings.
+        RuntimeError: If the model cannot take a batch, with its own error as the cause; or another rank has failed.
+
+    Example::
+
+        >>> import torch
+        >>> from lightning_bnmonitor import recalibrate
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(2), torch.nn.Linear(2, 1))
+        >>> batches = torch.tensor([[[1.0, 5.0], [3.0, 5.0]], [[2.0, 5.0], [2.0, 5.0]]])
+        >>> result = recalibrate(model, batches)
+        >>> model[0].running_mean, model[0].running_var
+        (tensor([2., 5.]), tensor([0.6667, 0.0000]))
+        >>> result.restore()
+        >>> model[0].running_mean
+        tensor([0., 0.])
+    """
+    names = as_patterns("include", include), as_patterns("exclude", exclude)
+    found = find_layers(model, *names)
+    left_alone = {name: why for name, layer in found.items() if (why := _why_left_alone(model, layer, frozen))}
+    layers = {name: layer for name, layer in found.items() if name not in left_alone}
+    return recalibrate_layers(model, batches, forward or forward_of, num_batches, layers, left_alone, all_ranks)
+
+
+class Recalibration:
+    """What :func:`recalibrate` has done. Printed, it is a table.
+
+    Attributes:
+        before: The running statistics as they were, against the data: one report of all ranks.
+        after: The running statistics as they were written, against the same data.
+        num_batches: Batches that were run, on this rank.
+        left_alone: Layers whose running statistics are as they were, by name, and why: ``"frozen"``, ``"unused"`` (not
+            called in the pass), ``"no running statistics"``.
+    """
+
+    def __init__(
+        self, before: Report, after: Report, num_batches: int, left_alone: Mapping[str, str], old: _Saved
+    ) -> None:
+        self.before = before
+        self.after = after
+        self.num_batches = num_batches
+        self.left_alone = dict(left_alone)
+        self._old = old
+
+    def restore(self) -> None:
+        """Put the running statistics of before back, to the bit, whatever has been written since."""
+        self._old.restore()
+        _tell_trackers(dict.fromkeys(self._old.buffers))
+
+    def __str__(self) -> str:
+        rows = []
+        for name, after in self.after.items():
+            if name not in self.left_alone:
+                before = self.before[name]
+                errors = [f"{layer.summary()['eval_error']:.4f}" for layer in (before, after)]
+                noise = after.evidence.get("noise_error", float("nan"))
+                rows.append([name, before.verdict, *errors, f"{noise:.4f}", after.verdict, str(after.num_samples)])
+        of = f"{self.num_batches} batch{'es' * (self.num_batches != 1)}"
+        parts = [f"{len(rows)} BatchNorm layer{'s' * (len(rows) != 1)} recalibrated on {of}."]
+        if rows:
+            headers = ["layer", "before", "eval_error", "after", "noise", "now", "samples"]
+            align = ("left", "left", "right", "right", "right", "left", "right")
+            parts.append(tabulate(rows, headers=headers, disable_numparse=True, colalign=align))
+        if self.left_alone:
+            listed = ", ".join(f"{name} ({why})" for name, why in self.left_alone.items())
+            parts.append(f"Left alone: {listed}.")
+        return "\n\n".join(parts)
+
+
+def recalibrate_layers(
+    model: nn.Module,
+    batches: Iterable[Any],
+    forward: Forward,
+    num_batches: int | None,
+    layers: Mapping[str, _BatchNorm],
+    left_alone: Mapping[str, str],
+    all_ranks: bool,
+) -> Recalibration:
+    """:func:`recalibrate` of these layers; ``left_alone`` names others, and why they are."""
+    if num_batches is not None and (isinstance(num_batches, bool) or not isinstance(num_batches, int)):
+        raise ValueError(f"`num_batches` must be a positive integer or None, got {num_batches!r}.")
+    if num_batches is not None and num_batches < 1:
+        raise ValueError(f"`num_batches` must be positive, got {num_batches}: there would be nothing to measure.")
+    for name, layer in layers.items():
+        if layer.running_mean is not None and is_lazy(layer.running_mean):
+            raise ValueError(f"Layer {name!r} has not been initialised. Call the model once before.")
+    old = _Saved(layers.values())
+    if not layers:
+        return Recalibration(Report([]), Report([]), 0, left_alone, old)
+    together = all_ranks and ranks.num_ranks() > 1
+    calibration = _Calibration(model, layers)
+    with torch.inference_mode(any(buffer.is_inference() for buffer in model.buffers())), torch.no_grad():
+        with _agreement(together), _calibrating(model, layers.values(), old), calibration.counting():
+            count = _run(model, batches, forward, num_batches)
+        before = calibration.compare("none", together)
+        used = {name: layer for name, layer in layers.items() if before[name].num_samples}
+        if not used and not count:
+            raise ValueError("`batches` gave no batch: nothing was measured, and nothing changed.")
+        new = {layer: _new_buffers(layer, before[name]) for name, layer in used.items()}
+        with old.restored_on_error():
+            for layer, stats in new.items():
+                for name, values in stats.items():
+                    getattr(layer, name).copy_(values)
+            after = calibration.compare("average", together)
+    if num_batches is not None and count < num_batches:
+        warnings.warn(
+            f"`batches` gave {count} batches, not the {num_batches} of `num_batches`: the running statistics are those "
+            "of what it gave.",
+            stacklevel=3,
+        )
+    _tell_trackers({layer: _history(before[name]) for name, layer in used.items()})
+    unused = {name: _UNUSED for name in layers if name not in used}
+    return Recalibration(before, after, count, {**left_alone, **unused}, old.of(used.values()))
+
+
+def forward_of(model: nn.Module, batch: Any) -> Any:
+    """Run a model on a batch, as :func:`recalibrate` does by default."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        batch = move_data_to_device(batch, tensor.device)
+        break
+    if isinstance(batch, (tuple, list)):
+        return model(batch[0])
+    return model(**batch) if isinstance(batch, Mapping) else model(batch)
+
+
+class _Calibration(BatchNormTracker):
+    """Counts every call of the layers that are recalibrated, by a pass over its input."""
+
+    def __init__(self, model: nn.Module, layers: Mapping[str, _BatchNorm]) -> None:
+        super().__init__(model, capture="pass")
+        self._always = nn.Identity()  # a root that is in training mode
+        self._gate = Gate(self._always)
+        self._layers = [self._new_layer(name, layer) for name, layer in layers.items()]
+        self._begin_window(self._layers)
+        for layer in self._layers:  # what is known of the running statistics' noise rests on it
+            momentum = layer.module.momentum
+            layer.momentum = 1 / max(layer.tracked_before or 0, 1) if momentum is None else momentum
+
+    @contextmanager
+    def counting(self) -> Iterator[None]:
+        """Hooks are on the layers, and nothing else of what :meth:`attach` does: nothing compiled will run."""
+        with ExitStack() as stack:
+            for layer in self._layers:
+                handle = layer.module.register_forward_hook(layer.hook, with_kwargs=True)
+                stack.callback(handle.remove)
+            yield
+
+    def compare(self, part: Part, all_ranks: bool) -> Report:
+        """The running statistics as they are now against what was counted, which has that part in them."""
+        self.flush()
+        report, _ = assess(self._layers, self._placed, self._windows, False, all_ranks, part)
+        return report
+
+
+class _Saved:
+    """Copies of layers' buffers."""
+
+    def __init__(self, layers: Iterable[_BatchNorm]) -> None:
+        self.buffers = {
+            layer: {
+                name: buffer.detach().clone()
+                for name in _BUFFERS
+                if (buffer := getattr(layer, name)) is not None and not is_lazy(buffer)
+            }
+            for layer in layers
+        }
+
+    def of(self, layers: Iterable[_BatchNorm]) -> _Saved:
+        """Those of some of the layers."""
+        some = _Saved([])
+        some.buffers = {layer: self.buffers[layer] for layer in layers}
+        return some
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Put them back into the layers' buffers, which may have moved since."""
+        for layer, buffers in self.buffers.items():
+            for name, values in buffers.items():
+                getattr(layer, name).copy_(values)
+
+    @contextmanager
+    def restored_on_error(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException:
+            self.restore()
+            raise
+
+
+@contextmanager
+def _calibrating(model: nn.Module, layers: Iterable[_BatchNorm], buffers: _Saved) -> Iterator[None]:
+    """These layers normalise by the batch and update nothing, all else is in eval mode; then all is as before."""
+    modes = {module: module.training for module in model.modules()}
+    tracking = {layer: layer.track_running_stats for layer in layers}
+    with ExitStack() as stack:
+        for tracker in trackers_of(module for module in modes if isinstance(module, _BatchNorm)):
+            stack.enter_context(tracker.paused())
+        stack.enter_context(_random_states_as_before())
+        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        try:
+            for module in modes:
+                module.training = module in tracking
+            for layer in tracking:
+                layer.track_running_stats = False
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+            for layer, tracks in tracking.items():
+                layer.track_running_stats = tracks
+            buffers.restore()  # a subclass may update them all the same
+
+
+@contextmanager
+def _random_states_as_before() -> Iterator[None]:
+    states = random.getstate(), np.random.get_state()
+    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+    with torch.random.fork_rng(devices):
+        try:
+            yield
+        finally:
+            random.setstate(states[0])
+            np.random.set_state(states[1])
+
+
+@contextmanager
+def _agreement(together: bool) -> Iterator[None]:
+    """If one rank fails, all do: none is left waiting."""
+    try:
+        yield
+    except Exception:
+        if together:
+            ranks.all_succeeded(False)
+        raise
+    if together and not ranks.all_succeeded(True):
+        raise RuntimeError("Another rank could not run its batches: see its error. Nothing was changed.")
+
+
+def _run(model: nn.Module, batches: Iterable[Any], forward: Forward, num_batches: int | None) -> int:
+    count = 0
+    for batch in itertools.islice(batches, num_batches):
+        try:
+            forward(model, batch)
+        except Exception as error:
+            raise RuntimeError(
+                f"The model cannot take batch {count} of `batches`, a {type(batch).__name__}: {error!r}. Nothing was "
+                "changed. Argument `forward`, a function of the model and a batch, tells how to run one."
+            ) from error
+        count += 1
+    return count
+
+
+def _new_buffers(layer: _BatchNorm, report: LayerReport) -> dict[str, Tensor]:
+    """What is to be written, in the buffers' precision. Raises ValueError if it is not finite."""
+    new = {}
+    for name, values in (("running_mean", report.population_mean), ("running_var", report.population_var)):
+        new[name] = values.to(getattr(layer, name).dtype)
+        bad = (~torch.isfinite(new[name])).nonzero().flatten().tolist()
+        if bad:
+            why = f"{float(values[bad[0]]):.3g} is beyond {new[name].dtype}"
+            if report.num_samples == 1:
+                why = "one value has no variance"
+            elif "first_bad_batch" in report.evidence:
+                channel, call = (int(report.evidence[f"first_bad_{what}"]) for what in ("channel", "batch"))
+                why = f"it received values that are not finite, first in its call {call}, channel {channel}"
+            raise ValueError(f"`{name}` of layer {report.name!r} would not be finite: {why}. Nothing was changed.")
+    return new
+
+
+def _history(report: LayerReport) -> History:
+    """What running statistics are made of that are the average of all values."""
+    return 0.0, 1 / report.num_samples, 1 / max(report.num_samples - report.num_batches, 1)
+
+
+def _tell_trackers(histories: Mapping[_BatchNorm, History | None]) -> None:
+    for tracker in trackers_of(histories):
+        tracker.rewritten(histories)
+
+
+def _why_left_alone(model: nn.Module, layer: _BatchNorm, frozen: bool) -> str:
+    if layer.running_mean is None or layer.running_var is None:
+        return _NO_STATS
+    is_frozen = (model.training and not layer.training) or not layer.track_running_stats or layer.momentum == 0
+    return _FROZEN if is_frozen and not frozen else ""
