@@ -3,6 +3,7 @@
 from lightning_bnmonitor.callback import BatchNormMonitor, UnhealthyBatchNormError
 from lightning_bnmonitor.layer_report import LayerReport
 from lightning_bnmonitor.moments import ChannelMoments, Moments
+from lightning_bnmonitor.precise import PreciseBatchNorm
 from lightning_bnmonitor.recalibration import Recalibration, recalibrate
 from lightning_bnmonitor.report import Report
 from lightning_bnmonitor.tracker import BatchNormTracker
@@ -14,6 +15,7 @@ __all__ = [
     "ChannelMoments",
     "LayerReport",
     "Moments",
+    "PreciseBatchNorm",
     "Recalibration",
     "Report",
     "UnhealthyBatchNormError",

@@ -110,9 +110,13 @@ def recalibrate(
     """
     names = as_patterns("include", include), as_patterns("exclude", exclude)
     found = find_layers(model, *names)
-    left_alone = {name: why for name, layer in found.items() if (why := _why_left_alone(model, layer, frozen))}
+    in_eval = {layer for layer in found.values() if model.training and not layer.training}
+    reasons = {name: why_left_alone(layer, layer in in_eval, frozen) for name, layer in found.items()}
+    left_alone = {name: why for name, why in reasons.items() if why}
     layers = {name: layer for name, layer in found.items() if name not in left_alone}
-    return recalibrate_layers(model, batches, forward or forward_of, num_batches, layers, left_alone, all_ranks)
+    result = recalibrate_layers(model, batches, forward or forward_of, num_batches, layers, left_alone, all_ranks)
+    result.tell_trackers()
+    return result
 
 
 class Recalibration:
@@ -127,18 +131,33 @@ class Recalibration:
     """
 
     def __init__(
-        self, before: Report, after: Report, num_batches: int, left_alone: Mapping[str, str], old: _Saved
+        self,
+        before: Report,
+        after: Report,
+        num_batches: int,
+        left_alone: Mapping[str, str],
+        old: _Saved,
+        histories: Mapping[_BatchNorm, History | None],
     ) -> None:
         self.before = before
         self.after = after
         self.num_batches = num_batches
         self.left_alone = dict(left_alone)
         self._old = old
+        self._histories = dict(histories)
+        self._told = False
+
+    def tell_trackers(self) -> None:
+        """Let attached trackers know what running statistics are made of that stay."""
+        self._told = True
+        for tracker in trackers_of(self._histories):
+            tracker.rewritten(self._histories)
 
     def restore(self) -> None:
         """Put the running statistics of before back, to the bit, whatever has been written since."""
         self._old.restore()
-        _tell_trackers(dict.fromkeys(self._old.buffers))
+        for tracker in trackers_of(self._histories) if self._told else ():
+            tracker.rewritten(dict.fromkeys(self._histories))
 
     def __str__(self) -> str:
         rows = []
@@ -179,7 +198,7 @@ def recalibrate_layers(
             raise ValueError(f"Layer {name!r} has not been initialised. Call the model once before.")
     old = _Saved(layers.values())
     if not layers:
-        return Recalibration(Report([]), Report([]), 0, left_alone, old)
+        return Recalibration(Report([]), Report([]), 0, left_alone, old, {})
     together = all_ranks and ranks.num_ranks() > 1
     calibration = _Calibration(model, layers)
     with torch.inference_mode(any(buffer.is_inference() for buffer in model.buffers())), torch.no_grad():
@@ -195,15 +214,15 @@ def recalibrate_layers(
                 for name, values in stats.items():
                     getattr(layer, name).copy_(values)
             after = calibration.compare("average", together)
-    if num_batches is not None and count < num_batches:
-        warnings.warn(
-            f"`batches` gave {count} batches, not the {num_batches} of `num_batches`: the running statistics are those "
-            "of what it gave.",
-            stacklevel=3,
-        )
-    _tell_trackers({layer: _history(before[name]) for name, layer in used.items()})
+            if num_batches is not None and count < num_batches:
+                warnings.warn(
+                    f"`batches` gave {count} batches, not the {num_batches} of `num_batches`: the running statistics "
+                    "are those of what it gave.",
+                    stacklevel=3,
+                )
+    histories: dict[_BatchNorm, History | None] = {layer: _history(before[name]) for name, layer in used.items()}
     unused = {name: _UNUSED for name in layers if name not in used}
-    return Recalibration(before, after, count, {**left_alone, **unused}, old.of(used.values()))
+    return Recalibration(before, after, count, {**left_alone, **unused}, old.of(used.values()), histories)
 
 
 def forward_of(model: nn.Module, batch: Any) -> Any:
@@ -365,13 +384,8 @@ def _history(report: LayerReport) -> History:
     return 0.0, 1 / report.num_samples, 1 / max(report.num_samples - report.num_batches, 1)
 
 
-def _tell_trackers(histories: Mapping[_BatchNorm, History | None]) -> None:
-    for tracker in trackers_of(histories):
-        tracker.rewritten(histories)
-
-
-def _why_left_alone(model: nn.Module, layer: _BatchNorm, frozen: bool) -> str:
+def why_left_alone(layer: _BatchNorm, in_eval: bool, frozen: bool = False) -> str:
+    """Why a layer that is in eval mode in training, or not, is not recalibrated; empty if it is."""
     if layer.running_mean is None or layer.running_var is None:
         return _NO_STATS
-    is_frozen = (model.training and not layer.training) or not layer.track_running_stats or layer.momentum == 0
-    return _FROZEN if is_frozen and not frozen else ""
+    return _FROZEN if (in_eval or not layer.track_running_stats or layer.momentum == 0) and not frozen else ""

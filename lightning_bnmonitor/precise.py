@@ -1,0 +1,263 @@
+"""The repair as a Lightning callback: exact running statistics before each validation, and at the end of training."""
+
+from __future__ import annotations
+
+import copy
+import itertools
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from lightning.pytorch import Callback, LightningModule, Trainer
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.utils.data import DataLoader, IterableDataset
+from typing_extensions import override
+
+from lightning_bnmonitor.layers import find_layers
+from lightning_bnmonitor.recalibration import Forward, Recalibration, forward_of, recalibrate_layers, why_left_alone
+
+_STATS = ("running_mean", "running_var")
+
+
+class PreciseBatchNorm(Callback):
+    """Replaces running statistics by exact ones before every validation and at the end of ``fit``.
+
+    So what is validated, and what is saved after validation and after training, has the statistics of the weights it
+    has: see :func:`~lightning_bnmonitor.recalibrate`, which this calls. The idea is that of Wu and Johnson, "Rethinking
+    'Batch' in BatchNorm" (2021). It goes with ``ModelCheckpoint``, and with averaged weights
+    (``StochasticWeightAveraging``, ``WeightAveraging``): the statistics are then those of the averaged weights.
+
+    It acts after all other callbacks but checkpoints, wherever it stands in the list: after
+    :class:`~lightning_bnmonitor.BatchNormMonitor` has ended its window, and after averaged weights are in place. A
+    monitor does not count its forward passes, and knows where the running statistics come from.
+
+    Args:
+        num_batches: Batches that the statistics are taken from, on each rank; fewer if there are fewer.
+        every_n_epochs: Only in every n-th epoch, counted as ``ModelCheckpoint`` does, and at the end of ``fit``. None:
+            before every validation.
+        dataloader: Where batches come from: anything that can be iterated again and again. None: a fresh loader over
+            the training data set, with a copy of the training loader's sampler, no workers, and random states as before
+            afterwards. (A data set that draws from a generator of its own is a case for an explicit loader.)
+        restore: Whether training goes on with its own running statistics, as if nothing had happened: they come back
+            before the next training batch, also after a resume from a checkpoint that has the exact ones. Training is
+            then bit-identical to training without this callback. False: it goes on from the exact ones. Running
+            statistics that something else has written since (averaged weights that are swapped back) stay as they are.
+        forward: How to run the model on a batch, a function of the two; by default as of
+            :func:`~lightning_bnmonitor.recalibrate`: not ``training_step``, which may log or step.
+
+    Layers that were in eval mode in the last training batch, or update no running statistics, are left alone. One batch
+    is tried when training starts, so that what cannot work fails then.
+
+    Raises:
+        ValueError: If ``num_batches`` or ``every_n_epochs`` is not a positive integer, ``restore`` no bool,
+            ``dataloader`` can be iterated only once; when training starts, if the default loader cannot be made: the
+            training data are an iterable data set, several loaders, or no ``DataLoader``.
+        RuntimeError: When training starts, if the model cannot take a batch.
+
+    Example::
+
+        >>> from lightning.pytorch import Trainer
+        >>> from lightning_bnmonitor import PreciseBatchNorm
+        >>> trainer = Trainer(callbacks=[PreciseBatchNorm(num_batches=100)])
+    """
+
+    def __init__(
+        self,
+        num_batches: int = 200,
+        every_n_epochs: int | None = None,
+        dataloader: Iterable[Any] | None = None,
+        restore: bool = False,
+        forward: Forward | None = None,
+    ) -> None:
+        for name, value in (("num_batches", num_batches), ("every_n_epochs", every_n_epochs)):
+            optional = name == "every_n_epochs" and value is None
+            if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
+                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
+        if not isinstance(restore, bool):
+            raise ValueError(f"`restore` must be True or False, got {restore!r}.")
+        if isinstance(dataloader, Iterator):
+            raise ValueError(
+                f"`dataloader` must be something that can be iterated again and again, got {dataloader!r}."
+            )
+        self._num_batches = num_batches
+        self._every_n_epochs = every_n_epochs or 1
+        self._dataloader = dataloader
+        self._forward = forward or forward_of
+        self._is_restoring = restore
+        self._recalibration: Recalibration | None = None
+        self._layers: list[_BatchNorm] = []
+        self._frozen: set[_BatchNorm] = set()  # as of the last training batch
+        self._has_trained = False  # since the last recalibration
+        # Of each layer the running statistics of training, and those in their place, `(2, C)`.
+        self._training: dict[str, Tensor] = {}
+        self._exact: dict[str, Tensor] = {}
+
+    @property
+    def recalibration(self) -> Recalibration | None:
+        """What was done last; None before."""
+        return self._recalibration
+
+    @property
+    @override
+    def state_key(self) -> str:
+        return self._generate_state_key(
+            num_batches=self._num_batches, every_n_epochs=self._every_n_epochs, restore=self._is_restoring
+        )
+
+    @override
+    def state_dict(self) -> dict[str, Any]:
+        kept = {"training": dict(self._training), "exact": dict(self._exact)}
+        return kept if self._training else {}
+
+    @override
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        self._training, self._exact = dict(state_dict.get("training", {})), dict(state_dict.get("exact", {}))
+
+    @override
+    def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
+        if stage != "fit":
+            return
+        checkpoints = list(trainer.checkpoint_callbacks)
+        others = [
+            callback
+            for callback in trainer.callbacks  # type: ignore[attr-defined]
+            if callback is not self and callback not in checkpoints and getattr(callback, "owner", None) is not self
+        ]
+        first = [_Restorer(self)] if self._is_restoring else []
+        trainer.callbacks = [*first, *others, self, *checkpoints]  # type: ignore[attr-defined]
+
+    @override
+    def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._layers = list(find_layers(pl_module, None, None).values())
+        self._has_trained = False
+        self._frozen = {layer for layer in self._layers if not layer.training}
+        if self._layers:
+            self._recalibrate(trainer, pl_module, num_batches=1).restore()
+
+    @override
+    def on_train_batch_end(
+        self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
+    ) -> None:
+        self._has_trained = True
+        self._frozen = {layer for layer in self._layers if not layer.training}
+
+    @override
+    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # The earliest hook that comes after all callbacks' `on_validation_start`, where a monitor may end its window.
+        if trainer.state.fn == "fit" and self._has_trained and (trainer.current_epoch + 1) % self._every_n_epochs == 0:
+            self._repair(trainer, pl_module)
+
+    @override
+    def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._has_trained and _is_last_epoch(trainer):
+            self._repair(trainer, pl_module)
+
+    @override
+    def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        # Whatever was done before: averaged weights have just been put in place, perhaps.
+        self._repair(trainer, pl_module)
+
+    def put_back(self, pl_module: LightningModule) -> None:
+        """Give training its running statistics back, where those are in place that we have put there."""
+        layers = find_layers(pl_module, None, None) if self._training else {}
+        for name, training in self._training.items():
+            layer = layers.get(name)
+            if layer is not None and (stats := _stats(layer)) is not None and torch.equal(stats, self._exact[name]):
+                _write(layer, training)
+        self._training, self._exact = {}, {}
+
+    def _repair(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        layers = find_layers(pl_module, None, None) if self._layers else {}
+        before = {name: stats for name, layer in layers.items() if (stats := _stats(layer)) is not None}
+        self._recalibration = self._recalibrate(trainer, pl_module, self._num_batches)
+        self._has_trained = False
+        if not self._is_restoring:
+            self._recalibration.tell_trackers()
+            return
+        for name in self._recalibration.after:
+            if name not in self._recalibration.left_alone:
+                if name not in self._training or not torch.equal(before[name], self._exact[name]):
+                    self._training[name] = before[name]
+                exact = _stats(layers[name])
+                assert exact is not None
+                self._exact[name] = exact
+
+    def _recalibrate(self, trainer: Trainer, pl_module: LightningModule, num_batches: int) -> Recalibration:
+        found = find_layers(pl_module, None, None) if self._layers else {}
+        left_alone = {
+            name: why for name, layer in found.items() if (why := why_left_alone(layer, layer in self._frozen))
+        }
+        layers = {name: layer for name, layer in found.items() if name not in left_alone}
+
+        def forward(model: nn.Module, batch: Any) -> Any:
+            batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+            with trainer.precision_plugin.forward_context():
+                return self._forward(model, batch)
+
+        if trainer.overfit_batches:  # type: ignore[attr-defined]
+            num_batches = min(num_batches, int(trainer.num_training_batches))
+        batches = itertools.islice(self._loader(trainer), num_batches)
+        return recalibrate_layers(
+            pl_module, batches, forward, None, layers, left_alone, all_ranks=trainer.world_size > 1
+        )
+
+    def _loader(self, trainer: Trainer) -> Iterable[Any]:
+        """Where batches come from."""
+        if self._dataloader is not None:
+            return self._dataloader
+        training = trainer.train_dataloader
+        explicit = "Give PreciseBatchNorm a `dataloader` of its own."
+        if not isinstance(training, DataLoader):
+            raise ValueError(
+                f"The training data are a {type(training).__name__}, from which no loader can be made. {explicit}"
+            )
+        dataset = training.dataset
+        if isinstance(dataset, IterableDataset):
+            raise ValueError(
+                f"The training data are an iterable data set ({type(dataset).__name__}): to iterate it would take "
+                f"batches from training. {explicit}"
+            )
+        how = training.batch_sampler if training.batch_sampler is not None else training.sampler
+        try:  # a copy: so the one of training goes on as if nothing had happened
+            how = copy.deepcopy(how, {id(dataset): dataset})
+        except Exception as error:
+            raise ValueError(f"The sampler of the training data cannot be copied ({error!r}). {explicit}") from error
+        drawn: dict[str, Any] = (
+            {"batch_sampler": how} if training.batch_sampler is not None else {"batch_size": None, "sampler": how}
+        )
+        generator = torch.Generator().manual_seed(trainer.current_epoch)
+        return DataLoader(dataset, collate_fn=training.collate_fn, generator=generator, **drawn)
+
+
+class _Restorer(Callback):
+    """Stands first in the list of callbacks: whatever follows sees the running statistics of training."""
+
+    def __init__(self, owner: PreciseBatchNorm) -> None:
+        self.owner = owner
+
+    @override
+    def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.owner.put_back(pl_module)
+
+    @override
+    def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
+        self.owner.put_back(pl_module)
+
+
+def _stats(layer: _BatchNorm) -> Tensor | None:
+    """A copy of a layer's running statistics on the CPU, ``(2, C)``, None if it has none."""
+    mean, var = layer.running_mean, layer.running_var
+    return None if mean is None or var is None else torch.stack([mean, var]).detach().cpu().clone()
+
+
+@torch.no_grad()
+def _write(layer: _BatchNorm, stats: Tensor) -> None:
+    for name, values in zip(_STATS, stats, strict=True):
+        getattr(layer, name).copy_(values)
+
+
+def _is_last_epoch(trainer: Trainer) -> bool:
+    if trainer.should_stop or (trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps):
+        return True
+    return trainer.max_epochs is not None and -1 < trainer.max_epochs <= trainer.current_epoch + 1
