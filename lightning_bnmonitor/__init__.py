@@ -1,5 +1,6 @@
 """Exact statistics of every BatchNorm layer's inputs beside its running statistics, in TensorBoard."""
 
+from lightning_bnmonitor.attribution import Attribution, attribute_eval_gap
 from lightning_bnmonitor.callback import BatchNormMonitor, UnhealthyBatchNormError
 from lightning_bnmonitor.layer_report import LayerReport
 from lightning_bnmonitor.moments import ChannelMoments, Moments
@@ -10,6 +11,7 @@ from lightning_bnmonitor.tracker import BatchNormTracker
 
 __version__ = "0.1.0"
 __all__ = [
+    "Attribution",
     "BatchNormMonitor",
     "BatchNormTracker",
     "ChannelMoments",
@@ -19,5 +21,6 @@ __all__ = [
     "Recalibration",
     "Report",
     "UnhealthyBatchNormError",
+    "attribute_eval_gap",
     "recalibrate",
 ]

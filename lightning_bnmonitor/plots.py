@@ -173,6 +173,42 @@ def plot_channels(layer: LayerReport, ax: Any = None) -> tuple[Figure, Any]:
     return fig, ax
 
 
+def plot_contributions(
+    states: Sequence[tuple[str, float]], steps: Sequence[Sequence[tuple[str, float]]], ax: Axes | None = None
+) -> tuple[Figure, Axes]:
+    """Levels, and what leads from each to the next, as a waterfall; see :meth:`Attribution.plot`.
+
+    Args:
+        states: Names and levels, from the top down.
+        steps: Between each two of them, names and the reductions that lead there. What is not finite is not drawn.
+        ax: Where to draw; None makes a figure.
+    """
+    bars: list[tuple[str, float, float, str, str]] = []  # name, left end, right end, colour, text
+    for index, (name, level) in enumerate(states):
+        bars.append((name, 0.0, level, _EXACT, f"{level:.3g}"))
+        present = level
+        for step, reduction in steps[index] if index < len(steps) else ():
+            color = STYLES["lagging" if index == 0 else "healthy"].color
+            bars.append((step, present, present - reduction, color, f"{-reduction:+.3g}"))
+            present -= reduction
+    if ax is None:
+        import matplotlib.pyplot as plt
+
+        fig, ax = plt.subplots(figsize=(9, 1.2 + 0.35 * len(bars)), layout="constrained")
+    else:
+        fig = _figure(ax)
+    ax.use_sticky_edges = False  # there is text at the ends
+    for position, (_, start, end, color, text) in enumerate(bars):
+        finite = math.isfinite(start) and math.isfinite(end)
+        ax.barh(position, end - start if finite else 0.0, left=start if finite else 0.0, color=color, height=0.7)
+        ax.annotate(f" {text}", (max(start, end) if finite else 0.0, position), va="center", fontsize=8, color=_EXACT)
+    ax.set_yticks(range(len(bars)), [shortened(name) for name, *_ in bars], fontsize=8, parse_math=False)
+    ax.invert_yaxis()
+    ax.margins(x=0.12)
+    ax.set_xlabel("loss")
+    return fig, ax
+
+
 def shortened(name: str, length: int = 40) -> str:
     """The end of a name that is too long, on one line, in letters that matplotlib's own font has."""
     name = " ".join(name.split())

@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from lightning_bnmonitor.layers import find_layers
-from lightning_bnmonitor.recalibration import Forward, Recalibration, forward_of, recalibrate_layers, why_left_alone
+from lightning_bnmonitor.passes import Forward, forward_of
+from lightning_bnmonitor.recalibration import Recalibration, recalibrate_layers, why_left_alone
 
 _STATS = ("running_mean", "running_var")
 

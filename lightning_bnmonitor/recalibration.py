@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import itertools
-import random
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
-import numpy as np
 import torch
-from lightning.fabric.utilities import move_data_to_device
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
@@ -22,12 +18,11 @@ from lightning_bnmonitor.assessment import assess
 from lightning_bnmonitor.hooks import Gate
 from lightning_bnmonitor.layer_report import LayerReport
 from lightning_bnmonitor.layers import History, as_patterns, find_layers
+from lightning_bnmonitor.passes import Forward, Saved, forward_of, run, training_only
 from lightning_bnmonitor.report import Report
 from lightning_bnmonitor.stationary import Part
 from lightning_bnmonitor.tracker import BatchNormTracker, trackers_of
 
-Forward = Callable[[nn.Module, Any], Any]
-_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 _FROZEN, _NO_STATS, _UNUSED = "frozen", "no running statistics", "unused"
 
 
@@ -136,7 +131,7 @@ class Recalibration:
         after: Report,
         num_batches: int,
         left_alone: Mapping[str, str],
-        old: _Saved,
+        old: Saved,
         histories: Mapping[_BatchNorm, History | None],
     ) -> None:
         self.before = before
@@ -196,14 +191,14 @@ def recalibrate_layers(
     for name, layer in layers.items():
         if layer.running_mean is not None and is_lazy(layer.running_mean):
             raise ValueError(f"Layer {name!r} has not been initialised. Call the model once before.")
-    old = _Saved(layers.values())
+    old = Saved(layers.values())
     if not layers:
         return Recalibration(Report([]), Report([]), 0, left_alone, old, {})
     together = all_ranks and ranks.num_ranks() > 1
     calibration = _Calibration(model, layers)
     with torch.inference_mode(any(buffer.is_inference() for buffer in model.buffers())), torch.no_grad():
-        with _agreement(together), _calibrating(model, layers.values(), old), calibration.counting():
-            count = _run(model, batches, forward, num_batches)
+        with _agreement(together), training_only(model, layers.values()), calibration.counting():
+            count = run(model, batches, forward, num_batches)
         before = calibration.compare("none", together)
         used = {name: layer for name, layer in layers.items() if before[name].num_samples}
         if not used and not count:
@@ -223,16 +218,6 @@ def recalibrate_layers(
     histories: dict[_BatchNorm, History | None] = {layer: _history(before[name]) for name, layer in used.items()}
     unused = {name: _UNUSED for name in layers if name not in used}
     return Recalibration(before, after, count, {**left_alone, **unused}, old.of(used.values()), histories)
-
-
-def forward_of(model: nn.Module, batch: Any) -> Any:
-    """Run a model on a batch, as :func:`recalibrate` does by default."""
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
-        batch = move_data_to_device(batch, tensor.device)
-        break
-    if isinstance(batch, (tuple, list)):
-        return model(batch[0])
-    return model(**batch) if isinstance(batch, Mapping) else model(batch)
 
 
 class _Calibration(BatchNormTracker):
@@ -264,77 +249,6 @@ class _Calibration(BatchNormTracker):
         return report
 
 
-class _Saved:
-    """Copies of layers' buffers."""
-
-    def __init__(self, layers: Iterable[_BatchNorm]) -> None:
-        self.buffers = {
-            layer: {
-                name: buffer.detach().clone()
-                for name in _BUFFERS
-                if (buffer := getattr(layer, name)) is not None and not is_lazy(buffer)
-            }
-            for layer in layers
-        }
-
-    def of(self, layers: Iterable[_BatchNorm]) -> _Saved:
-        """Those of some of the layers."""
-        some = _Saved([])
-        some.buffers = {layer: self.buffers[layer] for layer in layers}
-        return some
-
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put them back into the layers' buffers, which may have moved since."""
-        for layer, buffers in self.buffers.items():
-            for name, values in buffers.items():
-                getattr(layer, name).copy_(values)
-
-    @contextmanager
-    def restored_on_error(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            self.restore()
-            raise
-
-
-@contextmanager
-def _calibrating(model: nn.Module, layers: Iterable[_BatchNorm], buffers: _Saved) -> Iterator[None]:
-    """These layers normalise by the batch and update nothing, all else is in eval mode; then all is as before."""
-    modes = {module: module.training for module in model.modules()}
-    tracking = {layer: layer.track_running_stats for layer in layers}
-    with ExitStack() as stack:
-        for tracker in trackers_of(module for module in modes if isinstance(module, _BatchNorm)):
-            stack.enter_context(tracker.paused())
-        stack.enter_context(_random_states_as_before())
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
-        try:
-            for module in modes:
-                module.training = module in tracking
-            for layer in tracking:
-                layer.track_running_stats = False
-            yield
-        finally:
-            for module, mode in modes.items():
-                module.training = mode
-            for layer, tracks in tracking.items():
-                layer.track_running_stats = tracks
-            buffers.restore()  # a subclass may update them all the same
-
-
-@contextmanager
-def _random_states_as_before() -> Iterator[None]:
-    states = random.getstate(), np.random.get_state()
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
-    with torch.random.fork_rng(devices):
-        try:
-            yield
-        finally:
-            random.setstate(states[0])
-            np.random.set_state(states[1])
-
-
 @contextmanager
 def _agreement(together: bool) -> Iterator[None]:
     """If one rank fails, all do: none is left waiting."""
@@ -346,20 +260,6 @@ def _agreement(together: bool) -> Iterator[None]:
         raise
     if together and not ranks.all_succeeded(True):
         raise RuntimeError("Another rank could not run its batches: see its error. Nothing was changed.")
-
-
-def _run(model: nn.Module, batches: Iterable[Any], forward: Forward, num_batches: int | None) -> int:
-    count = 0
-    for batch in itertools.islice(batches, num_batches):
-        try:
-            forward(model, batch)
-        except Exception as error:
-            raise RuntimeError(
-                f"The model cannot take batch {count} of `batches`, a {type(batch).__name__}: {error!r}. Nothing was "
-                "changed. Argument `forward`, a function of the model and a batch, tells how to run one."
-            ) from error
-        count += 1
-    return count
 
 
 def _new_buffers(layer: _BatchNorm, report: LayerReport) -> dict[str, Tensor]:

@@ -1,0 +1,309 @@
+"""Which layer's running statistics cost how much of the loss in ``eval()``, and what they do not explain."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, NamedTuple
+
+import torch
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+from tqdm.auto import tqdm
+
+from lightning_bnmonitor.layers import find_layers
+from lightning_bnmonitor.passes import Forward, Saved, forward_of, run, training_only
+from lightning_bnmonitor.plots import plot_contributions
+from lightning_bnmonitor.recalibration import recalibrate_layers, why_left_alone
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+Loss = Callable[[Any, Any], Tensor]
+_NEGLIGIBLE = 0.01  # share of the gap that is not taken apart further
+
+
+class Contribution(NamedTuple):
+    """What the exact statistics of one layer, or of several, do to the loss in eval mode."""
+
+    name: str
+    """The layer."""
+    eval_error: float
+    """RMS error of its normalised activation in eval mode; of several layers the largest."""
+    reduction: float
+    """By how much the loss falls; infinite if it was not finite before and is after."""
+    stderr: float
+    """Standard error of that."""
+
+
+@dataclass(frozen=True)
+class Attribution:
+    """What :func:`attribute_eval_gap` has found. Printed, it is a sentence and a table."""
+
+    eval_loss: float
+    """Loss in eval mode as it is."""
+    exact_loss: float
+    """Loss in eval mode with exact statistics in all layers."""
+    batch_loss: float
+    """Loss where BatchNorm normalises by the batch and all else is in eval mode."""
+    train_loss: float
+    """Loss in training mode."""
+    gap: float
+    """``eval_loss`` less ``exact_loss``: what running statistics explain. Infinite if only the former is not finite,
+    NaN if neither is."""
+    gap_stderr: float
+    """Standard error of the gap."""
+    contributions: tuple[Contribution, ...]
+    """Layers in the order in which their statistics were replaced, the largest ``eval_error`` first. Empty if there is
+    nothing to explain."""
+    rest: Contribution | None
+    """All other layers together, which explain less than 1 % of the gap; None if there are none."""
+
+    @property
+    def is_significant(self) -> bool:
+        """Whether there is anything to explain: the gap exceeds its own standard error."""
+        return self.gap > self.gap_stderr or self.gap == math.inf
+
+    @property
+    def worst(self) -> str | None:
+        """The layer that is responsible for most; None if there is nothing to explain."""
+        return max(self.contributions, key=lambda part: part.reduction).name if self.contributions else None
+
+    def __str__(self) -> str:
+        parts = [
+            (
+                f"  {part.name}",
+                "",
+                f"{part.reduction:.4g}",
+                f"{part.stderr:.2g}",
+                f"{part.reduction / self.gap:.0%}" if math.isfinite(self.gap) else "",
+                f"{part.eval_error:.4f}",
+            )
+            for part in self._layers
+        ]
+        rows: list[tuple[str, ...]] = [("eval mode as it is", f"{self.eval_loss:.4g}"), *parts]
+        rows.append(("eval mode with exact statistics", f"{self.exact_loss:.4g}"))
+        rows += [(f"  {name}", "", f"{reduction:.4g}") for name, reduction in self._remaining]
+        rows.append(("training mode", f"{self.train_loss:.4g}"))
+        headers = ["", "loss", "explains", "stderr", "of the gap", "eval_error"]
+        rows = [(*row, *[""] * (len(headers) - len(row))) for row in rows]
+        align = ("left", *["right"] * (len(headers) - 1))
+        table = tabulate(rows, headers=headers, disable_numparse=True, colalign=align, preserve_whitespace=True)
+        return f"{self._headline}\n\n{table}"
+
+    @property
+    def _headline(self) -> str:
+        if math.isnan(self.gap):
+            return "The loss in eval mode is not finite, and not with exact running statistics either."
+        difference = f"{self.gap:.4g} ± {self.gap_stderr:.2g}"
+        remaining = self.exact_loss - self.train_loss
+        then = (
+            f"{remaining:.4g} more than in training mode remain, which no running statistics explain: normalising by "
+            "the batch, dropout, the data, or a bug."
+            if remaining > 0
+            else "With exact ones, eval mode is as good as training mode."
+        )
+        if not self.is_significant:
+            return f"Nothing to explain: exact running statistics lower the loss by {difference}. {then}"
+        top = max(self.contributions, key=lambda part: part.reduction)
+        if self.gap == math.inf:
+            return f"Running statistics make the loss {self.eval_loss:.4g}: first those of {top.name}. {then}"
+        share = f"{top.reduction / self.gap:.0%} of that by {top.name}"
+        return f"Running statistics cost {difference} of the loss, {share}. {then}"
+
+    @property
+    def _layers(self) -> list[Contribution]:
+        return [*self.contributions, *([self.rest] if self.rest else [])]
+
+    @property
+    def _remaining(self) -> list[tuple[str, float]]:
+        return [
+            ("normalising by the batch", self.exact_loss - self.batch_loss),
+            ("other modules in training mode", self.batch_loss - self.train_loss),
+        ]
+
+    def plot(self, ax: Axes | None = None) -> tuple[Figure, Axes]:
+        """The loss from eval mode to training mode, step by step, as a matplotlib figure.
+
+        Args:
+            ax: The axes to draw in; None makes a figure.
+
+        Returns:
+            The figure and the axes.
+        """
+        layers = [(part.name, part.reduction) for part in self._layers]
+        states = [("eval mode as it is", self.eval_loss), ("exact statistics", self.exact_loss)]
+        return plot_contributions([*states, ("training mode", self.train_loss)], [layers, self._remaining], ax)
+
+
+def attribute_eval_gap(
+    model: nn.Module, batches: Iterable[Any], loss: Loss, forward: Forward | None = None, progress: bool = True
+) -> Attribution:
+    """How much each layer's running statistics are responsible for a loss that is worse in eval mode than it should be.
+
+    The gap is the loss in eval mode as it is, less that in eval mode with exact statistics of the same data (see
+    :func:`~lightning_bnmonitor.recalibrate`) in all layers. To take it apart, exact statistics are put into one layer
+    after another, the one with the largest ``eval_error`` first, and stay there, until the layers that are left explain
+    less than 1 % of the gap: a pass over the data for each. What a layer explains is therefore given those before it.
+
+    On training data, the gap is that of the running statistics alone; on validation data the exact statistics are
+    those of validation data, so that it includes what running statistics of training data cannot fit. Two more passes
+    tell what no running statistic explains: with BatchNorm normalising by the batch and all else in eval mode, and in
+    training mode. Losses are compared batch by batch, or sample by sample, so that standard errors are those of the
+    differences.
+
+    All is left as it was, to the bit: buffers, modes, random states. On several ranks each is on its own.
+
+    Args:
+        model: The root module. Layers that :func:`~lightning_bnmonitor.recalibrate` leaves alone keep their statistics.
+        batches: What to pass through the model. It is iterated several times and has to give the same batches in the
+            same order, which a ``DataLoader`` does here, shuffling or not; what can be iterated only once is kept.
+        loss: Called with the model's output and the batch: a scalar, the mean of the batch (then batches count alike),
+            or a loss for each sample, ``(N,)`` (then samples do).
+        forward: Called with the model and a batch, to run it; by default as in
+            :func:`~lightning_bnmonitor.recalibrate`.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Losses, and the layers' contributions.
+
+    Raises:
+        ValueError: If there is no batch, or only one and no loss of each sample (it would have no standard error), or
+            if the loss has two dimensions or more.
+        RuntimeError: If the model cannot take a batch or the loss cannot be computed, with the error as the cause.
+
+    Example::
+
+        >>> import torch
+        >>> from lightning_bnmonitor import attribute_eval_gap
+        >>> _ = torch.manual_seed(0)
+        >>> model = torch.nn.Sequential(torch.nn.BatchNorm1d(4), torch.nn.Linear(4, 1))
+        >>> data = [(torch.randn(32, 4) + 3, torch.zeros(32, 1)) for _ in range(8)]
+        >>> loss = lambda output, batch: (output - batch[1]).square().mean(dim=1)
+        >>> attribute_eval_gap(model, data, loss, progress=False).worst
+        '0'
+    """
+    if isinstance(batches, Iterator):
+        batches = list(batches)
+    found = find_layers(model, None, None)
+    in_eval = {layer for layer in found.values() if model.training and not layer.training}
+    layers = {name: layer for name, layer in found.items() if not why_left_alone(layer, layer in in_eval)}
+    in_training = [module for module in model.modules() if module.training or not model.training]
+    passes, old, by_batch = _Passes(model, batches, loss, forward or forward_of, progress), Saved(layers.values()), []
+    try:
+        as_is = passes.losses("eval mode")
+        training = passes.losses("training mode", in_training)
+        with passes.same_batches():
+            repair = recalibrate_layers(
+                model,
+                passes.shown("exact statistics"),
+                lambda model, batch: by_batch.append(passes.loss_of(model, batch)),
+                None,
+                layers,
+                {},
+                all_ranks=False,
+            )
+        new = Saved(layers.values())
+        exact = passes.losses("eval mode, exact statistics") if layers else as_is
+        old.restore()
+        gap, stderr = _difference(as_is, exact)
+        scale = gap if math.isfinite(gap) else float(exact.mean())
+        errors = {name: report.summary()["eval_error"] for name, report in repair.before.items()}
+        order = sorted((name for name in errors if name not in repair.left_alone), key=errors.__getitem__)
+        contributions: list[Contribution] = []
+        present, left = as_is, gap
+        while (
+            (gap > stderr or gap == math.inf) and order and not (contributions and abs(left) < _NEGLIGIBLE * abs(scale))
+        ):
+            name = order.pop()
+            new.of([layers[name]]).restore()
+            following = passes.losses(f"eval mode, exact in {name}, too") if order else exact
+            contributions.append(Contribution(name, errors[name], *_difference(present, following)))
+            present = following
+            left, _ = _difference(present, exact)
+    finally:
+        old.restore()
+    rest = None
+    if contributions and order:
+        what = f"{len(order)} other layer{'s' * (len(order) > 1)}"
+        rest = Contribution(what, errors[order[-1]], *_difference(present, exact))
+    batch_losses = torch.cat(by_batch) if layers else training
+    return Attribution(
+        eval_loss=float(as_is.mean()),
+        exact_loss=float(exact.mean()),
+        batch_loss=float(batch_losses.mean()),
+        train_loss=float(training.mean()),
+        gap=gap,
+        gap_stderr=stderr,
+        contributions=tuple(contributions),
+        rest=rest,
+    )
+
+
+class _Passes:
+    """Passes of the same batches through a model, each of which gives a loss for each batch, or sample."""
+
+    def __init__(self, model: nn.Module, batches: Iterable[Any], loss: Loss, forward: Forward, progress: bool) -> None:
+        self.model = model
+        self.batches = batches
+        self.loss = loss
+        self.forward = forward
+        self.progress = progress
+        self.num_losses: int | None = None
+
+    @torch.no_grad()
+    def losses(self, label: str, in_training: Iterable[nn.Module] = ()) -> Tensor:
+        """Losses with these modules in training mode, in float64."""
+        collected: list[Tensor] = []
+        with training_only(self.model, in_training), self.same_batches():
+            run(self.model, self.shown(label), lambda model, batch: collected.append(self.loss_of(model, batch)))
+        losses = torch.cat([torch.empty(0, dtype=torch.float64, device="cpu"), *collected])
+        if len(losses) < 2:
+            raise ValueError(
+                f"`batches` must give two batches or more, or `loss` one value for each sample: {len(collected)} "
+                f"batches gave {len(losses)} losses, and a difference of which one cannot tell whether it is chance."
+            )
+        if len(losses) != (self.num_losses or len(losses)):
+            raise ValueError(
+                f"`batches` gave {self.num_losses} losses when it was iterated first, and {len(losses)} later: it must "
+                "give the same batches each time."
+            )
+        self.num_losses = len(losses)
+        return losses
+
+    def loss_of(self, model: nn.Module, batch: Any) -> Tensor:
+        """The loss of one batch, of one value or of as many as samples."""
+        value = torch.as_tensor(self.loss(self.forward(model, batch), batch))
+        if value.ndim > 1:
+            raise ValueError(f"`loss` must return a scalar or one value for each sample, got {tuple(value.shape)}.")
+        return value.detach().reshape(-1).to("cpu", torch.float64)
+
+    def shown(self, label: str) -> Iterable[Any]:
+        """The batches, with a progress bar."""
+        return tqdm(self.batches, label, leave=False, disable=not self.progress)
+
+    @contextmanager
+    def same_batches(self) -> Iterator[None]:
+        """A context after which the generators that a loader draws from are as before it."""
+        loader = self.batches
+        samplers = [loader, loader.sampler, loader.batch_sampler] if isinstance(loader, DataLoader) else []
+        generators = {getattr(sampler, "generator", None) for sampler in samplers}
+        states = [(generator, generator.get_state()) for generator in generators if generator is not None]
+        try:
+            yield
+        finally:
+            for generator, state in states:
+                generator.set_state(state)
+
+
+def _difference(one: Tensor, other: Tensor) -> tuple[float, float]:
+    """Mean difference of paired losses and its standard error; infinite if only one of them is not finite."""
+    finite = bool(torch.isfinite(one).all()), bool(torch.isfinite(other).all())
+    if not all(finite):
+        return (math.nan if not any(finite) else math.inf if finite[1] else -math.inf), math.nan
+    difference = one - other
+    return float(difference.mean()), float(difference.std()) / math.sqrt(len(difference))
