@@ -13,6 +13,7 @@ import torch
 from lightning.fabric.utilities import move_data_to_device
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
 from lightning_bnmonitor.tracker import trackers_of
@@ -58,6 +59,8 @@ def training_only(model: nn.Module, modules: Iterable[nn.Module]) -> Iterator[No
     """
     modes = {module: module.training for module in model.modules()}
     layers = [module for module in modes if isinstance(module, _BatchNorm)]
+    wrappers = [module for module in modes if isinstance(module, DistributedDataParallel)]
+    syncing = {wrapper: wrapper.require_forward_param_sync for wrapper in wrappers}
     tracking = {layer: layer.track_running_stats for layer in layers}
     in_training, buffers = set(modules), Saved(layers)
     updating = [layer for layer in layers if layer in in_training]
@@ -65,18 +68,23 @@ def training_only(model: nn.Module, modules: Iterable[nn.Module]) -> Iterator[No
         for tracker in trackers_of(layers):
             stack.enter_context(tracker.paused())
         stack.enter_context(_random_states_as_before())
+        stack.enter_context(_buffers_as_before(module for module in modes if module not in tracking))
         stack.enter_context(torch.compiler.set_stance("force_eager"))
         try:
             for module in modes:
                 module.training = module in in_training
             for layer in updating:
                 layer.track_running_stats = False
+            for wrapper in syncing:  # ranks may have different numbers of batches
+                wrapper.require_forward_param_sync = False
             yield
         finally:
             for module, mode in modes.items():
                 module.training = mode
             for layer, tracks in tracking.items():
                 layer.track_running_stats = tracks
+            for wrapper, syncs in syncing.items():
+                wrapper.require_forward_param_sync = syncs
             buffers.restore()  # a subclass may update them all the same
 
 
@@ -102,9 +110,12 @@ class Saved:
     @torch.no_grad()
     def restore(self) -> None:
         """Put them back into the layers' buffers, which may have moved since."""
-        for layer, buffers in self.buffers.items():
-            for name, values in buffers.items():
-                getattr(layer, name).copy_(values)
+        writes = [
+            (getattr(layer, name), values) for layer, saved in self.buffers.items() for name, values in saved.items()
+        ]
+        with torch.inference_mode(any(buffer.is_inference() for buffer, _ in writes)):
+            for buffer, values in writes:
+                buffer.copy_(values)
 
     @contextmanager
     def restored_on_error(self) -> Iterator[None]:
@@ -114,6 +125,26 @@ class Saved:
         except BaseException:
             self.restore()
             raise
+
+
+@contextmanager
+def _buffers_as_before(modules: Iterable[nn.Module]) -> Iterator[None]:
+    """Whatever modules write into their buffers, in eval mode too, as the observers of quantisation do."""
+    saved = [
+        (module, name, buffer, buffer.detach().clone())
+        for module in modules
+        for name, buffer in module._buffers.items()
+        if buffer is not None and not is_lazy(buffer) and not buffer.is_meta
+    ]
+    try:
+        yield
+    finally:
+        for module, name, buffer, values in saved:
+            module._buffers[name] = buffer
+            if buffer.shape != values.shape:
+                buffer.resize_(values.shape)
+            if not torch.equal(buffer, values):
+                buffer.copy_(values)
 
 
 @contextmanager

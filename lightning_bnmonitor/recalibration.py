@@ -88,7 +88,8 @@ def recalibrate(
             initialised (lazy ones, before the first call), or what a layer receives, or its variance in the precision
             of its buffers, is not finite.
         TypeError: If ``include`` or ``exclude`` is neither None nor strings.
-        RuntimeError: If the model cannot take a batch, with its own error as the cause; or another rank has failed.
+        RuntimeError: If the model cannot take a batch, with its own error as the cause, or a layer receives something
+            else than ``(N, C, *)``; or another rank has failed.
 
     Example::
 
@@ -199,8 +200,9 @@ def recalibrate_layers(
     with torch.inference_mode(any(buffer.is_inference() for buffer in model.buffers())), torch.no_grad():
         with _agreement(together), training_only(model, layers.values()), calibration.counting():
             count = run(model, batches, forward, num_batches)
+            calibration.check_complete()
         before = calibration.compare("none", together)
-        used = {name: layer for name, layer in layers.items() if before[name].num_samples}
+        used = {name: layers[name] for name, layer in before.items() if layer.num_samples}
         if not used and not count:
             raise ValueError("`batches` gave no batch: nothing was measured, and nothing changed.")
         new = {layer: _new_buffers(layer, before[name]) for name, layer in used.items()}
@@ -208,7 +210,7 @@ def recalibrate_layers(
             for layer, stats in new.items():
                 for name, values in stats.items():
                     getattr(layer, name).copy_(values)
-            after = calibration.compare("average", together)
+            after = calibration.compare("average", together and bool(used))
             if num_batches is not None and count < num_batches:
                 warnings.warn(
                     f"`batches` gave {count} batches, not the {num_batches} of `num_batches`: the running statistics "
@@ -241,6 +243,15 @@ class _Calibration(BatchNormTracker):
                 handle = layer.module.register_forward_hook(layer.hook, with_kwargs=True)
                 stack.callback(handle.remove)
             yield
+
+    def check_complete(self) -> None:
+        """Raise RuntimeError if there was a call that could not be counted."""
+        for layer in self._layers:
+            if layer.hook.skipped:
+                raise RuntimeError(
+                    f"{layer.hook.skipped} calls of layer {layer.name!r} could not be counted: what it receives is not "
+                    "(N, C, ...), or has no values of its own. Nothing was changed. Argument `exclude` leaves it alone."
+                )
 
     def compare(self, part: Part, all_ranks: bool) -> Report:
         """The running statistics as they are now against what was counted, which has that part in them."""
