@@ -6,11 +6,13 @@ import math
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from operator import length_hint
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
@@ -76,7 +78,7 @@ class Attribution:
     def __str__(self) -> str:
         parts = [
             (
-                f"  {part.name}",
+                f"- {part.name}",
                 "",
                 f"{part.reduction:.4g}",
                 f"{part.stderr:.2g}",
@@ -87,28 +89,36 @@ class Attribution:
         ]
         rows: list[tuple[str, ...]] = [("eval mode as it is", f"{self.eval_loss:.4g}"), *parts]
         rows.append(("eval mode with exact statistics", f"{self.exact_loss:.4g}"))
-        rows += [(f"  {name}", "", f"{reduction:.4g}") for name, reduction in self._remaining]
+        rows += [(f"- {name}", "", f"{reduction:.4g}") for name, reduction in self._remaining]
         rows.append(("training mode", f"{self.train_loss:.4g}"))
         headers = ["", "loss", "explains", "stderr", "of the gap", "eval_error"]
         rows = [(*row, *[""] * (len(headers) - len(row))) for row in rows]
         align = ("left", *["right"] * (len(headers) - 1))
-        table = tabulate(rows, headers=headers, disable_numparse=True, colalign=align, preserve_whitespace=True)
+        table = tabulate(rows, headers=headers, disable_numparse=True, colalign=align)
         return f"{self._headline}\n\n{table}"
 
     @property
     def _headline(self) -> str:
         if math.isnan(self.gap):
             return "The loss in eval mode is not finite, and not with exact running statistics either."
-        difference = f"{self.gap:.4g} ± {self.gap_stderr:.2g}"
         remaining = self.exact_loss - self.train_loss
-        then = (
-            f"{remaining:.4g} more than in training mode remain, which no running statistics explain: normalising by "
-            "the batch, dropout, the data, or a bug."
-            if remaining > 0
-            else "With exact ones, eval mode is as good as training mode."
-        )
+        if not math.isfinite(remaining):
+            then = (
+                f"With exact ones, it is {self.exact_loss:.4g} in eval mode and {self.train_loss:.4g} in training mode."
+            )
+        elif remaining > 0:
+            then = (
+                f"{remaining:.4g} more than in training mode remain, which no running statistics explain: normalising "
+                "by the batch, dropout, the data, or a bug."
+            )
+        else:
+            then = "With exact ones, eval mode is as good as training mode."
+        if self.gap == -math.inf:
+            return f"Nothing to explain: the loss is finite, but not with exact running statistics. {then}"
+        difference = f"{abs(self.gap):.4g} ± {self.gap_stderr:.2g}"
         if not self.is_significant:
-            return f"Nothing to explain: exact running statistics lower the loss by {difference}. {then}"
+            change = "raise" if self.gap < 0 else "lower"
+            return f"Nothing to explain: exact running statistics {change} the loss by {difference}. {then}"
         top = max(self.contributions, key=lambda part: part.reduction)
         if self.gap == math.inf:
             return f"Running statistics make the loss {self.eval_loss:.4g}: first those of {top.name}. {then}"
@@ -172,8 +182,9 @@ def attribute_eval_gap(
         Losses, and the layers' contributions.
 
     Raises:
-        ValueError: If there is no batch, or only one and no loss of each sample (it would have no standard error), or
-            if the loss has two dimensions or more.
+        ValueError: If there is no batch, or only one and no loss of each sample (it would have no standard error), if
+            the loss has two dimensions or more, the number of losses changes from pass to pass, or a layer has not been
+            initialised (lazy ones, before the first call).
         RuntimeError: If the model cannot take a batch or the loss cannot be computed, with the error as the cause.
 
     Example::
@@ -187,33 +198,39 @@ def attribute_eval_gap(
         >>> attribute_eval_gap(model, data, loss, progress=False).worst
         '0'
     """
-    if isinstance(batches, Iterator):
-        batches = list(batches)
     found = find_layers(model, None, None)
+    for name, layer in found.items():
+        if layer.running_mean is not None and is_lazy(layer.running_mean):
+            raise ValueError(f"Layer {name!r} has not been initialised. Call the model once before.")
+    if isinstance(batches, Iterator):
+        with training_only(model, ()):  # random states are as before
+            batches = list(batches)
     in_eval = {layer for layer in found.values() if model.training and not layer.training}
     layers = {name: layer for name, layer in found.items() if not why_left_alone(layer, layer in in_eval)}
     in_training = [module for module in model.modules() if module.training or not model.training]
-    passes, old, by_batch = _Passes(model, batches, loss, forward or forward_of, progress), Saved(layers.values()), []
+    passes, old = _Passes(model, batches, loss, forward or forward_of, progress), Saved(layers.values())
+    by_batch: list[Tensor] = []
     try:
         as_is = passes.losses("eval mode")
         training = passes.losses("training mode", in_training)
         with passes.same_batches():
             repair = recalibrate_layers(
                 model,
-                passes.shown("exact statistics"),
-                lambda model, batch: by_batch.append(passes.loss_of(model, batch)),
+                passes.measured("exact statistics", by_batch),
+                passes.run_model,
                 None,
                 layers,
                 {},
                 all_ranks=False,
             )
+        batch_losses = passes.joined(by_batch) if layers else as_is
         new = Saved(layers.values())
         exact = passes.losses("eval mode, exact statistics") if layers else as_is
         old.restore()
         gap, stderr = _difference(as_is, exact)
         scale = gap if math.isfinite(gap) else float(exact.mean())
         errors = {name: report.summary()["eval_error"] for name, report in repair.before.items()}
-        order = sorted((name for name in errors if name not in repair.left_alone), key=errors.__getitem__)
+        order = sorted((name for name in reversed(errors) if name not in repair.left_alone), key=errors.__getitem__)
         contributions: list[Contribution] = []
         present, left = as_is, gap
         while (
@@ -231,7 +248,6 @@ def attribute_eval_gap(
     if contributions and order:
         what = f"{len(order)} other layer{'s' * (len(order) > 1)}"
         rest = Contribution(what, errors[order[-1]], *_difference(present, exact))
-    batch_losses = torch.cat(by_batch) if layers else training
     return Attribution(
         eval_loss=float(as_is.mean()),
         exact_loss=float(exact.mean()),
@@ -253,6 +269,7 @@ class _Passes:
         self.loss = loss
         self.forward = forward
         self.progress = progress
+        self.output: Any = None
         self.num_losses: int | None = None
 
     @torch.no_grad()
@@ -260,7 +277,11 @@ class _Passes:
         """Losses with these modules in training mode, in float64."""
         collected: list[Tensor] = []
         with training_only(self.model, in_training), self.same_batches():
-            run(self.model, self.shown(label), lambda model, batch: collected.append(self.loss_of(model, batch)))
+            run(self.model, self.measured(label, collected), self.run_model)
+        return self.joined(collected)
+
+    def joined(self, collected: list[Tensor]) -> Tensor:
+        """The losses of all batches of a pass, as many as in the others."""
         losses = torch.cat([torch.empty(0, dtype=torch.float64, device="cpu"), *collected])
         if len(losses) < 2:
             raise ValueError(
@@ -275,22 +296,38 @@ class _Passes:
         self.num_losses = len(losses)
         return losses
 
-    def loss_of(self, model: nn.Module, batch: Any) -> Tensor:
+    def measured(self, label: str, collected: list[Tensor]) -> Iterator[Any]:
+        """The batches, with a progress bar. When the next is asked for, the model has been run on this one."""
+        total = length_hint(self.batches) or None
+        once = iter(self.batches)  # tqdm would make two iterators, and a loader start its workers twice
+        with tqdm(once, label, total, leave=False, disable=not self.progress) as bar:
+            for index, batch in enumerate(bar):
+                yield batch
+                collected.append(self._loss_of(index, batch))
+
+    def run_model(self, model: nn.Module, batch: Any) -> None:
+        """Run the model, and keep the output for the loss."""
+        self.output = self.forward(model, batch)
+
+    def _loss_of(self, index: int, batch: Any) -> Tensor:
         """The loss of one batch, of one value or of as many as samples."""
-        value = torch.as_tensor(self.loss(self.forward(model, batch), batch))
+        output, self.output = self.output, None
+        try:
+            value = torch.as_tensor(self.loss(output, batch))
+        except Exception as error:
+            raise RuntimeError(
+                f"`loss` cannot be computed for batch {index}: {error!r}. Nothing was changed."
+            ) from error
         if value.ndim > 1:
             raise ValueError(f"`loss` must return a scalar or one value for each sample, got {tuple(value.shape)}.")
         return value.detach().reshape(-1).to("cpu", torch.float64)
-
-    def shown(self, label: str) -> Iterable[Any]:
-        """The batches, with a progress bar."""
-        return tqdm(self.batches, label, leave=False, disable=not self.progress)
 
     @contextmanager
     def same_batches(self) -> Iterator[None]:
         """A context after which the generators that a loader draws from are as before it."""
         loader = self.batches
         samplers = [loader, loader.sampler, loader.batch_sampler] if isinstance(loader, DataLoader) else []
+        samplers += [getattr(sampler, "sampler", None) for sampler in samplers]  # of a batch sampler that was given
         generators = {getattr(sampler, "generator", None) for sampler in samplers}
         states = [(generator, generator.get_state()) for generator in generators if generator is not None]
         try:

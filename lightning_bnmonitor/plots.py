@@ -183,28 +183,41 @@ def plot_contributions(
         steps: Between each two of them, names and the reductions that lead there. What is not finite is not drawn.
         ax: Where to draw; None makes a figure.
     """
-    bars: list[tuple[str, float, float, str, str]] = []  # name, left end, right end, colour, text
+    rows: list[tuple[str, float, float, str, str]] = []  # name, from, to, colour, text
     for index, (name, level) in enumerate(states):
-        bars.append((name, 0.0, level, _EXACT, f"{level:.3g}"))
-        present = level
-        for step, reduction in steps[index] if index < len(steps) else ():
-            color = STYLES["lagging" if index == 0 else "healthy"].color
-            bars.append((step, present, present - reduction, color, f"{-reduction:+.3g}"))
-            present -= reduction
+        rows.append((name, level, level, _EXACT, f"{level:.4g}"))
+        here = steps[index] if index < len(steps) else ()
+        for number, (step, reduction) in enumerate(here):
+            start = level - sum(reduction for _, reduction in here[:number])
+            if not math.isfinite(start):  # then from below
+                start = states[index + 1][1] + sum(reduction for _, reduction in here[number:])
+            text = "nan" if math.isnan(reduction) else f"{-reduction:+.4g}"
+            rows.append((step, start, start - reduction, STYLES["healthy" if index else "lagging"].color, text))
     if ax is None:
         import matplotlib.pyplot as plt
 
-        fig, ax = plt.subplots(figsize=(9, 1.2 + 0.35 * len(bars)), layout="constrained")
+        fig, ax = plt.subplots(figsize=(9, 1.2 + 0.35 * len(rows)), layout="constrained")
     else:
         fig = _figure(ax)
     ax.use_sticky_edges = False  # there is text at the ends
-    for position, (_, start, end, color, text) in enumerate(bars):
-        finite = math.isfinite(start) and math.isfinite(end)
-        ax.barh(position, end - start if finite else 0.0, left=start if finite else 0.0, color=color, height=0.7)
-        ax.annotate(f" {text}", (max(start, end) if finite else 0.0, position), va="center", fontsize=8, color=_EXACT)
-    ax.set_yticks(range(len(bars)), [shortened(name) for name, *_ in bars], fontsize=8, parse_math=False)
-    ax.invert_yaxis()
-    ax.margins(x=0.12)
+    before = math.nan
+    for position, (_, start, end, color, text) in enumerate(rows):
+        if not (math.isfinite(start) and math.isfinite(end)):
+            ax.annotate(text, (0.01, position), xycoords=("axes fraction", "data"), va="center", fontsize=8)
+            before = math.nan
+            continue
+        if color == _EXACT:
+            ax.plot(end, position, "D", color=color, markersize=5)
+        else:
+            ax.barh(position, end - start, left=start, color=color, height=0.6, edgecolor=color)
+        if math.isfinite(before):
+            ax.plot([before, start], [position - 1, position], color=_NOISE, linewidth=0.8, zorder=0)
+        right = (max(start, end), position)
+        ax.annotate(text, right, (7, 0), textcoords="offset points", va="center", fontsize=8, color=_EXACT)
+        before = end
+    ax.set_yticks(range(len(rows)), [shortened(name) for name, *_ in rows], fontsize=8, parse_math=False)
+    ax.set_ylim(len(rows) - 0.5, -0.5)
+    ax.margins(x=0.15)
     ax.set_xlabel("loss")
     return fig, ax
 
