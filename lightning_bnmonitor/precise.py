@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import itertools
 from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -46,6 +47,9 @@ class PreciseBatchNorm(Callback):
             statistics that something else has written since (averaged weights that are swapped back) stay as they are.
         forward: How to run the model on a batch, a function of the two; by default as of
             :func:`~lightning_bnmonitor.recalibrate`: not ``training_step``, which may log or step.
+
+    Without a validation loop, the checkpoint of the last epoch has the exact statistics if it is known to be the last
+    by then, and not if an ``EarlyStopping`` decides that at the epoch's end; the model that ``fit`` leaves always does.
 
     Layers that were in eval mode in the last training batch, or update no running statistics, are left alone. One batch
     is tried when training starts, so that what cannot work fails then.
@@ -119,6 +123,7 @@ class PreciseBatchNorm(Callback):
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         if stage != "fit":
             return
+        self._has_trained = False  # a fit that was interrupted may have
         checkpoints = list(trainer.checkpoint_callbacks)
         others = [
             callback
@@ -192,13 +197,15 @@ class PreciseBatchNorm(Callback):
         layers = {name: layer for name, layer in found.items() if name not in left_alone}
 
         def forward(model: nn.Module, batch: Any) -> Any:
-            batch = trainer.strategy.batch_to_device(trainer.precision_plugin.convert_input(batch))
+            with _training_stage(trainer):  # hooks that make batches may ask
+                batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
+                batch = trainer.strategy.batch_to_device(batch)
             with trainer.precision_plugin.forward_context():
                 return self._forward(model, batch)
 
-        if trainer.overfit_batches:  # type: ignore[attr-defined]
+        if trainer.overfit_batches or trainer.fast_dev_run:  # type: ignore[attr-defined]
             num_batches = min(num_batches, int(trainer.num_training_batches))
-        batches = itertools.islice(self._loader(trainer), num_batches)
+        batches = _first(self._loader(trainer), num_batches) if found else ()
         return recalibrate_layers(
             pl_module, batches, forward, None, layers, left_alone, all_ranks=trainer.world_size > 1
         )
@@ -244,6 +251,21 @@ class _Restorer(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.owner.put_back(pl_module)
+
+
+def _first(loader: Iterable[Any], num_batches: int) -> Iterator[Any]:
+    """So many batches; the loader is asked for its iterator, which may draw random numbers, with the first of them."""
+    yield from itertools.islice(loader, num_batches)
+
+
+@contextmanager
+def _training_stage(trainer: Trainer) -> Iterator[None]:
+    stage = trainer.state.stage
+    trainer.training = True
+    try:
+        yield
+    finally:
+        trainer.state.stage = stage
 
 
 def _stats(layer: _BatchNorm) -> Tensor | None:
