@@ -56,6 +56,8 @@ class BatchNormMonitor(Callback):
         per_layer: Whether to log scalars for each layer; ``"auto"``: up to 100 layers.
         dashboard: Whether to log more than scalars to loggers that take it, on rank 0: the image ``bn/heatmap`` (layers
             by windows, drawn in at most 1 % of the time), the text ``bn/report``, TensorBoard's layout of charts.
+        validation_batches: Validation batches in each validation, on each rank, that are compared with training, by a
+            pass over the inputs of each layer; 0 for none.
         log_key_prefix: What the logged names begin with, not empty.
         on_unhealthy: What to do at a window's end if layers need attention: ``"warn"`` of each layer and verdict once,
             ``"ignore"``, or ``"raise"`` :class:`UnhealthyBatchNormError` with the report on every rank.
@@ -76,8 +78,12 @@ class BatchNormMonitor(Callback):
       alert.
     - ``bn/act_rmse_max``: the largest RMS error of the normalised activation against the whole window.
     - ``bn/mean_shift_max``: the largest distance of the running mean, in population standard deviations.
+    - ``bn/val_shift_max``: the largest distance of what a layer receives in validation from what it receives in
+      training: the RMS error of the normalised activation that the present statistics of training make there. Logged
+      when validation ends.
     - ``bn/unhealthy_layers``: the number of layers that need attention (see ``LayerReport.verdict``).
     - ``bn.eval_error/<layer>``, ``bn.act_rmse/<layer>``, ``bn.mean_shift/<layer>``: the same for each layer.
+    - ``bn.val_shift/<layer>``: the same for each layer, after validation.
     - ``bn.log_var_ratio/<layer>``: log of the running variance over the population variance.
 
     Layers that were not called in a window or have no running statistics enter no metric.
@@ -105,6 +111,7 @@ class BatchNormMonitor(Callback):
         capture: CaptureMode = "auto",
         per_layer: bool | str = "auto",
         dashboard: bool = True,
+        validation_batches: int = 16,
         log_key_prefix: str = "bn",
         on_unhealthy: OnUnhealthy = "warn",
     ) -> None:
@@ -120,6 +127,8 @@ class BatchNormMonitor(Callback):
             raise ValueError(f'`per_layer` must be True, False or "auto", got {per_layer!r}.')
         if not isinstance(dashboard, bool):
             raise ValueError(f"`dashboard` must be True or False, got {dashboard!r}.")
+        if isinstance(validation_batches, bool) or not isinstance(validation_batches, int) or validation_batches < 0:
+            raise ValueError(f"`validation_batches` must be an integer and not negative, got {validation_batches!r}.")
         if not isinstance(log_key_prefix, str) or not log_key_prefix:
             raise ValueError(f"`log_key_prefix` must be a string that is not empty, got {log_key_prefix!r}.")
         if on_unhealthy not in get_args(OnUnhealthy):
@@ -132,6 +141,7 @@ class BatchNormMonitor(Callback):
         self._capture = capture
         self._per_layer = per_layer
         self._has_dashboard = dashboard
+        self._validation_batches = validation_batches
         self._log_key_prefix = log_key_prefix
         self._on_unhealthy = on_unhealthy
         self._warned_of: set[tuple[str, str]] = set()  # layer and verdict
@@ -139,6 +149,7 @@ class BatchNormMonitor(Callback):
         self._dashboard: Dashboard | None = None
         self._report: Report | None = None
         self._num_batches = 0  # training batches in the window that is open
+        self._num_validated = 0  # batches in the present validation
         self._is_due = False  # whether a window begins with the next training batch
         self._is_awaited = False  # whether other ranks may have batches in a window that has not ended
         self._summary: dict[str, float] = {}  # of the last window that ended
@@ -247,6 +258,37 @@ class BatchNormMonitor(Callback):
             self._end_window(trainer)
 
     @override
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        if self._tracker is None or not self._compares(trainer):
+            return
+        if self._num_validated == 0:
+            self._tracker.start_validation()
+        elif self._num_validated == self._validation_batches:
+            self._tracker.stop_validation()
+        self._num_validated += 1
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        num_validated, self._num_validated = self._num_validated, 0
+        if self._tracker is None or not self._compares(trainer) or (num_validated == 0 and trainer.world_size == 1):
+            return
+        report = self._tracker.validation_report(all_ranks=trainer.world_size > 1)
+        if self._is_due:  # and mid-window, `report()` goes on to be that of the last one
+            self._report = report
+        shifts = {name: layer.evidence["val_shift"] for name, layer in report.items() if "val_shift" in layer.evidence}
+        if not shifts:
+            return
+        self._summary[f"{self._log_key_prefix}/val_shift_max"] = max(shifts.values())
+        self._publish(trainer)
+        metrics = {f"{self._log_key_prefix}/val_shift_max": max(shifts.values())}
+        if self._logs_layers(report):
+            metrics |= {f"{self._log_key_prefix}.val_shift/{name}": shift for name, shift in shifts.items()}
+        for logger in trainer.loggers:
+            log_scalars(logger, metrics, trainer.fit_loop.epoch_loop._batches_that_stepped)
+
+    @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # Not every epoch ends with a batch known to be its last: `max_steps`, `on_train_batch_start` returning -1.
         if self._every_n_train_batches is None and self._is_last_epoch_of_window(trainer):
@@ -280,6 +322,13 @@ class BatchNormMonitor(Callback):
     def __getstate__(self) -> dict[str, Any]:
         # A copy monitors nothing: it has the configuration and the last report.
         return {**self.__dict__, "_tracker": None, "_dashboard": None, "_saved": {}, "_pending": None}
+
+    def _compares(self, trainer: Trainer) -> bool:
+        """Whether this validation is compared with training."""
+        return self._validation_batches > 0 and trainer.state.fn == "fit" and not trainer.sanity_checking
+
+    def _logs_layers(self, report: Report) -> bool:
+        return self._per_layer is True or (self._per_layer == "auto" and len(report) <= _MAX_LAYERS_LOGGED)
 
     def _is_last_epoch_of_window(self, trainer: Trainer) -> bool:
         # Epochs are counted as ModelCheckpoint counts them, so that equal periods fall together.
@@ -342,7 +391,7 @@ class BatchNormMonitor(Callback):
                 warnings.warn(_warning(news), stacklevel=4)
 
     def _layer_metrics(self, report: Report) -> dict[str, float]:
-        if self._per_layer is False or (self._per_layer == "auto" and len(report) > _MAX_LAYERS_LOGGED):
+        if not self._logs_layers(report):
             return {}
         return {
             f"{self._log_key_prefix}.{metric}/{name}": summary[metric]

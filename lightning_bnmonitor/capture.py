@@ -47,6 +47,8 @@ class BatchMoments(NamedTuple):
     """The ``eps`` within ``spread``, None if that is the variance."""
     serial: bool = False
     """Whether a kernel saved them that, on the CPU, sums value by value in float32: they then are less exact."""
+    negated: bool = False
+    """Whether mean and spread have the opposite sign: see :func:`traced_moments`."""
     num_ranks: int = 1
     """Over how many ranks SyncBatchNorm has taken them. Counts then are those of this rank times that number."""
 
@@ -58,7 +60,9 @@ def check_capture(capture: str) -> None:
 
 
 def owned(moments: BatchMoments) -> BatchMoments:
-    """Moments whose memory no CUDA graph will write to at its next replay."""
+    """Moments as they are, whose memory no CUDA graph will write to at its next replay."""
+    if moments.negated:
+        return moments._replace(mean=-moments.mean, spread=-moments.spread, negated=False)
     if not moments.mean.is_cuda:
         return moments
     mean, spread = torch.stack([moments.mean, moments.spread])
@@ -131,10 +135,17 @@ def traced_moments(x: Tensor) -> BatchMoments:
     This is, to the letter, the expression that BatchNorm itself is decomposed into: the compiler finds that it has it
     already, and generates for all the rest what it would have generated without us. (Without ``keepdim``, or with a
     shift, it is another reduction, which is then fused with BatchNorm's, and the training is no longer bit-identical.)
+
+    So it is also BatchNorm's own memory, which the compiled backward pass may overwrite (it takes what the forward pass
+    has saved for it to be its own). Therefore what is left behind is something else: in double precision, or, if that
+    is what there is, with the opposite sign. A plain copy is found to be superfluous by the compiler.
     """
     x = _at_least_float32(x.detach())
     var, mean = torch.var_mean(x, _all_but_channels(x), correction=0, keepdim=True)
-    return BatchMoments("traced", x.numel() // x.shape[1], x.shape[0], mean.flatten(), var.flatten(), None)
+    mean, var = mean.flatten(), var.flatten()
+    negated = x.dtype == torch.float64 or x.device.type == "mps"  # which has no float64
+    mean, var = (-mean, -var) if negated else (mean.double(), var.double())
+    return BatchMoments("traced", x.numel() // x.shape[1], x.shape[0], mean, var, None, negated=negated)
 
 
 @torch.no_grad()

@@ -30,7 +30,15 @@ VERDICTS = (
     *("ordered-batches", "grouped-batches", "warming-up", "lagging", "noisy", "drifting", "healthy"),
 )
 FLAGS = (
-    *("dead-channels", "double-update", "interrupted-batch", "missed-calls", "not-updating", "rank-0-only"),
+    *(
+        "dead-channels",
+        "domain-shift",
+        "double-update",
+        "interrupted-batch",
+        "missed-calls",
+        "not-updating",
+        "rank-0-only",
+    ),
     "written-outside",
 )
 EVIDENCE = (
@@ -42,6 +50,7 @@ EVIDENCE = (
     *("grouping_ratio", "grouping_limit", "grouping_share", "dead_channels", "non_finite_channels"),
     *("non_finite_running_stats", "first_bad_batch", "first_bad_channel", "ranks", "rank_error"),
     *("recommended_momentum", "recommended_error", "recommended_batch_size", "compensated_momentum", "batches_to_go"),
+    *("val_shift", "val_noise", "val_batches"),
 )
 """Names of all numbers that a verdict may rest on."""
 _SICK = {"non-finite", "tiny-batch", "ordered-batches", "grouped-batches", "warming-up", "lagging", "noisy"}

@@ -9,7 +9,7 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 import torch._dynamo
@@ -31,6 +31,7 @@ class Gate:
     """Whether calls count: while the root module is in training mode and nobody has paused."""
 
     def __init__(self, root: nn.Module) -> None:
+        self.validating = False  # whether calls in eval mode are looked at
         self.root = weakref.ref(getattr(root, "_orig_mod", root))  # a compiled module has no mode of its own
         self.paused = 0
         self.lock = threading.RLock()  # replicas of a model may be called in several threads
@@ -60,11 +61,18 @@ class LayerHook(_Hook):
         gate: Tells whether a call counts.
         receive: Called with the layer, the batch moments (None of an empty batch), whether it was in training mode,
             and whether BatchNorm counted the call in ``num_batches_tracked``.
+        validate: Called with the batch moments of calls that are made while the root is in eval mode.
     """
 
-    def __init__(self, gate: Gate, receive: Callable[[_BatchNorm, BatchMoments | None, bool, bool], None]) -> None:
+    def __init__(
+        self,
+        gate: Gate,
+        receive: Callable[[_BatchNorm, BatchMoments | None, bool, bool], None],
+        validate: Callable[[BatchMoments], None],
+    ) -> None:
         self.gate = gate
         self.receive = receive
+        self.validate = validate
         self.by_pass = False
         self.skipped = 0  # calls that cannot be looked at
         self.checkpointed = (
@@ -73,11 +81,14 @@ class LayerHook(_Hook):
         # A compiled graph may not append to a list (that recompiles at every call), but it may leave a tuple behind
         # that it found empty.
         self.traced: tuple[tuple[BatchMoments, bool, bool], ...] = ()
+        self.traced_validation: tuple[BatchMoments, ...] = ()
 
     def __call__(self, module: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """The forward hook."""
         root = self.gate.root()
         if root is not None and not root.training:
+            if self.gate.validating:
+                self._look_at_validation(module, args[0] if args else next(iter(kwargs.values())))
             return
         x = args[0] if args else next(iter(kwargs.values()))
         if torch.compiler.is_compiling():
@@ -99,12 +110,28 @@ class LayerHook(_Hook):
             return
         try:
             moments = self._moments(module, x, output) if x.numel() else None
-        except Exception as error:  # memory that a pass over the input does not find: no reason not to train
-            if not self.skipped:
-                warnings.warn(f"The moments of a call of {type(module).__name__} are left out: {error!r}", stacklevel=2)
-            self.skipped += 1
+        except Exception as error:
+            self._leave_out(module, error)
             return
         self.receive(module, moments, module.training, updating)
+
+    def _look_at_validation(self, module: _BatchNorm, x: object) -> None:
+        if torch.compiler.is_compiling():
+            if _has_channels(x, module) and not torch.compiler.is_exporting():
+                self.traced_validation += (traced_moments(x),)
+        elif _has_channels(x, module) and not _is_abstract(x) and x.numel():
+            try:
+                moments = pass_moments(x)
+            except Exception as error:
+                self._leave_out(module, error)
+                return
+            self.validate(moments)
+
+    def _leave_out(self, module: _BatchNorm, error: Exception) -> None:
+        """What cannot be had (memory that a pass over the input does not find) is no reason not to train."""
+        if not self.skipped:
+            warnings.warn(f"The moments of a call of {type(module).__name__} are left out: {error!r}", stacklevel=3)
+        self.skipped += 1
 
     def _moments(self, module: _BatchNorm, x: Tensor, output: Any) -> BatchMoments:
         moments = None if self.by_pass else saved_moments(module, x, output)
@@ -114,7 +141,7 @@ class LayerHook(_Hook):
         return moments
 
 
-def _has_channels(x: object, module: _BatchNorm) -> bool:
+def _has_channels(x: object, module: _BatchNorm) -> TypeGuard[Tensor]:
     """Whether ``x`` is ``(N, C, *)``: a subclass may take anything else, and rearrange it for the kernel."""
     return isinstance(x, Tensor) and x.ndim >= 2 and x.shape[1] == module.num_features
 

@@ -60,6 +60,8 @@ class LayerReport:
     """``(10, C)``: mean and variance of the population, of the running statistics, of now; z, and standard errors."""
     blocks: tuple[Tensor, Tensor] | None = None
     """What :attr:`course` is made of: batches, ``(16,)``, and mean and variance of each run, ``(16, 2, C)``."""
+    validation: Tensor | None = None
+    """Mean and unbiased variance of what it received in validation after this window, ``(2, C)``; None if none was."""
 
     @property
     def num_features(self) -> int:
@@ -159,6 +161,18 @@ class LayerReport:
         return torch.where(broken & comparable, torch.inf, divergence.act_rmse(*now, self.eps))
 
     @property
+    def val_shift(self) -> Tensor:
+        """RMS error that the present statistics of training make on what was received in validation; NaN if none was.
+
+        In units of the normalised activation. That is :attr:`now_mean` and :attr:`now_var` in the place of the running
+        statistics, which have no part in it.
+        """
+        if self.validation is None:
+            return torch.full_like(self.now_mean, torch.nan)
+        mean, var = self.validation
+        return divergence.act_rmse(mean, var, self.now_mean, self.now_var, self.eps)
+
+    @property
     def verdict(self) -> str:
         """What is the matter with the layer, in a word: ``healthy``, ``noisy``, ``lagging``, ..."""
         return self.diagnosis.verdict
@@ -222,6 +236,8 @@ class LayerReport:
           ``non_finite_channels``: channels with a value or a running statistic that is not finite,
           ``non_finite_running_stats``: with such a running statistic; ``first_bad_batch``, ``first_bad_channel``: the
           first call in the window with such a value, counted from 1, and the first such channel in it, from 0.
+        - ``val_shift``: RMS over channels of :attr:`val_shift`; ``val_noise``: what chance makes of it;
+          ``val_batches``: calls in validation that were looked at.
         - ``ranks``: how many ranks the window is of, if several; ``rank_error``: what rank 0's data being others than
           all ranks' makes, chance taken off; 0 where it may be chance.
         """
@@ -263,7 +279,7 @@ class LayerReport:
         scalars = ("name", "type", "num_features", "eps", "momentum", "num_batches", "num_samples", "has_running_stats")
         words = ("verdict", "needs_attention", "explanation", "remedy")
         moments = ("population_mean", "population_var", "running_mean", "running_var", "now_mean", "now_var")
-        per_channel = (*moments, *METRICS, "kl", "z_mean", "z_var")
+        per_channel = (*moments, *METRICS, "kl", "z_mean", "z_var", "val_shift")
         errors = ("running_mean_stderr", "running_var_stderr")
         return {
             **{field: jsonable(getattr(self, field)) for field in (*scalars, *words, *per_channel, *errors)},

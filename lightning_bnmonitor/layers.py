@@ -27,6 +27,8 @@ log = logging.getLogger(__name__)
 
 STASH_LIMIT = 24
 """Calls of a layer that may wait for the next update: so many keep the state below 1 KiB a channel in float64, too."""
+VALIDATION_LIMIT = 64
+"""Calls of a layer that are looked at in one validation."""
 ROOT = "(root)"
 """Name of a layer that is itself the monitored model."""
 _SAVED = (
@@ -70,9 +72,10 @@ class TrackedLayer:
         self.name = name
         self.module = module
         self.gate = gate
-        self.hook = LayerHook(gate, self.receive)
+        self.hook = LayerHook(gate, self.receive, self.validate)
         self.flush = flush
         self.stash: list[Batch] = []
+        self.validation: list[Batch] = []  # batches received in validation
         self.window: Window | None = None  # where its channels are accumulated, from its first update on
         self.index = -1
         self.width = 0  # channels of what is stashed and accumulated; 0 before the first call
@@ -171,6 +174,13 @@ class TrackedLayer:
                 self.serial |= moments.serial
                 self.num_ranks = moments.num_ranks
             self.tracked_calls += updating
+
+    def validate(self, moments: BatchMoments) -> None:
+        """Take the moments of one call in validation."""
+        batch = Batch(moments.num_samples, moments.mean, moments.spread, moments.eps, 0.0, moments.batch_size)
+        with self.gate.lock:
+            if len(self.validation) < VALIDATION_LIMIT:
+                self.validation.append(batch)
 
     def updates_of_a_call(self, num_batches_tracked: int | None) -> float:
         """Updates of the buffers for each call that was to update them; NaN before the first, or if not counted.

@@ -82,11 +82,12 @@ class Report(Mapping[str, LayerReport]):
         return [layer for layer in self.worst() if layer.needs_attention]
 
     def summary(self) -> dict[str, float]:
-        """The model in six numbers, over the layers that were called and have running statistics.
+        """The model in a few numbers, over the layers that were called and have running statistics.
 
         ``eval_error_max``, ``eval_error_p90`` (not exceeded by 90 % of the layers), ``eval_error_median``,
         ``act_rmse_max`` and ``mean_shift_max``: absent if there is no such layer. ``unhealthy_layers``: the number of
-        layers that need attention; absent if there is no layer at all.
+        layers that need attention; absent if there is no layer at all. ``val_shift_max``: the largest distance of
+        validation from training; absent before validation.
         """
         values = {
             metric: [s[metric] for s in self._summaries.values() if not math.isnan(s[metric])] for metric in METRICS
@@ -99,6 +100,8 @@ class Report(Mapping[str, LayerReport]):
         for metric in ("act_rmse", "mean_shift"):
             if values[metric]:
                 summary[f"{metric}_max"] = max(values[metric])
+        if shifts := [layer.diagnosis.evidence.get("val_shift", math.nan) for layer in self._layers.values()]:
+            summary |= {} if all(map(math.isnan, shifts)) else {"val_shift_max": float(np.nanmax(shifts))}
         if self._layers:
             summary["unhealthy_layers"] = float(len(self.unhealthy))
         return summary
@@ -187,12 +190,14 @@ class Report(Mapping[str, LayerReport]):
             return "No BatchNorm layer was monitored."
         layers = f"{len(self)} BatchNorm layer{'s' * (len(self) > 1)}"
         alone = "" if self.rank is None else f" (rank {self.rank} alone)"
+        shifted = [name for name, layer in self._layers.items() if "domain-shift" in layer.flags]
+        more = f" Validation differs from training in {len(shifted)} of them, first in {shifted[0]}." if shifted else ""
         unhealthy = self.unhealthy
         if not unhealthy:
-            return f"None of {layers} needs attention{alone}."
+            return f"None of {layers} needs attention{alone}.{more}"
         verdicts = Counter(layer.verdict for layer in unhealthy)
         listed = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
-        return f"{len(unhealthy)} of {layers} need{'s' * (len(unhealthy) == 1)} attention{alone}: {listed}."
+        return f"{len(unhealthy)} of {layers} need{'s' * (len(unhealthy) == 1)} attention{alone}: {listed}.{more}"
 
     def _changes(self, since: Mapping[str, str]) -> str:
         changed = [layer for layer in self.worst() if since.get(layer.name, layer.verdict) != layer.verdict]
@@ -211,10 +216,13 @@ class Report(Mapping[str, LayerReport]):
         badge: Callable[[str], str] | None = None,
         columns: Sequence[str] = (*_ERRORS, *METRICS[1:], "channels", "batches", "samples"),
     ) -> str:
+        if any("val_shift" in layer.diagnosis.evidence for layer in self._layers.values()):
+            columns = (*_ERRORS, "val_shift", *columns[len(_ERRORS) :])
         rows = []
         for layer in self.worst() if layers is None else layers:
             cells = {name: _number(value) for name, value in self._summaries[layer.name].items()}
-            cells["noise"] = _number(layer.diagnosis.evidence.get("noise_error", math.nan))
+            for name, number in (("noise", "noise_error"), ("val_shift", "val_shift")):
+                cells[name] = _number(layer.diagnosis.evidence.get(number, math.nan))
             cells |= {"channels": str(layer.num_features), "batches": str(layer.num_batches)}
             cells["samples"] = str(layer.num_samples)
             words = [escape(layer.name), ", ".join([layer.verdict, *layer.flags])]

@@ -27,6 +27,7 @@ from lightning_bnmonitor.layers import (
     running_stats,
 )
 from lightning_bnmonitor.report import Report
+from lightning_bnmonitor.validation import with_validation
 from lightning_bnmonitor.window import Batch, Window
 
 _STATE_VERSION = 5
@@ -241,6 +242,36 @@ class BatchNormTracker:
                 layer.window.forget_weights(layer.index)
             layer.rewritten(buffers, histories[layer.module], self._closed is not None)
 
+    def start_validation(self) -> None:
+        """Look at what is called in eval mode from now on, in passes over the inputs: at most 64 calls of a layer."""
+        self.stop_validation()
+        for layer in self._layers:
+            layer.validation = []
+        self._gate.validating = True
+
+    def stop_validation(self) -> None:
+        """Look at no more of it. Harmless when repeated."""
+        self._drain()
+        self._gate.validating = False
+
+    @torch.inference_mode(False)
+    def validation_report(self, all_ranks: bool = False) -> Report:
+        """:meth:`report`, and how far from training is what was looked at since :meth:`start_validation`.
+
+        If the window has ended, it is the report from then on.
+
+        Args:
+            all_ranks: Whether all ranks call this, and tell of what they have seen together: a gather to rank 0 of 64
+                bytes a channel, and a broadcast of as many.
+        """
+        self.stop_validation()
+        report = with_validation(self.report(), self._layers, all_ranks and ranks.num_ranks() > 1)
+        if self._closed is not None:
+            self._closed = report
+        for layer in self._layers:
+            layer.validation = []
+        return report
+
     def report(self) -> Report:
         """Where the running statistics stand against what the layers have received in this window, on this rank."""
         return self._assess() if self._closed is None else self._closed
@@ -327,6 +358,11 @@ class BatchNormTracker:
     def _drain(self) -> None:
         """Take what compiled graphs have left behind."""
         for layer in self._layers:
+            if layer.hook.traced_validation:
+                traced_validation, layer.hook.traced_validation = layer.hook.traced_validation, ()
+                for batch in traced_validation if self._gate.validating else ():
+                    if batch.num_samples:
+                        layer.validate(owned(batch))
             if layer.hook.traced:
                 traced, layer.hook.traced = layer.hook.traced, ()
                 for moments, training, updating in traced if not self._gate.paused else ():

@@ -75,6 +75,11 @@ _EXPLANATIONS: dict[str, tuple[str, ...]] = {
 }
 _FLAGS = {
     "dead-channels": "{dead_channels} of {num_features} channels are dead: what they receive is constant.",
+    "domain-shift": (
+        "What it receives in validation is {val_shift} off what it receives in training (chance explains {val_noise}), "
+        "while its running statistics and those of the layers before it fit training: the data differ, or something "
+        "before it works otherwise in eval mode (dropout, augmentation, normalising by small batches)."
+    ),
     "double-update": (
         "Each call updates the running statistics {updates_per_call} times, as activation checkpointing repeats it: "
         "the momentum acts as {effective_momentum}."
@@ -147,6 +152,10 @@ _MOMENTUM = {
     ),
 }
 _FLAG_REMEDIES = {
+    "domain-shift": (
+        "Prepare validation data as training data. If they are what the model will be given, recompute the running "
+        "statistics from data of that kind (`lightning_bnmonitor.recalibrate(model, loader)`)."
+    ),
     "double-update": "Set `momentum={compensated_momentum}` to get the effect of {momentum} (1 - (1 - m)^(1/updates)).",
     "rank-0-only": (
         "Give all ranks data of one kind (shuffle before they are split, as `DistributedSampler(shuffle=True)` does), "

@@ -300,8 +300,9 @@ def events(folder: Path) -> dict[str, list[tuple[int, float]]]:
 
 
 def ours(tags) -> set[str]:
-    """The tags that Lightning and the module do not log."""
-    return set(tags) - {"epoch", "step", "train_loss", "val_loss", "batch_loss", "hp_metric"}
+    """The tags that Lightning and the module do not log, those of validation apart."""
+    others = {"epoch", "step", "train_loss", "val_loss", "batch_loss", "hp_metric"}
+    return {tag for tag in tags if tag not in others and "val_shift" not in tag}
 
 
 def steps_of(points: list[tuple[int, float]]) -> list[int]:
@@ -389,7 +390,7 @@ def test_metrics_reach_every_logger_there_is(tmp_path, logger):
         assert logged == expected
     if logger == "none":
         assert not list(tmp_path.iterdir())
-    ours_in_callback_metrics = {name: value for name, value in trainer.callback_metrics.items() if "bn" in name}
+    ours_in_callback_metrics = {name: trainer.callback_metrics[name] for name in ours(trainer.callback_metrics)}
     windows[1][JUDGED] = judgements[1]
     assert ours_in_callback_metrics == {tag: close(windows[1][tag]) for tag in SUMMARY_TAGS}
 
@@ -775,7 +776,7 @@ def test_a_window_is_closed_before_the_validation_that_follows_its_last_batch(tm
 
 def test_callback_metrics_have_none_of_our_keys_before_the_first_window_has_ended(tmp_path):
     keys = []
-    look = OnTrainBatchEnd(lambda _: keys.append({key for key in trainer.callback_metrics if "bn" in key}))
+    look = OnTrainBatchEnd(lambda _: keys.append({key for key in ours(trainer.callback_metrics) if "bn" in key}))
     trainer = trainer_for(tmp_path, BatchNormMonitor(every_n_epochs=2), look, max_epochs=3)
     trainer.fit(Net(), train_data(), val_data())
     assert keys == [set()] * 11 + [SUMMARY_TAGS] * 7

@@ -477,3 +477,25 @@ def test_every_mode_of_the_compiler_records_every_call(mode: str) -> None:
     assert reported.num_samples == received[:, 0].numel()
     error = (reported.population_mean - received.mean(dim=(0, 2, 3))).abs() / received.std(dim=(0, 2, 3))
     assert (error < 1e-5).all()
+
+
+@needs_compiler
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+@pytest.mark.parametrize("shape", [(64, 4), (16, 4, 5, 5)])
+def test_what_the_compiled_backward_pass_does_with_its_memory_does_not_reach_the_moments(dtype, shape):
+    # It writes into what was saved for it; with a layer that nothing trainable precedes, into the batch means.
+    torch.manual_seed(0)
+    kind = nn.BatchNorm1d if len(shape) == 2 else nn.BatchNorm2d
+    net = nn.Sequential(kind(4), nn.Flatten(), nn.Linear(4 if len(shape) == 2 else 100, 8), nn.BatchNorm1d(8)).to(dtype)
+    compiled, batches = torch.compile(net), [(2 * torch.randn(shape) + 1).to(dtype) for _ in range(6)]
+    optimizer = torch.optim.SGD(net.parameters(), 0.01)
+    with BatchNormTracker(compiled) as tracker:
+        for batch in batches:
+            optimizer.zero_grad()
+            compiled(batch).square().mean().backward()
+            optimizer.step()
+        report = tracker.report()
+    inputs = torch.cat(batches).double().transpose(0, 1).flatten(1)
+    assert report["0"].evidence["calls_traced"] == len(batches)
+    torch.testing.assert_close(report["0"].population_mean, inputs.mean(dim=1), rtol=0, atol=1e-5)
+    torch.testing.assert_close(report["0"].population_var, inputs.var(dim=1), rtol=1e-5, atol=0)

@@ -152,7 +152,11 @@ class Windows(Callback):
 
     def look(self):
         report = self.monitor._report
-        if report is not None and not any(report is other for other in self.reports):
+        if report is None or any(report is other for other in self.reports):
+            return
+        if self.reports and report and all(report[name].numbers is layer.numbers for name, layer in self.reports[-1].items()):
+            self.reports[-1] = report  # the same window, after validation
+        else:
             self.ends.append(self.count)
             self.reports.append(report)
 
@@ -527,7 +531,7 @@ def test_several_loaders(tmp_path, mode, one, two):
         **dict.fromkeys(("heads.one.a", "heads.one.b"), one),
         **dict.fromkeys(("heads.two.a", "heads.two.b"), two),
     }
-    assert set(ran.flags().values()) == {()}
+    assert {flag for flags in ran.flags().values() for flag in flags} <= {"domain-shift"}  # as the data are different
 
 
 @pytest.mark.parametrize("window", [{}, {"every_n_train_batches": 4}])
