@@ -5,7 +5,7 @@ lets every variant make some steps, in random order, and divides each one's CPU 
 same round: what is shown is the median over the rounds and its 95 % interval by order statistics (the range, of fewer
 than 6 rounds). "no monitor, again" is the same as none: what it shows is the noise of the measurement.
 
-Direct share: the time inside our hooks and updates over the CPU time of the steps, in a training of its own, for as
+Direct share: the time inside our hooks and updates over the time of the steps, in a training of its own, for as
 many steps at a time as have one update. The hooks are wrapped where they sit; what the wrapper takes is measured and
 subtracted. What PyTorch takes to call a hook at all is not in it (see "empty hook"). In a compiled network the hooks
 are part of the graph: there, only what is done between graphs counts.
@@ -355,16 +355,16 @@ class Stopwatch:
 
 
 def direct_shares(network: Network, steps: int = UPDATE_STEPS) -> list[float]:
-    """Share of the CPU time of so many training steps that passes within our hooks and updates, several times."""
+    """Share of the time of so many training steps that passes within our hooks and updates, several times."""
     training, stopwatch, shares = Training(network, OURS), Stopwatch(), []
     with stopwatch.on_our_hooks(training.model, network.backend is not None):
         training.steps(2)
         own = stopwatch.own_seconds()
         for _ in range(network.chunks):
             stopwatch.seconds, stopwatch.calls = 0.0, 0
-            began = time.process_time()
+            began = stopwatch.clock()  # the same clock: what interrupts us, interrupts both in proportion
             training.steps(steps)
-            taken = time.process_time() - began
+            taken = stopwatch.clock() - began
             shares.append((stopwatch.seconds - stopwatch.calls * own) / taken)
     training.monitor.close()
     return shares
