@@ -7,7 +7,7 @@ is what long epochs do: in short ones the heatmap is drawn as often as takes 1 %
 CPU time is that of the whole process, TensorBoard's writer thread included: its queue is flushed within each
 measurement, and Python's garbage is collected before (a full collection takes as long, and comes when it pleases). It
 counts all that ``BatchNormMonitor`` does at the end of a window but for the report itself, which
-``examples/window_end.py`` measures. The work to compare it with is a ResNet-18 for images of 32 x 32: a training step
+``examples/overhead.py`` measures. The work to compare it with is a ResNet-18 for images of 32 x 32: a training step
 is measured, and an epoch extrapolated from it.
 
 Resident memory is read after the same, and after unused memory was given back to the system.

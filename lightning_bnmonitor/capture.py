@@ -27,6 +27,9 @@ CaptureMode = Literal["auto", "pass"]
 Path = Literal["saved", "traced", "pass"]
 PATHS: tuple[Path, ...] = ("saved", "traced", "pass")
 _FULL_PRECISION = (torch.float32, torch.float64)
+_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+new_tuple = tuple.__new__
+"""Makes a named tuple of all its fields without a call in Python, which takes as long as all the rest."""
 _MAX_SERIAL = 4096  # values per channel that a serial float32 sum may have and still be exact enough
 
 
@@ -85,22 +88,22 @@ def saved_moments(module: _BatchNorm, x: Tensor, output: object) -> BatchMoments
         batch that the CPU's kernel sums value by value in float32, as it does with one position a sample and if ``x``
         is not contiguous (channels-last, slices): the error grows with the root of the number of values.
     """
-    if not isinstance(output, Tensor) or saved_tensor_hooks_are_active():
+    if _top_hooks(True) is not None or not isinstance(output, Tensor):
         return None
-    node = output.grad_fn
-    if type(node).__name__ == "SyncBatchNormBackward":
-        return _synchronised_moments(module, output)
-    if node is None or not _has_saved_results(type(node)):
-        return None
-    mean, invstd = node._saved_result1, node._saved_result2  # type: ignore[attr-defined]
+    node: Any = output.grad_fn
+    kind = _kind_of(node.__class__)
+    if kind != "own":
+        return _synchronised_moments(module, output) if kind == "synchronised" else None
+    mean, invstd = node._saved_result1, node._saved_result2
     num_channels = module.num_features
     if mean.numel() != num_channels or mean.dtype not in _FULL_PRECISION:
         return None
-    num_samples = output.numel() // num_channels
-    serial = num_samples == len(output) or not x.is_contiguous()
+    shape = output.shape
+    batch_size, num_samples = shape[0], shape.numel() // num_channels
+    serial = num_samples == batch_size or not x.is_contiguous()
     if serial and num_samples > _MAX_SERIAL and x.device.type == "cpu":
         return None
-    return BatchMoments("saved", num_samples, len(output), mean, invstd, module.eps, serial)
+    return new_tuple(BatchMoments, ("saved", num_samples, batch_size, mean, invstd, module.eps, serial, False, 1))
 
 
 def _synchronised_moments(module: _BatchNorm, output: Tensor) -> BatchMoments | None:
@@ -120,13 +123,15 @@ def _synchronised_moments(module: _BatchNorm, output: Tensor) -> BatchMoments | 
 
 def saved_tensor_hooks_are_active() -> bool:
     """Whether something intercepts what autograd saves: activation checkpointing, ``save_on_cpu``."""
-    return torch._C._autograd._top_saved_tensors_default_hooks(True) is not None
+    return _top_hooks(True) is not None
 
 
 @cache
-def _has_saved_results(node_type: type) -> bool:
+def _kind_of(node_type: type) -> Literal["own", "synchronised"] | None:
     """Whether autograd nodes of this type are of a BatchNorm kernel that saves mean and inverse standard deviation."""
-    return "BatchNorm" in node_type.__name__ and hasattr(node_type, "_saved_result1")
+    if node_type.__name__ == "SyncBatchNormBackward":
+        return "synchronised"
+    return "own" if "BatchNorm" in node_type.__name__ and hasattr(node_type, "_saved_result1") else None
 
 
 def traced_moments(x: Tensor) -> BatchMoments:

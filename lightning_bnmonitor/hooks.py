@@ -5,26 +5,37 @@ Forward hooks only. They change nothing, and copies of the model (deep copies, p
 
 from __future__ import annotations
 
+import itertools
 import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, TypeGuard
+from typing import Any, ClassVar, NamedTuple, TypeGuard
 
 import torch
 import torch._dynamo
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.compiler import is_compiling
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_bnmonitor.capture import (
     BatchMoments,
+    new_tuple,
     pass_moments,
     saved_moments,
     saved_tensor_hooks_are_active,
     traced_moments,
 )
+
+STASH_LIMIT = 48
+"""Calls of a layer that may wait for the next update: so many float32 moments keep the state below 1 KiB a channel."""
+_WIDE_LIMIT = STASH_LIMIT // 2  # the same for float64, and for the mean of a pass, which is
+_current_backward = torch._C._current_graph_task_id
+_tracing_state = torch._C._get_tracing_state
+_functorch_interpreter = torch._C._functorch.peek_interpreter_stack
+_call_counter = itertools.count()
 
 
 class Gate:
@@ -34,7 +45,9 @@ class Gate:
         self.validating = False  # whether calls in eval mode are looked at
         self.root = weakref.ref(getattr(root, "_orig_mod", root))  # a compiled module has no mode of its own
         self.paused = 0
-        self.lock = threading.RLock()  # replicas of a model may be called in several threads
+        self.steps = 0  # training steps that have ended
+        # Replicas of a model may be called in several threads. They need no lock to append to a list.
+        self.lock = threading.RLock()
 
 
 class _Hook:
@@ -54,27 +67,46 @@ class InertHook:
         """Do nothing."""
 
 
+class Call(NamedTuple):
+    """One call of a layer that waits for the next update."""
+
+    moments: BatchMoments
+    training: bool
+    """Whether the layer was in training mode."""
+    updating: bool
+    """Whether BatchNorm counted the call in ``num_batches_tracked``."""
+    momentum: float | None
+    """The layer's."""
+    step: int
+    """Training steps that had ended before."""
+
+
 class LayerHook(_Hook):
-    """Takes the batch moments of one BatchNorm layer.
+    """Takes the batch moments of one BatchNorm layer, in as little time as can be: all else waits for the next update.
 
     Args:
         gate: Tells whether a call counts.
-        receive: Called with the layer, the batch moments (None of an empty batch), whether it was in training mode,
-            and whether BatchNorm counted the call in ``num_batches_tracked``.
+        flush: Called before a call that would make more than :attr:`limit` wait.
+        receive_empty: Called of an empty batch, with whether BatchNorm counted it in ``num_batches_tracked``.
         validate: Called with the batch moments of calls that are made while the root is in eval mode.
     """
 
     def __init__(
         self,
         gate: Gate,
-        receive: Callable[[_BatchNorm, BatchMoments | None, bool, bool], None],
+        flush: Callable[[], None],
+        receive_empty: Callable[[bool], None],
         validate: Callable[[BatchMoments], None],
     ) -> None:
         self.gate = gate
-        self.receive = receive
+        self.flush = flush
+        self.receive_empty = receive_empty
         self.validate = validate
+        self.stash: list[Call] = []  # always the same list: threads append to it while others look
+        self.limit = STASH_LIMIT
         self.by_pass = False
         self.skipped = 0  # calls that cannot be looked at
+        self.first_call = -1  # the earlier the layer was called for the first time, the smaller
         self.checkpointed = (
             False  # whether a call may have been recomputed (or was), with another update of the buffers
         )
@@ -85,35 +117,43 @@ class LayerHook(_Hook):
 
     def __call__(self, module: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """The forward hook."""
-        root = self.gate.root()
+        gate = self.gate
+        root = gate.root()
         if root is not None and not root.training:
             if self.gate.validating:
                 self._look_at_validation(module, args[0] if args else next(iter(kwargs.values())))
             return
         x = args[0] if args else next(iter(kwargs.values()))
-        if torch.compiler.is_compiling():
+        if is_compiling():
             if _has_channels(x, module) and not torch.compiler.is_exporting():
                 updating = module.training and module.track_running_stats and module.running_mean is not None
                 self.traced += ((traced_moments(x), module.training, updating),)
             return
         # Within a backward pass: activation checkpointing recomputes a call that was counted when it was made.
-        if torch._C._current_graph_task_id() != -1:
+        if _current_backward() != -1:
             self.checkpointed = True
             return
-        if self.gate.paused:
+        if gate.paused:
             return
-        # The same as above: but `module.running_mean` takes as long as the rest, as modules look up their buffers last.
-        has_buffers = module._buffers.get("running_mean") is not None
-        updating = module.training and module.track_running_stats and has_buffers
         if not _has_channels(x, module) or _is_abstract(x):
             self.skipped += 1
             return
+        training = module.training
+        # The same as above: but `module.running_mean` takes as long as the rest, as modules look up their buffers last.
+        updating = training and module.track_running_stats and module._buffers.get("running_mean") is not None
         try:
-            moments = self._moments(module, x, output) if x.numel() else None
+            moments = None if self.by_pass else saved_moments(module, x, output)
+            if moments is None and x.numel():
+                self.checkpointed |= saved_tensor_hooks_are_active()
+                moments, self.limit = pass_moments(x), _WIDE_LIMIT
         except Exception as error:
             self._leave_out(module, error)
             return
-        self.receive(module, moments, module.training, updating)
+        stash = self.stash
+        if moments is None or self.first_call < 0 or len(stash) >= self.limit:
+            self.receive(module, moments, training, updating)
+        else:
+            stash.append(new_tuple(Call, (moments, training, updating, module.momentum, gate.steps)))
 
     def _look_at_validation(self, module: _BatchNorm, x: object) -> None:
         if torch.compiler.is_compiling():
@@ -133,12 +173,18 @@ class LayerHook(_Hook):
             warnings.warn(f"The moments of a call of {type(module).__name__} are left out: {error!r}", stacklevel=3)
         self.skipped += 1
 
-    def _moments(self, module: _BatchNorm, x: Tensor, output: Any) -> BatchMoments:
-        moments = None if self.by_pass else saved_moments(module, x, output)
+    def receive(self, module: _BatchNorm, moments: BatchMoments | None, training: bool, updating: bool) -> None:
+        """Take the moments of one call, None of an empty batch."""
         if moments is None:
-            self.checkpointed |= saved_tensor_hooks_are_active()
-            moments = pass_moments(x)
-        return moments
+            self.receive_empty(updating)
+            return
+        if self.first_call < 0:
+            self.first_call = next(_call_counter)
+            if moments.mean.dtype is torch.float64:
+                self.limit = _WIDE_LIMIT
+        if len(self.stash) >= self.limit:
+            self.flush()
+        self.stash.append(new_tuple(Call, (moments, training, updating, module.momentum, self.gate.steps)))
 
 
 def _has_channels(x: object, module: _BatchNorm) -> TypeGuard[Tensor]:
@@ -149,10 +195,7 @@ def _has_channels(x: object, module: _BatchNorm) -> TypeGuard[Tensor]:
 def _is_abstract(x: Tensor) -> bool:
     """Whether ``x`` has no values of its own: within a transform of ``torch.func``, while tracing, or if it is fake."""
     return (
-        isinstance(x, FakeTensor)
-        or x.is_meta
-        or torch._C._functorch.peek_interpreter_stack() is not None
-        or torch._C._get_tracing_state() is not None
+        isinstance(x, FakeTensor) or x.is_meta or _functorch_interpreter() is not None or _tracing_state() is not None
     )
 
 

@@ -19,36 +19,23 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from lightning_bnmonitor.capture import PATHS, BatchMoments, Path
-from lightning_bnmonitor.hooks import Gate, LayerHook
+from lightning_bnmonitor.capture import PATHS, BatchMoments, Path, new_tuple
+from lightning_bnmonitor.hooks import Call, Gate, LayerHook
 from lightning_bnmonitor.window import Batch, Window
 
 log = logging.getLogger(__name__)
 
-STASH_LIMIT = 24
-"""Calls of a layer that may wait for the next update: so many keep the state below 1 KiB a channel in float64, too."""
 VALIDATION_LIMIT = 64
 """Calls of a layer that are looked at in one validation."""
 ROOT = "(root)"
 """Name of a layer that is itself the monitored model."""
 _SAVED = (
     *("calls", "training_calls", "tracked_before", "tracked_calls", "updates_per_call", "momentum"),
-    *(
-        "next_updates_per_call",
-        "history",
-        "tracked_end",
-        "last_history",
-        "history_since",
-        "written_outside",
-        "serial",
-        "first_call",
-    ),
-    "num_ranks",
-    *("calls_in_step", "interrupted"),
+    *("next_updates_per_call", "history", "tracked_end", "last_history", "history_since", "written_outside"),
+    *("serial", "num_ranks", "interrupted"),
 )
-_call_counter = itertools.count()
 _SAVED_BUFFERS = ("start", "end", "since")
-_SAVED_OF_HOOK = ("by_pass", "skipped", "checkpointed")
+_SAVED_OF_HOOK = ("by_pass", "skipped", "checkpointed", "first_call")
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
@@ -65,25 +52,25 @@ class TrackedLayer:
         name: Its name in the report.
         module: The layer. (The layer alone: a reference to the model would keep that alive.)
         gate: Tells its hook whether a call counts.
-        flush: Called before a call that would make more than :data:`STASH_LIMIT` wait.
+        flush: Merges what waits for an update.
     """
 
     def __init__(self, name: str, module: _BatchNorm, gate: Gate, flush: Callable[[], None]) -> None:
         self.name = name
         self.module = module
         self.gate = gate
-        self.hook = LayerHook(gate, self.receive, self.validate)
+        self.hook = LayerHook(gate, flush, self.receive_empty, self.validate)
+        self.stash = self.hook.stash  # calls since the last update
         self.flush = flush
-        self.stash: list[Batch] = []
         self.validation: list[Batch] = []  # batches received in validation
         self.window: Window | None = None  # where its channels are accumulated, from its first update on
         self.index = -1
         self.width = 0  # channels of what is stashed and accumulated; 0 before the first call
-        self.first_call = -1  # the earlier it was called for the first time, the smaller
         self.num_ranks = 1  # over how many SyncBatchNorm takes its moments
         self.serial = False  # whether its moments came from a kernel that sums value by value
         self.next_updates_per_call = 1
-        self.calls_in_step: int | None = None  # since the last training step ended; None before the first has
+        self.steps_before = gate.steps  # when it was made or restored: its step may have begun before that
+        self.step_of_last_call = -1
         self.momentum: float | None = None  # the effective one of the last call
         self.end: Tensor | None = None  # the buffers when the last window ended
         self.tracked_end: int | None = None  # and how often they had been updated
@@ -138,8 +125,8 @@ class TrackedLayer:
 
     @property
     def num_calls(self) -> int:
-        """Counted calls in this window."""
-        return sum(self.calls.values())
+        """Counted calls in this window, those that wait included."""
+        return sum(self.calls.values()) + len(self.stash)
 
     @property
     def running_stats(self) -> tuple[Tensor, ...]:
@@ -147,32 +134,10 @@ class TrackedLayer:
         mean, var = self.module.running_mean, self.module.running_var
         return () if mean is None or var is None or is_lazy(mean) or mean.is_meta else (mean, var)
 
-    def receive(self, module: _BatchNorm, moments: BatchMoments | None, training: bool, updating: bool) -> None:
-        """Take the moments of one call, None of an empty batch.
-
-        ``training`` tells its mode, ``updating`` whether BatchNorm counted it in ``num_batches_tracked``.
-        """
+    def receive_empty(self, updating: bool) -> None:
+        """Count a call with an empty batch, which has no moments. ``updating`` tells whether BatchNorm counted it."""
         with self.gate.lock:
-            if len(self.stash) >= STASH_LIMIT:
-                self.flush()
-            if moments is not None and moments.mean.numel() != (self.width or moments.mean.numel()):
-                self.hook.skipped += 1  # the layer was given another width
-                return
-            if moments is not None:
-                self.width = moments.mean.numel()
-                if self.first_call < 0:
-                    self.first_call = next(_call_counter)
-                weight = self._effective_momentum(module.momentum) if updating else 0.0
-                self.momentum = weight if updating else self.momentum
-                self.stash.append(
-                    Batch(moments.num_samples, moments.mean, moments.spread, moments.eps, weight, moments.batch_size)
-                )
-                self.calls[moments.path] += 1
-                self.training_calls += training
-                if self.calls_in_step is not None:
-                    self.calls_in_step += 1
-                self.serial |= moments.serial
-                self.num_ranks = moments.num_ranks
+            self.flush()
             self.tracked_calls += updating
 
     def validate(self, moments: BatchMoments) -> None:
@@ -181,6 +146,49 @@ class TrackedLayer:
         with self.gate.lock:
             if len(self.validation) < VALIDATION_LIMIT:
                 self.validation.append(batch)
+
+    def batches(self, calls: Sequence[Call]) -> list[Batch]:
+        """What calls contribute that wait for an update, from the first on. Those of another width do not."""
+        if not (calls := self._fitting(calls)):
+            return []
+        moments, _, updating, momenta, _ = zip(*calls, strict=True)
+        _, num_samples, batch_size, mean, spread, eps, *_ = zip(*moments, strict=True)
+        weights: Sequence[float]
+        if momenta[0] is not None and momenta.count(momenta[0]) == len(calls) and all(updating):
+            weights = (self._effective_momentum(momenta[0], self.tracked_calls),) * len(calls)
+        else:
+            before = itertools.accumulate(updating, initial=self.tracked_calls)
+            weights = [
+                self._effective_momentum(momentum, tracked) if is_updating else 0.0
+                for is_updating, momentum, tracked in zip(updating, momenta, before, strict=False)
+            ]
+        fields = zip(num_samples, mean, spread, eps, weights, batch_size, strict=True)
+        return list(map(new_tuple, itertools.repeat(Batch), fields))
+
+    def count(self, calls: Sequence[Call], batches: Sequence[Batch]) -> None:
+        """Take calls from those that wait, from the first on, as they have been merged."""
+        if fitting := self._fitting(calls):
+            moments, training, updating, _, step = zip(*fitting, strict=True)
+            paths, *_, serial, _, num_ranks = zip(*moments, strict=True)
+            for path in set(paths):
+                self.calls[path] += paths.count(path)
+            self.training_calls += sum(training)
+            self.tracked_calls += sum(updating)
+            weights = [batch.momentum for batch, is_updating in zip(batches, updating, strict=True) if is_updating]
+            self.momentum = weights[-1] if weights else self.momentum
+            self.step_of_last_call, self.num_ranks = step[-1], num_ranks[-1]
+            self.serial |= any(serial)
+        self.hook.skipped += len(calls) - len(fitting)
+        del self.stash[: len(calls)]
+
+    def _fitting(self, calls: Sequence[Call]) -> Sequence[Call]:
+        """Those of as many channels as the layer was first called with: it may be given others."""
+        return [call for call in calls if call.moments.mean.numel() == self.width]
+
+    @property
+    def is_within_step(self) -> bool:
+        """Whether it was called since the last training step ended. False before the first has."""
+        return self.step_of_last_call == self.gate.steps > self.steps_before
 
     def updates_of_a_call(self, num_batches_tracked: int | None) -> float:
         """Updates of the buffers for each call that was to update them; NaN before the first, or if not counted.
@@ -193,7 +201,8 @@ class TrackedLayer:
 
     def forget(self) -> None:
         """Drop what waits for an update, the place in the window, and the windows before."""
-        self.stash, self.window, self.index, self.width = [], None, -1, 0
+        self.stash.clear()
+        self.window, self.index, self.width = None, -1, 0
         self.hook.traced, self.end, self.since = (), None, None
 
     def buffer_state(self, width: int) -> Tensor:
@@ -206,6 +215,7 @@ class TrackedLayer:
         """What :meth:`restore` needs besides, in primitives."""
         hook = {field: getattr(self.hook, field) for field in _SAVED_OF_HOOK}
         known = {f"has_{name}": getattr(self, name) is not None for name in _SAVED_BUFFERS}
+        known["within_step"] = self.is_within_step
         return {field: copy(getattr(self, field)) for field in _SAVED} | hook | known
 
     def restore(self, state: Mapping[str, Any], buffers: Tensor) -> None:
@@ -216,14 +226,17 @@ class TrackedLayer:
             setattr(self, field, copy(state[field]))
         for field in _SAVED_OF_HOOK:
             setattr(self.hook, field, state[field])
-        self.interrupted |= bool(self.calls_in_step)
-        self.calls_in_step = None
+        self.interrupted |= state["within_step"]
+        self.steps_before, self.step_of_last_call = self.gate.steps, -1
 
-    def _effective_momentum(self, momentum: float | None) -> float:
-        """Weight of the call in the buffers right after it, if it updates them ``updates_per_call`` times."""
+    def _effective_momentum(self, momentum: float | None, tracked_calls: int) -> float:
+        """Weight of a call in the buffers right after it, if it updates them ``updates_per_call`` times.
+
+        ``tracked_calls`` is how many calls of the window have updated them before.
+        """
         updates = self.updates_per_call
         if momentum is None:  # a cumulative average: its k-th update has weight 1/k
-            return updates / ((self.tracked_before or 0) + (self.tracked_calls + 1) * updates)
+            return updates / ((self.tracked_before or 0) + (tracked_calls + 1) * updates)
         return momentum if updates == 1 else 1 - (1 - momentum) ** updates
 
 

@@ -33,20 +33,30 @@ def merge_moments(weight: Tensor, mean: Tensor, m2: Tensor, members: Tensor) -> 
     The differences are taken from the first part, so that a mean far from 0 cancels nothing.
 
     Args:
-        weight: Weights of the parts, ``(P, C)``: counts, so 0 or at least 1.
+        weight: Weights of the parts, ``(P, C)``: counts, so 0 or at least 1. With fewer rows, the last is that of all
+            further parts.
         mean: Means of the parts, ``(P, C)``; of ordinary size where the weight is 0.
-        m2: Sums of squared deviations from them, ``(P, C)``; 0 where the weight is 0.
+        m2: Sums of squared deviations from them, ``(P, C)``; 0 where the weight is 0. Or those of the first parts
+            alone, if the others have none.
         members: ``(J, P)`` of 0 and 1: which parts make up each of the J unions.
 
     Returns:
         Weight, mean and sum of squared deviations of the unions, ``(J, C)`` each.
     """
-    first = mean[:1]
-    centred = mean - first
-    total = members @ weight
-    centre = (members @ (weight * centred)) / total.clamp_min(1)
-    from_centre = centred - members.T @ centre
-    return total, first + centre, members @ (m2 + weight * from_centre.square())
+    first, last = mean[:1], len(weight) - 1
+    alike = members[:, last:].sum(dim=1, keepdim=True)
+    total = torch.cat([members[:, :last], alike], dim=1) @ weight
+
+    def weighted(values: Tensor) -> Tensor:  # in place, as it is memory that takes the time
+        values[:last] *= weight[:last]
+        values[last:] *= weight[last]
+        return values
+
+    deviation = mean - first
+    centre = (members @ weighted(deviation.clone())) / total.clamp_min(1)
+    spread = weighted(deviation.addmm_(members.T, centre, alpha=-1).square_())
+    spread[: len(m2)] += m2
+    return total, first + centre, members @ spread
 
 
 class ChannelMoments(Metric):

@@ -1,12 +1,19 @@
-"""Layers as segments of the flat channel space: from one value a channel to one a layer, and back; their scores."""
+"""Layers as segments of the flat channel space: from one value a channel to one a layer, and back; their scores.
+
+And what a window keeps per layer: how batches are merged into it.
+"""
 
 from __future__ import annotations
+
+from typing import Any, NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
 
 FloatArray = NDArray[np.float64]
 BoolArray = NDArray[np.bool_]
+K, N, W, Q, QV, B = range(6)  # what a block sums per layer
+A, S = range(2)  # what a layer keeps of its momenta
 
 
 class Segments:
@@ -55,3 +62,76 @@ def student_score(z: FloatArray, dof: FloatArray) -> FloatArray:
     np.sqrt(np.log1p(score, out=score), out=score)
     score *= (8 * dof + 1) / (8 * dof + 3) * np.sqrt(dof)
     return np.copysign(score, z, out=score)
+
+
+class Calls(NamedTuple):
+    """Batches of one layer, field by field."""
+
+    layer: int
+    fields: Any
+    """A ``Batch``, each field of which is the tuple of those of the batches."""
+    lead: tuple[int, ...]
+    """The number that each batch has in the window, less its number among these."""
+
+
+class Table(NamedTuple):
+    """What the merge of a group's channels needs per layer, ``(rows, layers)``.
+
+    There is a row for each batch, or one if these are all alike.
+    """
+
+    weight: FloatArray
+    """Weights of each part, old rows first: n and n - K in turn. If all batches are alike, those of the first."""
+    bessel: FloatArray
+    """n / (n - 1)."""
+    eps: FloatArray
+    """NaN where the spread is a variance."""
+    lead: FloatArray
+    """Those of :class:`Calls`."""
+
+
+def merge_scalars(
+    group: list[Calls], old: slice, new: slice, union: NDArray[np.int64], scalars: FloatArray, momenta: FloatArray
+) -> tuple[Table, FloatArray]:
+    """Merge what is kept per layer, in place: the ``old`` rows and the batches of a group into the ``new`` rows.
+
+    ``union`` tells for every part, old rows first, which of the new rows it belongs to. Returns what the merge of the
+    channels needs: a table, and of 0 and 1 which part is in which row, ``(rows, P)``.
+    """
+    members = (np.arange(new.stop - new.start)[:, None] == union).astype(float)
+    everything = len(group) == len(scalars)
+    layers = slice(None) if everything else [calls.layer for calls in group]
+    num_added = len(group[0].lead)
+    count = _rows_of([calls.fields.num_samples for calls in group])
+    momentum = np.broadcast_to(_rows_of([calls.fields.momentum for calls in group]), (num_added, len(group)))
+    since = np.cumprod(1 - momentum[::-1], axis=0)[::-1]  # what remains at the end of what stood before each batch
+    remains, after = since[0], np.concatenate([since[1:], np.ones_like(since[:1])])
+    weight, dof = momentum * after, np.maximum(count - 1, 1)
+
+    parts = np.empty((members.shape[1], len(group), 6))
+    decay = np.ones((len(group), 1, 6))
+    decay[..., W], decay[..., Q], decay[..., QV] = remains[:, None], remains[:, None] ** 2, remains[:, None] ** 2
+    scalars[layers, : old.stop] *= decay
+    parts[: old.stop - old.start] = scalars[layers, old].transpose(1, 0, 2)
+    batch = parts[old.stop - old.start :]
+    batch[..., K], batch[..., N], batch[..., W] = 1, count, weight
+    batch[..., B] = _rows_of([calls.fields.batch_size for calls in group])
+    batch[..., Q], batch[..., QV] = weight**2 / count, weight**2 / dof
+
+    scalars[layers, old] = 0
+    merged = members @ parts.reshape(len(parts), -1)
+    scalars[layers, new] = merged.reshape(-1, len(group), 6).transpose(1, 0, 2)
+    momenta[layers, A] *= remains
+    momenta[layers, S] = momenta[layers, S] * remains + (after * (momentum > 0)).sum(axis=0)
+    weights = np.stack([parts[..., N], parts[..., N] - parts[..., K]], axis=1).reshape(-1, len(group))
+    weights = weights[: 2 * (len(parts) - num_added + len(count))]
+    eps, lead = _rows_of([calls.fields.eps for calls in group]), _rows_of([calls.lead for calls in group])
+    return Table(weights, count / dof, eps, lead), members
+
+
+def _rows_of(columns: list[Any]) -> FloatArray:
+    """A row for each batch of a column for each layer, or one row if these are all alike. None becomes NaN."""
+    if all(column.count(column[0]) == len(column) for column in columns):
+        columns = [column[:1] for column in columns]
+    rows: FloatArray = np.array(columns, dtype=float).T
+    return rows

@@ -17,7 +17,6 @@ from lightning_bnmonitor.assessment import assess, end_windows
 from lightning_bnmonitor.capture import CaptureMode, check_capture, owned
 from lightning_bnmonitor.hooks import Attachment, Gate
 from lightning_bnmonitor.layers import (
-    STASH_LIMIT,
     History,
     TrackedLayer,
     as_patterns,
@@ -28,9 +27,9 @@ from lightning_bnmonitor.layers import (
 )
 from lightning_bnmonitor.report import Report
 from lightning_bnmonitor.validation import with_validation
-from lightning_bnmonitor.window import Batch, Window
+from lightning_bnmonitor.window import Window
 
-_STATE_VERSION = 5
+_STATE_VERSION = 6
 _NO_MODEL = "The model of this BatchNormTracker no longer exists. Make a new tracker."
 _BUFFER_ROWS = 6  # per channel: the running statistics when the window began, when the last one ended, and since
 
@@ -44,8 +43,8 @@ class BatchNormTracker:
     that validation does not, and frozen layers inside a training model do. Nothing that is computed changes: hooks only
     read, and never wait for the device within a step.
 
-    State is 600 bytes a channel, about 850 bytes a layer, and the batch moments of up to 24 calls (8 bytes a channel
-    each, 16 for a float64 model). It is float64, on the layers' device (on the CPU for MPS, which has no float64).
+    State is 600 bytes a channel, about 850 bytes a layer, and the batch moments of up to 48 calls (8 bytes a channel
+    each; up to 24 in float64 or by a pass). It is float64, on the layers' device (on the CPU for MPS, which has none).
 
     Args:
         model: The root module. It is not kept alive; its BatchNorm layers are, for the report. If it is compiled, pass
@@ -159,11 +158,8 @@ class BatchNormTracker:
         The steps of ``torch.optim`` optimizers are noticed without it.
         """
         self._drain()
-        full = False
-        for layer in self._layers:
-            layer.calls_in_step = 0
-            full |= len(layer.stash) >= STASH_LIMIT
-        if full:
+        self._gate.steps += 1
+        if any(len(layer.stash) >= layer.hook.limit for layer in self._layers):
             self.flush()
 
     @contextmanager
@@ -182,17 +178,15 @@ class BatchNormTracker:
         """Merge what is stashed into the window, all layers at once. This changes no result, whenever it is done."""
         with self._gate.lock:
             self._drain()
-            waiting = [layer for layer in self._layers if layer.stash]
+            waiting = {layer: layer.stash[:] for layer in self._layers if layer.stash}  # other threads may add to it
             self._place([layer for layer in waiting if layer.window is None])
             for window in self._windows.values():
-                batches: dict[int, list[Batch]] = {
-                    layer.index: layer.stash for layer in waiting if layer.window is window
-                }
+                there = {layer: calls for layer, calls in waiting.items() if layer.window is window}
+                batches = {layer.index: layer.batches(calls) for layer, calls in there.items()}
                 if batches:
                     window.update(batches)
-                    for layer in waiting:
-                        if layer.window is window:
-                            layer.stash = []
+                    for layer, calls in there.items():
+                        layer.count(calls, batches[layer.index])
 
     def close(self, all_ranks: bool = False) -> Report:
         """End the window and report it. What is called until :meth:`reset` does not count.
@@ -366,13 +360,14 @@ class BatchNormTracker:
             if layer.hook.traced:
                 traced, layer.hook.traced = layer.hook.traced, ()
                 for moments, training, updating in traced if not self._gate.paused else ():
-                    layer.receive(layer.module, owned(moments) if moments.num_samples else None, training, updating)
+                    moments_or_none = owned(moments) if moments.num_samples else None
+                    layer.hook.receive(layer.module, moments_or_none, training, updating)
 
     def _place(self, layers: list[TrackedLayer]) -> None:
         """Give layers that were called for the first time their place in the flat channel space of their device."""
         by_device: dict[torch.device, list[tuple[TrackedLayer, int]]] = {}
-        for layer in sorted(layers, key=lambda layer: layer.first_call):
-            mean = layer.stash[0].mean
+        for layer in sorted(layers, key=lambda layer: layer.hook.first_call):
+            mean = layer.stash[0].moments.mean
             by_device.setdefault(mean.device, []).append((layer, mean.numel()))
         for device, placed in by_device.items():
             self._place_on(device, placed)

@@ -12,7 +12,8 @@ the population alone and are merged into one further block beside them.
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from itertools import chain, compress
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -21,13 +22,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from lightning_bnmonitor.moments import merge_moments
-from lightning_bnmonitor.segments import FloatArray
+from lightning_bnmonitor.segments import QV, A, B, Calls, FloatArray, K, N, Q, S, Table, W, merge_scalars
 
 MAX_BLOCKS = 16
 _ASIDE = MAX_BLOCKS  # the row of batches that updated no buffer
 _ROWS = MAX_BLOCKS + 1
-_K, _N, _W, _Q, _QV, _B = range(6)  # what a block sums per layer
-_A, _S = range(2)  # what a layer keeps of its momenta
 _FRESH = (1.0, 0.0)  # A and S of a window that begins
 _MAX_CACHED_GROUPS = 64
 _VALUE, _M2 = range(2)  # what a block keeps per channel, for the mean buffer and for the variance buffer
@@ -89,9 +88,6 @@ class Blocks(NamedTuple):
     """Of them, what ``value`` is of a block, ``(2, channels)``."""
     aside_m2: FloatArray
     """Of them, what ``m2`` is of a block, ``(2, channels)``."""
-
-
-_Calls = tuple[int, list[tuple[int, Batch]]]  # a layer's index, and its batches with their number in the window
 
 
 def block_size(num_batches: int) -> int:
@@ -193,31 +189,38 @@ class Window:
         Args:
             batches: For each layer's index, what its calls contributed, in the order of time.
         """
-        profiled: dict[tuple[int, int], list[_Calls]] = defaultdict(list)
-        aside: dict[int, list[_Calls]] = defaultdict(list)
-        history, counted = self._scalars[:, :MAX_BLOCKS, _K].sum(axis=1), self._scalars[..., _K].sum(axis=1)
+        profiled: dict[tuple[int, int], list[Calls]] = defaultdict(list)
+        aside: dict[int, list[Calls]] = defaultdict(list)
+        counts = self._scalars[..., K]
+        history, counted = [np.add.reduce(counts[:, :n], axis=1).tolist() for n in (MAX_BLOCKS, _ROWS)]
         for layer in sorted(batches):
-            calls = list(enumerate(batches[layer], start=int(counted[layer]) + 1))
-            updating = [call for call in calls if call[1].momentum]
-            if updating:
-                profiled[int(history[layer]), len(updating)].append((layer, updating))
-            if len(updating) < len(calls):
-                other = [call for call in calls if not call[1].momentum]
-                aside[len(other)].append((layer, other))
+            calls, before = batches[layer], int(counted[layer])
+            fields = _by_field(calls)
+            if fields is not None and all(fields.momentum):
+                group = profiled[int(history[layer]), len(calls)]
+                group.append(Calls(layer, fields, (before + 1,) * len(calls)))
+                continue
+            for is_updating in (True, False):
+                chosen = [bool(batch.momentum) is is_updating for batch in calls]
+                if num := sum(chosen):
+                    group = profiled[int(history[layer]), num] if is_updating else aside[num]
+                    numbers = compress(range(before + 1, before + 1 + len(calls)), chosen)
+                    lead = tuple(number - index for index, number in enumerate(numbers))
+                    group.append(Calls(layer, _by_field(compress(calls, chosen)), lead))
         scalars, momenta = self._scalars.copy(), self._momenta.copy()
         writes: list[Callable[[], None]] = []
         for (before, added), group in profiled.items():
             size, old_size = block_size(before + added), block_size(before)
             old_blocks = -(-before // old_size)
             first = before // size if size == old_size else 0  # blocks before it stay as they are
-            union = [block * old_size // size - first for block in range(first, old_blocks)]
-            union += [batch // size - first for batch in range(before, before + added)]
-            rows = slice(first, old_blocks), slice(first, first + union[-1] + 1)
-            table, members = _merge_scalars(group, *rows, union, scalars, momenta)
+            blocks = np.arange(first, old_blocks) * old_size // size, np.arange(before, before + added) // size
+            union = np.concatenate(blocks) - first
+            rows = slice(first, old_blocks), slice(first, first + int(union[-1]) + 1)
+            table, members = merge_scalars(group, *rows, union, scalars, momenta)
             writes.append(self._merge(group, *rows, table, members))
         for added, group in aside.items():
             rows = slice(_ASIDE, _ROWS), slice(_ASIDE, _ROWS)
-            table, members = _merge_scalars(group, *rows, [0] * (1 + added), scalars, momenta)
+            table, members = merge_scalars(group, *rows, np.zeros(1 + added, dtype=int), scalars, momenta)
             writes.append(self._merge(group, *rows, table, members))
         for write in writes:
             write()
@@ -229,19 +232,19 @@ class Window:
         channels = self._channels.cpu().numpy()
         return Blocks(
             widths=np.array(self.widths, dtype=np.int64),
-            num_batches=scalars[..., _K],
-            num_samples=scalars[..., _N],
-            batch_size=scalars[..., _B],
-            weight=scalars[..., _W],
-            noise=np.stack([scalars[..., _Q], scalars[..., _QV]]),
+            num_batches=scalars[..., K],
+            num_samples=scalars[..., N],
+            batch_size=scalars[..., B],
+            weight=scalars[..., W],
+            noise=np.stack([scalars[..., Q], scalars[..., QV]]),
             value=channels[_VALUE, :MAX_BLOCKS],
             m2=channels[_M2, :MAX_BLOCKS],
-            decay=self._momenta[:, _A].copy(),
-            rounding=self._momenta[:, _S].copy(),
+            decay=self._momenta[:, A].copy(),
+            rounding=self._momenta[:, S].copy(),
             first_bad=self._first_bad.cpu().numpy(),
-            aside_batches=aside[:, _K].copy(),
-            aside_samples=aside[:, _N].copy(),
-            aside_size=aside[:, _B].copy(),
+            aside_batches=aside[:, K].copy(),
+            aside_samples=aside[:, N].copy(),
+            aside_size=aside[:, B].copy(),
             aside_value=channels[_VALUE, _ASIDE],
             aside_m2=channels[_M2, _ASIDE],
         )
@@ -256,7 +259,7 @@ class Window:
 
     def forget_weights(self, layer: int) -> None:
         """The running statistics have just been written: no batch so far is in them."""
-        self._scalars[layer, :, [_W, _Q, _QV]] = 0
+        self._scalars[layer, :, [W, Q, QV]] = 0
         self._momenta[layer] = _FRESH
 
     def restore(self, layer: int, channels: Tensor, state: Mapping[str, Any]) -> None:
@@ -268,37 +271,42 @@ class Window:
         self._momenta[layer] = state["momenta"]
 
     def _merge(
-        self, group: list[_Calls], old: slice, new: slice, table: FloatArray, members: FloatArray
+        self, group: list[Calls], old: slice, new: slice, table: Table, members: FloatArray
     ) -> Callable[[], None]:
         """Merge the ``old`` rows and the batches of a group of layers into the ``new`` rows: returns what writes them.
 
-        ``table`` and ``members`` are those of :func:`_merge_scalars`. All layers of the group have the same number of
+        ``table`` and ``members`` are those of :func:`merge_scalars`. All layers of the group have the same number of
         batches.
         """
-        columns, layer_of = self._columns_of(tuple(layer for layer, _ in group))
-        num_parts, num_added, width = members.shape[1], len(group[0][1]), len(layer_of)
+        columns, layer_of = self._columns_of(tuple(calls.layer for calls in group))
+        num_parts, num_added, width = members.shape[1], len(group[0].lead), len(layer_of)
+        num_old = num_parts - num_added
 
-        expanded = self._to_device(table).index_select(1, layer_of)
-        weight, bessel, eps, number = torch.split(expanded, [2 * num_parts, num_added, num_added, num_added])
-        stashed = [
-            tensor if tensor.device == self.device else tensor.to(self.device)
-            for t in range(num_added)
-            for field in ("mean", "spread")
-            for _, batches in group
-            for tensor in (getattr(batches[t][1], field),)
-        ]
-        added = torch.cat(stashed).to(torch.float64).view(num_added, 2, width)
-        mean, spread = added.unbind(1)
-        var = torch.where(torch.isnan(eps), spread, spread.pow(-2) - eps).clamp_min(0) * bessel
-
-        nothing = (mean + var) * 0  # or NaN
-        first_bad = torch.where(nothing == 0, torch.inf, number).amin(dim=0)
-
+        expanded = self._to_device(np.concatenate(table)).index_select(1, layer_of)
+        weight, bessel, eps, lead = expanded.split_with_sizes([len(rows) for rows in table])
+        fields = [calls.fields for calls in group]
+        stashed = list(chain.from_iterable(zip(*(f.mean for f in fields), *(f.spread for f in fields), strict=True)))
+        if set(map(Tensor.get_device, stashed)) != {-1 if self.device.index is None else self.device.index}:
+            stashed = [tensor.to(self.device) for tensor in stashed]
         rows = self._channels[:, old] if columns is None else self._channels[:, old].index_select(3, columns)
-        value = torch.cat([rows[_VALUE], torch.stack([mean, var], dim=1)])
-        m2 = torch.cat([rows[_M2], torch.zeros_like(added)])
-        flat = (num_parts, 2 * width)
-        _, value, m2 = merge_moments(weight.view(flat), value.view(flat), m2.view(flat), self._to_device(members))
+        parts = rows.new_empty(num_parts, 2, width)
+        parts[:num_old] = rows[_VALUE]
+        parts[num_old:] = torch.cat(stashed).view(num_added, 2, width)
+        mean, var = parts[num_old:].unbind(1)
+        is_variance = np.isnan(table.eps)
+        if not is_variance.all():
+            inverted = var.pow(-2).sub_(eps)
+            var.copy_(torch.where(torch.isnan(eps), var, inverted) if is_variance.any() else inverted)
+        var.clamp_min_(0).mul_(bessel)
+
+        nothing = (mean + var).mul_(0)  # or NaN
+        index = torch.arange(num_added, dtype=torch.float64, device=self.device)[:, None]
+        first_bad = torch.where(nothing == 0, torch.inf, index).add_(lead).amin(dim=0)
+
+        old_m2 = rows[_M2].reshape(num_old, 2 * width)
+        _, value, m2 = merge_moments(
+            weight.reshape(-1, 2 * width), parts.view(num_parts, 2 * width), old_m2, self._to_device(members)
+        )
         merged = torch.stack([value, m2]).view(2, -1, 2, width)
         if old.stop > new.stop:  # rows that the coarser blocks no longer need
             freed = merged.new_zeros(2, old.stop - new.stop, 2, width)
@@ -332,39 +340,7 @@ class Window:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
 
 
-def _merge_scalars(
-    group: list[_Calls], old: slice, new: slice, union: list[int], scalars: FloatArray, momenta: FloatArray
-) -> tuple[FloatArray, FloatArray]:
-    """Merge what is kept per layer, in place: the ``old`` rows and the batches of a group into the ``new`` rows.
-
-    ``union`` tells for every part, old rows first, which of the new rows it belongs to. Returns what the merge of the
-    channels needs: a table ``(2P + 3k, layers)`` of the weights n and n - K of each part, then n / (n - 1), eps and the
-    number in the window of each of the k batches; and of 0 and 1 which part is in which row, ``(rows, P)``.
-    """
-    members = np.zeros((new.stop - new.start, len(union)))
-    members[union, range(len(union))] = 1
-    layers = [layer for layer, _ in group]
-    added = [
-        [(b.num_samples, b.momentum, np.nan if b.eps is None else b.eps, b.batch_size, number) for number, b in calls]
-        for _, calls in group
-    ]
-    count, momentum, eps, batch_size, number = np.array(added, dtype=float).transpose(2, 1, 0)  # (k, layers) each
-    since = np.cumprod(1 - momentum[::-1], axis=0)[::-1]  # what remains at the end of what stood before each batch
-    remains, after = since[0], np.concatenate([since[1:], np.ones_like(since[:1])])
-    weight, dof = momentum * after, np.maximum(count - 1, 1)
-
-    parts = np.empty((members.shape[1], len(layers), 6))
-    decay = np.ones((len(layers), 1, 6))
-    decay[..., _W], decay[..., _Q], decay[..., _QV] = remains[:, None], remains[:, None] ** 2, remains[:, None] ** 2
-    scalars[layers, : old.stop] *= decay
-    parts[: old.stop - old.start] = scalars[layers, old].transpose(1, 0, 2)
-    batch = parts[old.stop - old.start :]
-    batch[..., _K], batch[..., _N], batch[..., _W], batch[..., _B] = 1, count, weight, batch_size
-    batch[..., _Q], batch[..., _QV] = weight**2 / count, weight**2 / dof
-
-    scalars[layers, old] = 0
-    scalars[layers, new] = np.tensordot(members, parts, 1).transpose(1, 0, 2)
-    momenta[layers, _A] *= remains
-    momenta[layers, _S] = momenta[layers, _S] * remains + (after * (momentum > 0)).sum(axis=0)
-    weights = np.stack([parts[..., _N], parts[..., _N] - parts[..., _K]], axis=1)
-    return np.concatenate([weights.reshape(-1, len(layers)), count / dof, eps, number]), members
+def _by_field(batches: Iterable[Batch]) -> Any:
+    """A :class:`Batch` whose fields are tuples, or None if there are no batches."""
+    columns: Any = list(zip(*batches, strict=True))
+    return Batch(*columns) if columns else None

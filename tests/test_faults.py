@@ -31,8 +31,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import lightning_bnmonitor
 from lightning_bnmonitor import BatchNormMonitor, BatchNormTracker
-from lightning_bnmonitor.hooks import _CompilerSettings
-from lightning_bnmonitor.layers import STASH_LIMIT
+from lightning_bnmonitor.hooks import STASH_LIMIT, _CompilerSettings
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),

@@ -154,7 +154,11 @@ class Windows(Callback):
         report = self.monitor._report
         if report is None or any(report is other for other in self.reports):
             return
-        if self.reports and report and all(report[name].numbers is layer.numbers for name, layer in self.reports[-1].items()):
+        if (
+            self.reports
+            and report
+            and all(report[name].numbers is layer.numbers for name, layer in self.reports[-1].items())
+        ):
             self.reports[-1] = report  # the same window, after validation
         else:
             self.ends.append(self.count)

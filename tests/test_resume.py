@@ -63,7 +63,9 @@ class Windows(Callback):
         report = self.monitor._report
         if report is None or report is self.last:
             return
-        is_new = self.last is None or any(report[name].numbers is not layer.numbers for name, layer in self.last.items())
+        is_new = self.last is None or any(
+            report[name].numbers is not layer.numbers for name, layer in self.last.items()
+        )
         if is_new:  # and not that of the same window after validation
             self.reports[trainer.global_step] = before_validation(report)
         self.last = report

@@ -27,7 +27,7 @@ from torch.optim import optimizer as torch_optimizer
 from torch.utils.checkpoint import checkpoint
 
 from lightning_bnmonitor import BatchNormTracker, LayerReport, Report
-from lightning_bnmonitor.layers import STASH_LIMIT
+from lightning_bnmonitor.hooks import STASH_LIMIT
 
 LAW = settings(max_examples=200, deadline=None)
 C = 3
@@ -1958,7 +1958,7 @@ def test_a_state_of_another_version_is_an_error_that_says_which(state: dict[str,
     model = network()
     with BatchNormTracker(model) as tracker:
         model(torch.randn(8, 4))
-        with pytest.raises(ValueError, match=f"version 5; got version {state.get('version')!r}"):
+        with pytest.raises(ValueError, match=f"version 6; got version {state.get('version')!r}"):
             tracker.load_state_dict(state)
     assert tracker.report()["1"].num_batches == 1
 

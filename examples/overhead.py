@@ -1,0 +1,554 @@
+"""What monitoring costs: CPU time of training steps, the end of a window, and memory.
+
+Ratios: in one process, each network is trained once for each variant, from the same seed on the same batch. A round
+lets every variant make some steps, in random order, and divides each one's CPU time by that without a monitor in the
+same round: what is shown is the median over the rounds and its 95 % interval by order statistics (the range, of fewer
+than 6 rounds). "no monitor, again" is the same as none: what it shows is the noise of the measurement.
+
+Direct share: the time inside our hooks and updates over the time of the steps, in a training of its own, for as
+many steps at a time as have one update. The hooks are wrapped where they sit; what the wrapper takes is measured and
+subtracted. What PyTorch takes to call a hook at all is not in it (see "empty hook"). In a compiled network the hooks
+are part of the graph: there, only what is done between graphs counts.
+
+Memory: bytes of all tensors and arrays that a variant keeps, the model's own left out.
+
+The end of a window: CPU time of everything between the last batch and the report, logging apart. Layers are of unequal
+width. Python's garbage is collected before each: a full collection takes as long, and comes when it pleases.
+
+All of it on one thread. Exits with 1 if a target is missed: by a direct share or the end of a window at the median, by
+a ratio, which is noisy, with its whole interval.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import itertools
+import math
+import random
+import shutil
+import statistics
+import sys
+import time
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from logging_cost import Residual, resnet18
+from tabulate import tabulate
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.optim.optimizer import _global_optimizer_post_hooks
+
+from lightning_bnmonitor import BatchNormTracker
+from lightning_bnmonitor.hooks import STASH_LIMIT
+
+NONE, AGAIN, EMPTY, OURS = "no monitor", "no monitor, again", "empty hook", "ours"
+UPDATE_STEPS = STASH_LIMIT  # after so many there has been one update of everything
+MAX_SHARE = {"ResNet-18": 0.01, "120 layers": 0.01, "narrow MLP": 0.05}
+MAX_RATIO = {("narrow MLP", EMPTY): 1.05, ("compiled", NONE): 1.02}
+MAX_WINDOW_END = {100_000: 0.3}  # seconds by channels
+
+
+class Summary(NamedTuple):
+    """A median, and the interval that holds it in 95 % of all cases."""
+
+    median: float
+    low: float
+    high: float
+
+
+def summary(values: list[float]) -> Summary:
+    """Of independent values, by order statistics; the range if there are fewer than 6."""
+    ranked, n = sorted(values), len(values)
+    outside, tail = 0, 0.5**n  # values below the interval, and the probability that so many are below the median
+    while tail <= 0.025:
+        outside += 1
+        tail += math.comb(n, outside) * 0.5**n
+    outside = max(outside - 1, 0)
+    return Summary(statistics.median(ranked), ranked[outside], ranked[n - 1 - outside])
+
+
+# --- what is compared -------------------------------------------------------------------------------------------------
+
+
+class Hooks:
+    """A variant: a forward hook on every BatchNorm layer, and what it keeps."""
+
+    def __init__(self, model: nn.Module) -> None:
+        layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
+        self.kept: list[Any] = [self.begin(layer) for layer in layers]
+        self.handles = [
+            layer.register_forward_hook(self.hook_of(index)) for index, layer in enumerate(layers) if self.is_hooked
+        ]
+
+    is_hooked = True
+
+    def begin(self, layer: _BatchNorm) -> Any:
+        """What is kept of a layer before its first call."""
+        return None
+
+    def hook_of(self, index: int) -> Callable[..., None]:
+        """The hook of a layer."""
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            self.take(index, args[0].detach())
+
+        return hook
+
+    def take(self, index: int, x: Tensor) -> None:
+        """Take what a layer received."""
+
+    def end_round(self) -> None:
+        """Outside what is timed."""
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        for handle in self.handles:
+            handle.remove()
+
+
+class Unhooked(Hooks):
+    """Nothing at all."""
+
+    is_hooked = False
+
+
+class Empty(Hooks):
+    """A hook that does nothing."""
+
+    def hook_of(self, index: int) -> Callable[..., None]:
+        """One that does not even look."""
+
+        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
+            pass
+
+        return hook
+
+
+class Naive(Hooks):
+    """Mean and variance of the last batch."""
+
+    def take(self, index: int, x: Tensor) -> None:
+        """Two reductions."""
+        dims = [dim for dim in range(x.ndim) if dim != 1]
+        self.kept[index] = (x.mean(dims), x.var(dims))
+
+
+class Welford(Hooks):
+    """Count, mean and sum of squared deviations in float64, merged batch by batch."""
+
+    def begin(self, layer: _BatchNorm) -> Any:
+        """Zeros."""
+        return [torch.zeros((), dtype=torch.float64), *torch.zeros(2, layer.num_features, dtype=torch.float64)]
+
+    def take(self, index: int, x: Tensor) -> None:
+        """Chan's merge."""
+        x = x.double()
+        dims = [dim for dim in range(x.ndim) if dim != 1]
+        var, mean = torch.var_mean(x, dims, correction=0)
+        count, before, m2 = self.kept[index]
+        added = x.numel() // x.shape[1]
+        delta, total = mean - before, count + added
+        self.kept[index] = [
+            total,
+            before + delta * (added / total),
+            m2 + var * added + delta.square() * (count * added / total),
+        ]
+
+
+class Stack(Hooks):
+    """All inputs, as the published experiment kept them."""
+
+    def begin(self, layer: _BatchNorm) -> Any:
+        """No input."""
+        return []
+
+    def take(self, index: int, x: Tensor) -> None:
+        """Keep it, as a copy: an inplace activation may overwrite it."""
+        self.kept[index].append(x.clone())
+
+    def end_round(self) -> None:
+        """Or the memory would not last."""
+        for inputs in self.kept:
+            inputs.clear()
+
+
+class Ours:
+    """The tracker."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.kept = BatchNormTracker(model).attach()
+
+    def end_round(self) -> None:
+        """Nothing to do."""
+
+    def close(self) -> None:
+        """Remove the hooks."""
+        self.kept.detach()
+
+
+VARIANTS: dict[str, Callable[[nn.Module], Any]] = {
+    NONE: Unhooked,
+    AGAIN: Unhooked,
+    EMPTY: Empty,
+    OURS: Ours,
+    "naive mean and var": Naive,
+    "Welford in float64": Welford,
+    "stack all inputs": Stack,
+}
+
+
+# --- networks ---------------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Network:
+    """What is trained. ``backend`` is that of ``torch.compile``, None for eager."""
+
+    name: str
+    build: Callable[[], nn.Module]
+    batch: tuple[int, ...]
+    steps: int  # in a round
+    chunks: int  # of steps with an update each, of which the direct share is measured
+    backend: str | None = None
+
+    @property
+    def variants(self) -> list[str]:
+        """Lists that grow make compiled code start anew at every call."""
+        return [name for name in VARIANTS if self.backend is None or VARIANTS[name] is not Stack]
+
+
+def narrow_mlp() -> nn.Module:
+    """The worst case: hardly any work between the hooks."""
+    return nn.Sequential(*(m for _ in range(6) for m in (nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU())))
+
+
+def deep(width: int = 32) -> nn.Module:
+    """120 convolutions, each with a BatchNorm layer."""
+    return nn.Sequential(nn.Conv2d(3, width, 1), *(Residual(width, width, 1) for _ in range(60)))
+
+
+def plain(width: int = 64) -> nn.Module:
+    """Eight convolutions, each with a BatchNorm layer."""
+    widths = [3, *[width] * 8]
+    pairs = itertools.pairwise(widths)
+    return nn.Sequential(*(m for a, b in pairs for m in (nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU())))
+
+
+def networks(quick: bool) -> list[Network]:
+    """All that are measured; small ones to try the script."""
+    if quick:
+        return [
+            Network("narrow MLP", narrow_mlp, (48, 64), 2, 1),
+            Network("compiled", plain, (4, 3, 4, 4), 1, 1, "aot_eager"),
+        ]
+    return [
+        Network("ResNet-18", resnet18, (16, 3, 32, 32), 1, 3),
+        Network("120 layers", deep, (16, 3, 16, 16), 1, 3),
+        Network("narrow MLP", narrow_mlp, (48, 64), UPDATE_STEPS, 20),
+        Network("compiled", plain, (16, 3, 16, 16), 4, 6, "inductor"),
+    ]
+
+
+class Training:
+    """A variant of the training of a network."""
+
+    def __init__(self, network: Network, variant: str) -> None:
+        torch.manual_seed(0)
+        self.module = network.build()
+        self.model = self.module if network.backend is None else torch.compile(self.module, backend=network.backend)
+        self.optimizer = torch.optim.SGD(self.module.parameters(), lr=1e-3, momentum=0.9)
+        self.x = torch.randn(network.batch)
+        self.monitor = VARIANTS[variant](self.model)
+
+    def steps(self, num: int) -> None:
+        """Some training steps."""
+        for _ in range(num):
+            self.optimizer.zero_grad()
+            self.model(self.x).square().mean().backward()
+            self.optimizer.step()
+
+
+def is_same(one: nn.Module, other: nn.Module) -> bool:
+    """Whether parameters and buffers are bit-identical."""
+    pairs = zip(one.state_dict().values(), other.state_dict().values(), strict=True)
+    return all(torch.equal(a, b) for a, b in pairs)
+
+
+# --- measuring --------------------------------------------------------------------------------------------------------
+
+
+def step_seconds(
+    trainings: dict[str, Any], steps: int, rounds: int, clock: Callable[[], float] = time.process_time
+) -> dict[str, list[float]]:
+    """Seconds of a step of each training in each round, after a round that is not counted."""
+    seconds: dict[str, list[float]] = {name: [] for name in trainings}
+    order = list(trainings)
+    shuffle = random.Random(0).shuffle
+    for number in range(1 + rounds):
+        shuffle(order)
+        for name in order:
+            began = clock()
+            trainings[name].steps(steps)
+            taken = clock() - began
+            trainings[name].monitor.end_round()
+            if number:
+                seconds[name].append(taken / steps)
+    return seconds
+
+
+class Stopwatch:
+    """Time within functions that it wraps; within one that another one calls, it counts once."""
+
+    def __init__(self, clock: Callable[[], float] = time.perf_counter) -> None:
+        self.clock = clock
+        self.seconds = 0.0
+        self.calls = 0
+        self._is_running = False
+
+    def wrapped(self, function: Callable[..., Any]) -> Callable[..., Any]:
+        """The function, measured."""
+        clock = self.clock
+
+        def measured(*args: Any, **kwargs: Any) -> Any:
+            if self._is_running:
+                return function(*args, **kwargs)
+            self._is_running = True
+            began = clock()
+            try:
+                return function(*args, **kwargs)
+            finally:
+                self.seconds += clock() - began
+                self.calls += 1
+                self._is_running = False
+
+        return measured
+
+    def own_seconds(self, calls: int = 10_000) -> float:
+        """What is measured of a function that does nothing, a call: it is in all that is measured."""
+        other = Stopwatch(self.clock)
+        nothing = other.wrapped(lambda *args: None)
+        for _ in range(calls):
+            nothing(None, None, None, None)
+        return other.seconds / calls
+
+    @contextmanager
+    def on_our_hooks(self, model: nn.Module, is_compiled: bool) -> Iterator[None]:
+        """Wrap our hooks where they sit, but for those that are part of a compiled graph."""
+        hooks = [module._forward_hooks for module in ([model] if is_compiled else model.modules())]
+        hooks.append(_global_optimizer_post_hooks)
+        before = [dict(each) for each in hooks]
+        for each in hooks:
+            for key, hook in each.items():
+                if hook.__module__.startswith("lightning_bnmonitor"):
+                    each[key] = self.wrapped(hook)
+        try:
+            yield
+        finally:
+            for each, hooked in zip(hooks, before, strict=True):
+                each.update(hooked)
+
+
+def direct_shares(network: Network, steps: int = UPDATE_STEPS) -> list[float]:
+    """Share of the time of so many training steps that passes within our hooks and updates, several times."""
+    training, stopwatch, shares = Training(network, OURS), Stopwatch(), []
+    with stopwatch.on_our_hooks(training.model, network.backend is not None):
+        training.steps(2)
+        own = stopwatch.own_seconds()
+        for _ in range(network.chunks):
+            stopwatch.seconds, stopwatch.calls = 0.0, 0
+            began = stopwatch.clock()  # the same clock: what interrupts us, interrupts both in proportion
+            training.steps(steps)
+            taken = stopwatch.clock() - began
+            shares.append((stopwatch.seconds - stopwatch.calls * own) / taken)
+    training.monitor.close()
+    return shares
+
+
+def bytes_of(*roots: Any) -> int:
+    """Bytes of all tensors and arrays that can be reached without going through a module."""
+    storages: dict[int, int] = {}
+    seen: set[int] = set()
+    pending = list(roots)
+    while pending:
+        value = pending.pop()
+        if id(value) in seen or isinstance(value, nn.Module | type | weakref.ref):
+            continue
+        seen.add(id(value))
+        if isinstance(value, Tensor):
+            storages[value.untyped_storage().data_ptr()] = value.untyped_storage().nbytes()
+        elif isinstance(value, np.ndarray):
+            storages[value.__array_interface__["data"][0]] = value.nbytes
+        elif isinstance(value, dict):
+            pending += value.values()
+        elif isinstance(value, list | tuple | set):
+            pending += value
+        elif type(value).__module__.startswith("lightning_bnmonitor"):
+            pending += vars(value).values()
+    return sum(storages.values())
+
+
+def bytes_kept(network: Network, variant: str, steps: int) -> list[int]:
+    """After each of so many steps."""
+    training = Training(network, variant)
+    kept = []
+    for _ in range(steps):
+        training.steps(1)
+        kept.append(bytes_of(training.monitor.kept))
+    training.monitor.close()
+    return kept
+
+
+def widths_of(num_layers: int, num_channels: int, seed: int = 0) -> list[int]:
+    """Widths of so many layers, unequal, that add up to so many channels."""
+    cuts = sorted(random.Random(seed).sample(range(1, num_channels), num_layers - 1))
+    return [end - start for start, end in zip([0, *cuts], [*cuts, num_channels], strict=True)]
+
+
+def window_ends(
+    widths: list[int], num_batches: int, repeats: int, clock: Callable[[], float] = time.process_time
+) -> list[float]:
+    """Seconds of each of several window ends, after so many batches each."""
+    layers = nn.ModuleList(nn.BatchNorm1d(width) for width in widths)
+    seconds = []
+    with BatchNormTracker(layers) as tracker:
+        for _ in range(repeats):
+            tracker.reset()
+            for _ in range(num_batches):
+                for layer in layers:
+                    layer(torch.randn(8, layer.num_features))
+            tracker.flush()
+            gc.collect()
+            began = clock()
+            tracker.close()
+            seconds.append(clock() - began)
+    return seconds
+
+
+# --- tables -----------------------------------------------------------------------------------------------------------
+
+
+def shown(value: Summary, digits: int, factor: float = 1.0) -> str:
+    """A median with its interval."""
+    median, low, high = (f"{factor * part:.{digits}f}" for part in value)
+    return f"{median} ({low}-{high})"
+
+
+def ratio(seconds: dict[str, list[float]], variant: str, to: str) -> Summary:
+    """Of the CPU times of two variants in the same round."""
+    return summary([one / other for one, other in zip(seconds[variant], seconds[to], strict=True)])
+
+
+def time_table(seconds: dict[str, dict[str, list[float]]], shares: dict[str, Summary]) -> str:
+    """Ratios of all variants to none, and our direct share, by network."""
+    step = [f"{1000 * statistics.median(each[NONE]):.4g} ms" for each in seconds.values()]
+    rows = [["a step without monitor", *step]]
+    for variant in VARIANTS:
+        if variant != NONE:
+            cells = [shown(ratio(each, variant, NONE), 3) if variant in each else "-" for each in seconds.values()]
+            rows.append([variant, *cells])
+    rows.append(["**direct share of ours**", *(f"{shown(shares[name], 2, 100)} %" for name in seconds)])
+    return tabulate(rows, headers=["CPU time", *seconds], tablefmt="github", disable_numparse=True)
+
+
+def memory_table(small: Network, steps: int, large: Network) -> str:
+    """What each variant keeps."""
+    channels = sum(module.num_features for module in small.build().modules() if isinstance(module, _BatchNorm))
+    rows = []
+    for variant in VARIANTS:
+        if variant in (NONE, AGAIN):
+            continue
+        kept = bytes_kept(small, variant, 2 * steps)
+        growth = (kept[-1] - kept[steps - 1]) / steps
+        first = bytes_kept(large, variant, 1)[0]
+        rows.append([variant, max(kept) / channels, growth / 1000, first / 1e6])
+    headers = [
+        "kept",
+        f"{small.name}, {2 * steps} steps: most, bytes a channel",
+        "growth, kB a step",
+        f"{large.name}: after one step, MB",
+    ]
+    return tabulate(rows, headers=headers, tablefmt="github", floatfmt=("", ".0f", ".1f", ".2f"))
+
+
+def window_table(seconds: dict[tuple[int, int, int], list[float]]) -> str:
+    """CPU time of the end of a window by layers, channels and batches."""
+    rows = [[*size, 1000 * statistics.median(each), 1000 * max(each)] for size, each in seconds.items()]
+    headers = ["layers", "channels", "batches", "end of a window: CPU ms, median", "largest"]
+    return tabulate(rows, headers=headers, tablefmt="github", floatfmt=".0f")
+
+
+def verdict(what: str, value: Summary, most: float, unit: str, is_stable: bool) -> tuple[bool, str]:
+    """Whether a target is met, and the line that says so. If it is not stable, it is missed by the whole interval."""
+    is_met = (value.median if is_stable else value.low) <= most
+    factor, digits = {"%": (100.0, 2), "ms": (1000.0, 0), "": (1.0, 3)}[unit]
+    line = f"{what}: {shown(value, digits, factor)} {unit}".rstrip()
+    return is_met, f"{'Met' if is_met else 'MISSED'}: {line}, target at most {factor * most:g} {unit}".rstrip() + "."
+
+
+def main() -> int:
+    """Print the tables, and whether the targets are met."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=20, help="of each network (default: %(default)s)")
+    parser.add_argument("--repeats", type=int, default=7, help="windows that end (default: %(default)s)")
+    parser.add_argument("--quick", action="store_true", help="two small networks and short windows, to try the script")
+    args = parser.parse_args()
+    torch.set_num_threads(1)
+    torch._dynamo.config.recompile_limit = 4 * len(VARIANTS)  # each variant compiles the same code
+    gc.collect()
+    gc.freeze()
+
+    seconds: dict[str, dict[str, list[float]]] = {}
+    shares: dict[str, Summary] = {}
+    measured = networks(args.quick)
+    for network in measured:
+        if network.backend == "inductor" and shutil.which("g++") is None:
+            print("The compiled network is left out: Inductor needs a C++ compiler (g++).\n")
+            continue
+        trainings = {variant: Training(network, variant) for variant in network.variants}
+        seconds[network.name] = step_seconds(trainings, network.steps, args.rounds)
+        if not is_same(trainings[OURS].module, trainings[NONE].module):
+            raise RuntimeError(f"{network.name} was trained otherwise with the monitor than without.")
+        for training in trainings.values():
+            training.monitor.close()
+        del trainings
+        shares[network.name] = summary(direct_shares(network, 2 if args.quick else UPDATE_STEPS))
+    print(time_table(seconds, shares))
+
+    mlp = next(network for network in measured if network.name == "narrow MLP")
+    print("\n" + memory_table(mlp, 2 if args.quick else UPDATE_STEPS, measured[0]))
+
+    sizes = [(10, 1000, 40), (100, 10_000, 40)]
+    if not args.quick:
+        sizes += [(1000, 100_000, 10), (1000, 100_000, 40), (1000, 1_000_000, 10)]
+    ends = {size: window_ends(widths_of(*size[:2]), size[2], args.repeats) for size in sizes}
+    print("\n" + window_table(ends) + "\n")
+
+    verdicts = [
+        verdict(f"direct share, {name}", shares[name], most, "%", is_stable=True)
+        for name, most in MAX_SHARE.items()
+        if name in shares
+    ]
+    verdicts += [
+        verdict(f"end of a window of {size[1]} channels after {size[2]} batches", summary(each), most, "ms", True)
+        for size, each in ends.items()
+        for channels, most in MAX_WINDOW_END.items()
+        if size[1] == channels
+    ]
+    verdicts += [
+        verdict(f"ratio to {to}, {name}", ratio(seconds[name], OURS, to), most, "", is_stable=False)
+        for (name, to), most in MAX_RATIO.items()
+        if name in seconds
+    ]
+    for _, line in verdicts:
+        print(line)
+    return 0 if all(is_met for is_met, _ in verdicts) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,198 @@
+"""The benchmark of what monitoring costs: that it measures what it says, however long anything takes."""
+
+from __future__ import annotations
+
+import itertools
+import subprocess
+import sys
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+sys.path.insert(0, str(EXAMPLES))
+import overhead  # noqa: E402
+
+sys.path.remove(str(EXAMPLES))
+
+QUICK = {network.name: network for network in overhead.networks(quick=True)}
+
+
+class Clock:
+    """Tells what time others say it is."""
+
+    def __init__(self) -> None:
+        self.now = 0.0
+
+    def __call__(self) -> float:
+        return self.now
+
+
+def test_every_table_has_its_rows_and_every_target_its_verdict() -> None:
+    command = [sys.executable, str(EXAMPLES / "overhead.py"), "--quick", "--rounds", "2", "--repeats", "1"]
+    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600)
+    assert "Traceback" not in done.stderr, done.stderr
+    times, memory, windows = done.stdout.split("\n\n")[:3]
+    rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in times.splitlines()]
+    assert rows[0] == ["CPU time", *QUICK]
+    assert [row[0] for row in rows[3:-1]] == list(overhead.VARIANTS)[1:]
+    assert rows[2][0] == "a step without monitor"
+    assert [cell == "-" for row in rows[3:-1] for cell in row[1:]].count(True) == 1  # no stacking in compiled code
+    assert rows[-1][0] == "**direct share of ours**"
+    assert all(cell.endswith("%") for cell in rows[-1][1:])
+    assert len(memory.splitlines()) == 2 + len(overhead.VARIANTS) - 2
+    assert [row.split("|")[2].strip() for row in windows.splitlines()[2:]] == ["1000", "10000"]
+    verdicts = done.stdout.rstrip().split("\n\n")[-1].splitlines()
+    assert len(verdicts) == 3
+    assert {line.split(":")[0] for line in verdicts} <= {"Met", "MISSED"}
+    assert done.returncode == any(line.startswith("MISSED") for line in verdicts)
+
+
+def test_what_is_not_small_is_what_the_table_is_about() -> None:
+    networks = {network.name: network for network in overhead.networks(quick=False)}
+    assert list(networks) == ["ResNet-18", "120 layers", "narrow MLP", "compiled"]
+    layers = {
+        name: [module.num_features for module in network.build().modules() if isinstance(module, overhead._BatchNorm)]
+        for name, network in networks.items()
+    }
+    assert len(layers["ResNet-18"]) == 20
+    assert len(layers["120 layers"]) == 120
+    assert layers["narrow MLP"] == [64] * 6
+    assert set(overhead.MAX_SHARE) | {name for name, _ in overhead.MAX_RATIO} == set(networks)
+
+
+@pytest.mark.parametrize("variant", list(overhead.VARIANTS))
+def test_every_variant_trains_the_same_and_keeps_what_it_is_to_keep(variant: str) -> None:
+    network = QUICK["narrow MLP"]
+    bare, other = overhead.Training(network, overhead.NONE), overhead.Training(network, variant)
+    inputs: list[torch.Tensor] = []
+    other.module[1].register_forward_hook(lambda module, args, output: inputs.append(args[0].detach().double()))
+    bare.steps(3)
+    other.steps(3)
+    assert overhead.is_same(bare.module, other.module)
+    bare.steps(1)
+    assert not overhead.is_same(bare.module, other.module)
+    together = torch.cat(inputs)
+    if variant == "naive mean and var":
+        mean, var = other.monitor.kept[0]
+        torch.testing.assert_close(mean.double(), inputs[-1].mean(0))
+        torch.testing.assert_close(var.double(), inputs[-1].var(0))
+    elif variant == "Welford in float64":
+        count, mean, m2 = other.monitor.kept[0]
+        assert count == len(together)
+        torch.testing.assert_close(mean, together.mean(0))
+        torch.testing.assert_close(m2 / (count - 1), together.var(0))
+    elif variant == "stack all inputs":
+        assert torch.equal(torch.cat(other.monitor.kept[0]).double(), together)
+    elif variant == overhead.OURS:
+        assert other.monitor.kept.report()["1"].num_samples == len(together)
+    other.monitor.end_round()
+    other.monitor.close()
+
+
+def test_a_round_divides_the_time_of_each_by_its_steps_and_leaves_the_first_out() -> None:
+    clock, calls = Clock(), []
+    speed = {"slow": 3.0, "fast": 1.0}
+
+    def training(name: str) -> SimpleNamespace:
+        def steps(num: int) -> None:
+            calls.append(name)
+            clock.now += num * speed[name] * (100 if len(calls) <= 2 else 1)
+
+        def end_round() -> None:
+            clock.now += 1000
+
+        return SimpleNamespace(steps=steps, monitor=SimpleNamespace(end_round=end_round))
+
+    seconds = overhead.step_seconds({name: training(name) for name in speed}, steps=5, rounds=8, clock=clock)
+    assert seconds == {"slow": [3.0] * 8, "fast": [1.0] * 8}
+    rounds = list(zip(calls[0::2], calls[1::2], strict=True))
+    assert all(set(each) == set(speed) for each in rounds)
+    assert len(set(rounds)) == 2  # in random order
+    assert overhead.ratio(seconds, "slow", "fast") == (3.0, 3.0, 3.0)
+
+
+def test_the_stopwatch_counts_what_is_called_within_something_once() -> None:
+    clock = Clock()
+    stopwatch = overhead.Stopwatch(clock)
+
+    def takes(seconds: float) -> None:
+        clock.now += seconds
+
+    inner = stopwatch.wrapped(takes)
+
+    def outer() -> None:
+        clock.now += 1
+        inner(2)
+
+    stopwatch.wrapped(outer)()
+    clock.now += 50
+    inner(4)
+    assert (stopwatch.seconds, stopwatch.calls) == (7, 2)
+    with pytest.raises(ZeroDivisionError):
+        stopwatch.wrapped(lambda: 1 / 0)()
+    inner(1)
+    assert (stopwatch.seconds, stopwatch.calls) == (8, 4)
+
+
+def test_what_the_wrapper_takes_itself_is_what_the_clock_says_between_two_looks() -> None:
+    ticks = itertools.count()
+    assert overhead.Stopwatch(lambda: 0.5 * next(ticks)).own_seconds(10) == 0.5
+
+
+def test_hooks_are_wrapped_where_they_sit_and_no_others() -> None:
+    training = overhead.Training(QUICK["narrow MLP"], overhead.OURS)
+    theirs = []
+    training.module[0].register_forward_hook(lambda *args: theirs.append(1))
+    before = [dict(module._forward_hooks) for module in training.module]
+    stopwatch = overhead.Stopwatch()
+    with stopwatch.on_our_hooks(training.model, is_compiled=False):
+        training.steps(2)
+        assert stopwatch.calls == 2 * (6 + 1)  # each layer, and the optimizer
+    assert [dict(module._forward_hooks) for module in training.module] == before
+    training.steps(1)
+    assert stopwatch.calls == 14
+    assert len(theirs) == 3
+    training.monitor.close()
+
+
+@pytest.mark.parametrize("name", list(QUICK))
+def test_the_direct_share_is_a_share(name: str) -> None:
+    shares = overhead.direct_shares(QUICK[name], steps=3)
+    assert len(shares) == QUICK[name].chunks
+    assert all(0 < share < 1 for share in shares)
+
+
+def test_the_interval_holds_the_median_of_19_values_in_95_of_100_cases() -> None:
+    assert overhead.summary([3.0, 1.0, 2.0]) == (2.0, 1.0, 3.0)
+    assert overhead.summary([float(i) for i in range(6)]) == (2.5, 0.0, 5.0)
+    assert overhead.summary([float(i) for i in range(1, 21)]) == (10.5, 6.0, 15.0)  # as in tables of the sign test
+
+
+@pytest.mark.parametrize(
+    ("low", "median", "is_stable", "is_met"),
+    [(0.9, 1.0, True, True), (0.9, 1.1, True, False), (0.9, 1.1, False, True), (1.01, 1.1, False, False)],
+)
+def test_a_ratio_is_missed_by_its_whole_interval_and_what_is_stable_by_its_median(low, median, is_stable, is_met):
+    value = overhead.Summary(median, low, 1.2)
+    met, line = overhead.verdict("it", value, 1.0, "", is_stable)
+    assert met is is_met
+    assert line == f"{'Met' if is_met else 'MISSED'}: it: {median:.3f} ({low:.3f}-1.200), target at most 1."
+
+
+def test_bytes_are_those_of_what_is_kept() -> None:
+    kept = overhead.bytes_kept(QUICK["narrow MLP"], "stack all inputs", 2)
+    assert kept == [6 * 48 * 64 * 4, 2 * 6 * 48 * 64 * 4]
+    x = torch.zeros(10)
+    assert overhead.bytes_of([x, x[:5]], {"a": (x,)}, torch.nn.Linear(3, 3)) == 40
+
+
+def test_the_end_of_a_window_is_timed_without_its_batches() -> None:
+    widths = overhead.widths_of(7, 100)
+    assert len(widths) == 7
+    assert sum(widths) == 100
+    assert min(widths) >= 1
+    ticks = itertools.count()
+    assert overhead.window_ends(widths, 3, 2, clock=lambda: float(next(ticks))) == [1.0, 1.0]
