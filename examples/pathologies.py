@@ -16,10 +16,9 @@ import torch
 from lightning.pytorch.loggers import TensorBoardLogger
 from tabulate import tabulate
 from torch import Tensor, nn
-from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_bnmonitor import BatchNormTracker, LayerReport, Report
+from lightning_bnmonitor import BatchNormTracker, LayerReport, Report, recalibrate
 from lightning_bnmonitor.dashboard import Dashboard
 
 FEATURES, CLASSES, GROUPS = 16, 8, 64
@@ -113,7 +112,7 @@ class Training:
     disturb: Callable[[Tensor, int, float], Tensor] = lambda x, epoch, time: x
     """Done to each batch, from its epoch and from how much of it is over, 0 to 1; what is evaluated on comes last."""
     recalibrate: bool = False
-    """Recompute the running statistics at the end. The report is then that of one more epoch without learning."""
+    """Make the running statistics exact at the end. The report is then that of one more epoch without learning."""
     order: str = "shuffled"
     batch_size: int = 32
     epochs: int = 4
@@ -136,7 +135,7 @@ class Training:
             for epoch in range(self.epochs + self.recalibrate):
                 if epoch == self.epochs:
                     optimizer = torch.optim.SGD(net.parameters(), lr=0.0)
-                    update_bn([self.disturb(x, epoch, 1.0) for x, _ in self._batches(train, generator)], net)
+                    recalibrate(net, [self.disturb(x, epoch, 1.0) for x, _ in self._batches(train, generator)])
                 self.each_epoch(net, epoch)
                 tracker.reset()
                 batches = list(self._batches(train, generator))

@@ -21,7 +21,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_bnmonitor import BatchNormMonitor
+from lightning_bnmonitor import BatchNormMonitor, attribute_eval_gap, recalibrate
 
 NUM_CLASSES = 4
 GHOST_BATCH = 4
@@ -83,6 +83,11 @@ def stripes(num_images: int, seed: int, size: int = 32) -> TensorDataset:
     return TensorDataset(images, labels)
 
 
+def cross_entropy(logits: Tensor, batch: list[Tensor]) -> Tensor:
+    """The loss of each image, (N,)."""
+    return nn.functional.cross_entropy(logits, batch[1], reduction="none")
+
+
 def main() -> None:
     """Train, print the report, and tell how to look at it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -91,6 +96,9 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--compile", action="store_true", help="train with torch.compile")
+    parser.add_argument(
+        "--repair", action="store_true", help="then say what the running statistics cost, and repair them"
+    )
     args = parser.parse_args()
 
     seed_everything(args.seed, verbose=False)
@@ -105,11 +113,13 @@ def main() -> None:
         enable_model_summary=False,
         log_every_n_steps=10,
     )
-    trainer.fit(
-        model,
-        DataLoader(stripes(2048, args.seed), args.batch_size, shuffle=True, drop_last=True),
-        DataLoader(stripes(512, args.seed + 1), args.batch_size),
-    )
+    training = DataLoader(stripes(2048, args.seed), args.batch_size, shuffle=True, drop_last=True)
+    validation = DataLoader(stripes(512, args.seed + 1), args.batch_size)
+    trainer.fit(model, training, validation)
+    if args.repair:
+        print(f"\n{attribute_eval_gap(model, training, cross_entropy, progress=False)}\n")
+        print(recalibrate(model, training))
+        trainer.validate(model, validation)
     tensorboard = "tensorboard" if shutil.which("tensorboard") else Path(sys.executable).with_name("tensorboard")
     print(f"\nLook at it:\n{tensorboard} --logdir {args.logdir}")
 

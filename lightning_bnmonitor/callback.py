@@ -214,7 +214,9 @@ class BatchNormMonitor(Callback):
         self._is_awaited = self._every_n_train_batches is None  # what is resumed within an epoch does not start one
         self._warned_of, self._summary = set(), {}
         # Not where nothing is logged: it holds what only rank 0 shows.
-        self._dashboard = Dashboard(self._log_key_prefix) if self._has_dashboard and trainer.is_global_zero else None
+        shows = self._has_dashboard and trainer.is_global_zero
+        validates = self._validation_batches > 0 and bool(trainer.enable_validation)
+        self._dashboard = Dashboard(self._log_key_prefix, validates) if shows else None
         tracker = BatchNormTracker(pl_module, self._include, self._exclude, self._capture)
         self._tracker = tracker.attach()
         if ranks.num_ranks() > 1:

@@ -29,10 +29,12 @@ class Dashboard:
 
     Args:
         prefix: What all tags begin with.
+        validates: Whether there are scalars of validation.
     """
 
-    def __init__(self, prefix: str) -> None:
+    def __init__(self, prefix: str, validates: bool = False) -> None:
         self._prefix = prefix
+        self._validates = validates
         self._heatmap = Heatmap()
         self._verdicts: dict[str, str] = {}  # of the layers, in the window before
         self._undrawn: int | None = None  # the step of a window that is not in a picture yet
@@ -57,7 +59,7 @@ class Dashboard:
         self._undrawn = step
         for logger in loggers:
             if self._is_first:
-                self._try(logger, "charts", partial(_set_layout, logger, self._prefix, per_layer))
+                self._try(logger, "charts", partial(_set_layout, logger, self._prefix, per_layer, self._validates))
             self._try(logger, "report", partial(_log_text, logger, f"{self._prefix}/report", text, step))
         if self._is_first or (is_full and self._spent <= _SHARE * (time.monotonic() - self._began)):
             self.finish(loggers)
@@ -111,7 +113,7 @@ def log_scalars(logger: Logger, metrics: Mapping[str, float], step: int) -> None
         warnings.warn(f"{type(logger).__name__} did not log the BatchNorm metrics: {cause!r}", stacklevel=4)
 
 
-def layout(prefix: str, per_layer: bool) -> dict[str, dict[str, list[Any]]]:
+def layout(prefix: str, per_layer: bool, validates: bool) -> dict[str, dict[str, list[Any]]]:
     """The charts of TensorBoard's custom scalars, as ``SummaryWriter.add_custom_scalars`` takes them."""
     suffix = "" if prefix == "bn" else f" ({prefix})"
     prefix = re.escape(prefix)
@@ -123,11 +125,12 @@ def layout(prefix: str, per_layer: bool) -> dict[str, dict[str, list[Any]]]:
         }
     }
     if per_layer:
-        charts[f"BatchNorm layers{suffix}"] = {metric: ["Multiline", [rf"^{prefix}\.{metric}/"]] for metric in METRICS}
+        metrics = (*METRICS, *(["val_shift"] if validates else []))
+        charts[f"BatchNorm layers{suffix}"] = {metric: ["Multiline", [rf"^{prefix}\.{metric}/"]] for metric in metrics}
     return charts
 
 
-def _set_layout(logger: Any, prefix: str, per_layer: bool) -> None:
+def _set_layout(logger: Any, prefix: str, per_layer: bool, validates: bool) -> None:
     """Add our charts to those that a user has laid out in the logger's directory.
 
     TensorBoard shows the last layout of a run: one that is set later stands.
@@ -136,9 +139,9 @@ def _set_layout(logger: Any, prefix: str, per_layer: bool) -> None:
     if not hasattr(type(experiment), "add_custom_scalars"):
         return
     prefix = _tag(logger, prefix)
-    charts = layout(prefix, per_layer)
+    charts = layout(prefix, per_layer, validates)
     experiment.flush()
-    titles = layout(prefix, per_layer=True)
+    titles = layout(prefix, per_layer=True, validates=True)
     others = [category for category in _categories(experiment.log_dir) if category.title not in titles]
     if not others:
         experiment.add_custom_scalars(charts)

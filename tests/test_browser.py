@@ -13,7 +13,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 EXAMPLES = Path(__file__).parent.parent / "examples"
 WIDTHS = (1280, 800)
 LAYERS = ("stem.1", "body.1", "body.4", "body.7", "head.1")
-METRICS = ("eval_error", "act_rmse", "mean_shift", "log_var_ratio")
+METRICS = ("eval_error", "act_rmse", "mean_shift", "log_var_ratio", "val_shift")
 SUMMARY = (
     "act_rmse_max",
     "eval_error_max",
