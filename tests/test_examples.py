@@ -60,7 +60,7 @@ def test_the_main_example_ends_with_a_report_and_how_to_look_at_it(tmp_path: Pat
     output = run(
         "synthetic.py",
         *("--logdir", str(tmp_path), "--epochs", "2", "--batch-size", "256", "--seed", "3"),
-        *(["--compile"] if compiled else []),
+        "--compile" if compiled else "--repair",
     )
     table = output[output.index("eval_error") :].splitlines()
     names = [row.split()[0] for row in table[2:7]]
@@ -71,3 +71,9 @@ def test_the_main_example_ends_with_a_report_and_how_to_look_at_it(tmp_path: Pat
     events.Reload()
     assert [event.step for event in events.Scalars("bn.eval_error/stem.1")] == [7, 15]
     assert events.Scalars("bn.eval_error/stem.1")[-1].value > 0.5
+    if not compiled:
+        assert re.search(r"Running statistics cost .* of the loss, \d+% of that by", output)
+        loss, repaired = (float(re.search(f"{state} +(\\S+)", output)[1]) for state in ("as it is", "exact statistics"))
+        assert repaired < loss
+        *_, trained, validated = (event.value for event in events.Scalars("loss/val"))
+        assert validated < trained
