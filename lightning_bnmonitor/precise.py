@@ -49,7 +49,8 @@ class PreciseBatchNorm(Callback):
             :func:`~lightning_bnmonitor.recalibrate`: not ``training_step``, which may log or step.
 
     Without a validation loop, the checkpoint of the last epoch has the exact statistics if it is known to be the last
-    by then, and not if an ``EarlyStopping`` decides that at the epoch's end; the model that ``fit`` leaves always does.
+    by then, and not if an ``EarlyStopping`` decides that at the epoch's end, nor those of averaged weights that
+    ``WeightAveraging`` puts in place later; the model that ``fit`` leaves always does.
 
     Layers that were in eval mode in the last training batch, or update no running statistics, are left alone. One batch
     is tried when training starts, so that what cannot work fails then.
@@ -102,13 +103,6 @@ class PreciseBatchNorm(Callback):
     def recalibration(self) -> Recalibration | None:
         """What was done last; None before."""
         return self._recalibration
-
-    @property
-    @override
-    def state_key(self) -> str:
-        return self._generate_state_key(
-            num_batches=self._num_batches, every_n_epochs=self._every_n_epochs, restore=self._is_restoring
-        )
 
     @override
     def state_dict(self) -> dict[str, Any]:

@@ -61,7 +61,8 @@ def recalibrate(
 
     Nothing else changes: modes, momentum, ``num_batches_tracked``, ``requires_grad`` and random states are as before,
     and on any error, or an interrupt, so is every buffer, to the bit. Monitors that are attached do not count these
-    calls, and know where the running statistics come from.
+    calls, and know where the running statistics come from. (Between a forward pass and its backward pass it is too
+    early: autograd finds that the running statistics have changed.)
 
     Args:
         model: The root module.
@@ -285,7 +286,7 @@ def _new_buffers(layer: _BatchNorm, report: LayerReport) -> dict[str, Tensor]:
                 why = "one value has no variance"
             elif "first_bad_batch" in report.evidence:
                 channel, call = (int(report.evidence[f"first_bad_{what}"]) for what in ("channel", "batch"))
-                why = f"it received values that are not finite, first in its call {call}, channel {channel}"
+                why = f"it received what is not finite or overflows, first in call {call}, channel {channel}"
             raise ValueError(f"`{name}` of layer {report.name!r} would not be finite: {why}. Nothing was changed.")
     return new
 
