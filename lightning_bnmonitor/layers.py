@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from fnmatch import fnmatchcase
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -19,9 +19,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from lightning_bnmonitor.capture import PATHS, BatchMoments, Path, new_tuple
+from lightning_bnmonitor.capture import PATHS, BatchMoments, Path
 from lightning_bnmonitor.hooks import Call, Gate, LayerHook
-from lightning_bnmonitor.window import Batch, Window
+from lightning_bnmonitor.window import Batch, Batches, Window
 
 log = logging.getLogger(__name__)
 
@@ -43,6 +43,27 @@ History = tuple[float, float, float]
 """The weight that the initial values have in the buffers, and the sums of squared weights over n and n - 1 of all
 batches since. None in its place: not known, as the buffers were there before."""
 _FRESH: History = (1.0, 0.0, 0.0)
+
+
+class Waiting(NamedTuple):
+    """Calls of a layer that wait for an update, and what they contribute."""
+
+    num_calls: int
+    """How many they are, those that contribute nothing included. The other fields are of those that do."""
+    batches: Batches | None = None
+    """Their batches; None if there are none."""
+    paths: tuple[Path, ...] = ()
+    """How their moments were obtained."""
+    training: tuple[bool, ...] = ()
+    """Whether the layer was in training mode."""
+    updating: tuple[bool, ...] = ()
+    """Whether BatchNorm counted them in ``num_batches_tracked``."""
+    serial: tuple[bool, ...] = ()
+    """Whether a kernel saved their moments that sums value by value."""
+    last_step: int = 0
+    """Training steps before the last of them."""
+    num_ranks: int = 1
+    """Over how many ranks its moments were taken."""
 
 
 class TrackedLayer:
@@ -147,43 +168,40 @@ class TrackedLayer:
             if len(self.validation) < VALIDATION_LIMIT:
                 self.validation.append(batch)
 
-    def batches(self, calls: Sequence[Call]) -> list[Batch]:
-        """What calls contribute that wait for an update, from the first on. Those of another width do not."""
-        if not (calls := self._fitting(calls)):
-            return []
-        moments, _, updating, momenta, _ = zip(*calls, strict=True)
-        _, num_samples, batch_size, mean, spread, eps, *_ = zip(*moments, strict=True)
-        weights: Sequence[float]
-        if momenta[0] is not None and momenta.count(momenta[0]) == len(calls) and all(updating):
-            weights = (self._effective_momentum(momenta[0], self.tracked_calls),) * len(calls)
+    def waiting(self, calls: Sequence[Call]) -> Waiting:
+        """Calls that wait for an update, field by field. Those of another width than the first contribute nothing."""
+        num_calls = len(calls)
+        moments, training, updating, momenta, steps = zip(*calls, strict=True)
+        paths, num_samples, batch_size, mean, spread, eps, serial, _, num_ranks = zip(*moments, strict=True)
+        if set(map(Tensor.numel, mean)) != {self.width}:  # it may be given others
+            fitting = [call for call in calls if call.moments.mean.numel() == self.width]
+            return self.waiting(fitting)._replace(num_calls=num_calls) if fitting else Waiting(num_calls)
+        weights: tuple[float, ...]
+        if momenta[0] is not None and momenta.count(momenta[0]) == num_calls and all(updating):
+            weights = (self._effective_momentum(momenta[0], self.tracked_calls),) * num_calls
         else:
             before = itertools.accumulate(updating, initial=self.tracked_calls)
-            weights = [
+            weights = tuple(
                 self._effective_momentum(momentum, tracked) if is_updating else 0.0
                 for is_updating, momentum, tracked in zip(updating, momenta, before, strict=False)
-            ]
-        fields = zip(num_samples, mean, spread, eps, weights, batch_size, strict=True)
-        return list(map(new_tuple, itertools.repeat(Batch), fields))
+            )
+        batches = Batches(num_samples, mean, spread, eps, weights, batch_size)
+        return Waiting(num_calls, batches, paths, training, updating, serial, steps[-1], num_ranks[-1])
 
-    def count(self, calls: Sequence[Call], batches: Sequence[Batch]) -> None:
+    def count(self, waiting: Waiting) -> None:
         """Take calls from those that wait, from the first on, as they have been merged."""
-        if fitting := self._fitting(calls):
-            moments, training, updating, _, step = zip(*fitting, strict=True)
-            paths, *_, serial, _, num_ranks = zip(*moments, strict=True)
+        num_calls, batches, paths, training, updating, serial, step, num_ranks = waiting
+        if batches is not None:
             for path in set(paths):
                 self.calls[path] += paths.count(path)
             self.training_calls += sum(training)
             self.tracked_calls += sum(updating)
-            weights = [batch.momentum for batch, is_updating in zip(batches, updating, strict=True) if is_updating]
-            self.momentum = weights[-1] if weights else self.momentum
-            self.step_of_last_call, self.num_ranks = step[-1], num_ranks[-1]
+            if any(updating):
+                self.momentum = list(itertools.compress(batches.momentum, updating))[-1]
+            self.step_of_last_call, self.num_ranks = step, num_ranks
             self.serial |= any(serial)
-        self.hook.skipped += len(calls) - len(fitting)
-        del self.stash[: len(calls)]
-
-    def _fitting(self, calls: Sequence[Call]) -> Sequence[Call]:
-        """Those of as many channels as the layer was first called with: it may be given others."""
-        return [call for call in calls if call.moments.mean.numel() == self.width]
+        self.hook.skipped += num_calls - len(paths)
+        del self.stash[:num_calls]
 
     @property
     def is_within_step(self) -> bool:

@@ -69,7 +69,7 @@ class Calls(NamedTuple):
 
     layer: int
     fields: Any
-    """A ``Batch``, each field of which is the tuple of those of the batches."""
+    """Their ``window.Batches``."""
     lead: tuple[int, ...]
     """The number that each batch has in the window, less its number among these."""
 

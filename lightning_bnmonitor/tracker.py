@@ -181,12 +181,12 @@ class BatchNormTracker:
             waiting = {layer: layer.stash[:] for layer in self._layers if layer.stash}  # other threads may add to it
             self._place([layer for layer in waiting if layer.window is None])
             for window in self._windows.values():
-                there = {layer: calls for layer, calls in waiting.items() if layer.window is window}
-                batches = {layer.index: layer.batches(calls) for layer, calls in there.items()}
+                there = {layer: layer.waiting(calls) for layer, calls in waiting.items() if layer.window is window}
+                batches = {layer.index: calls.batches for layer, calls in there.items() if calls.batches is not None}
                 if batches:
                     window.update(batches)
-                    for layer, calls in there.items():
-                        layer.count(calls, batches[layer.index])
+                for layer, calls in there.items():
+                    layer.count(calls)
 
     def close(self, all_ranks: bool = False) -> Report:
         """End the window and report it. What is called until :meth:`reset` does not count.

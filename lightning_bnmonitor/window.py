@@ -11,6 +11,7 @@ the population alone and are merged into one further block beside them.
 
 from __future__ import annotations
 
+import math
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain, compress
@@ -47,6 +48,17 @@ class Batch(NamedTuple):
     """Weight of this batch in the running statistics right after the call; 0 if it updated none."""
     batch_size: int
     """Samples (``x.shape[0]``), each of which has ``num_samples / batch_size`` positions."""
+
+
+class Batches(NamedTuple):
+    """Consecutive batches of a layer, field by field as in :class:`Batch`."""
+
+    num_samples: tuple[int, ...]
+    mean: tuple[Tensor, ...]
+    spread: tuple[Tensor, ...]
+    eps: tuple[float | None, ...]
+    momentum: tuple[float, ...]
+    batch_size: tuple[int, ...]
 
 
 class Blocks(NamedTuple):
@@ -180,7 +192,7 @@ class Window:
         self._momenta[:] = _FRESH
 
     @torch.no_grad()
-    def update(self, batches: Mapping[int, Sequence[Batch]]) -> None:
+    def update(self, batches: Mapping[int, Sequence[Batch] | Batches]) -> None:
         """Add consecutive batches of any layers, in one fused update for all layers with equal histories.
 
         A batch with a non-finite mean or variance in a channel makes the population of that channel NaN until the next
@@ -194,19 +206,21 @@ class Window:
         counts = self._scalars[..., K]
         history, counted = [np.add.reduce(counts[:, :n], axis=1).tolist() for n in (MAX_BLOCKS, _ROWS)]
         for layer in sorted(batches):
-            calls, before = batches[layer], int(counted[layer])
-            fields = _by_field(calls)
-            if fields is not None and all(fields.momentum):
-                group = profiled[int(history[layer]), len(calls)]
-                group.append(Calls(layer, fields, (before + 1,) * len(calls)))
+            its, before = batches[layer], int(counted[layer])
+            fields = its if isinstance(its, Batches) else _by_field(its)
+            if fields is None:
+                continue
+            num_calls = len(fields.momentum)
+            if all(fields.momentum):
+                profiled[int(history[layer]), num_calls].append(Calls(layer, fields, (before + 1,) * num_calls))
                 continue
             for is_updating in (True, False):
-                chosen = [bool(batch.momentum) is is_updating for batch in calls]
+                chosen = [bool(momentum) is is_updating for momentum in fields.momentum]
                 if num := sum(chosen):
                     group = profiled[int(history[layer]), num] if is_updating else aside[num]
-                    numbers = compress(range(before + 1, before + 1 + len(calls)), chosen)
+                    numbers = compress(range(before + 1, before + 1 + num_calls), chosen)
                     lead = tuple(number - index for index, number in enumerate(numbers))
-                    group.append(Calls(layer, _by_field(compress(calls, chosen)), lead))
+                    group.append(Calls(layer, Batches._make(tuple(compress(field, chosen)) for field in fields), lead))
         scalars, momenta = self._scalars.copy(), self._momenta.copy()
         writes: list[Callable[[], None]] = []
         for (before, added), group in profiled.items():
@@ -295,13 +309,19 @@ class Window:
         mean, var = parts[num_old:].unbind(1)
         is_variance = np.isnan(table.eps)
         if not is_variance.all():
-            inverted = var.pow(-2).sub_(eps)
-            var.copy_(torch.where(torch.isnan(eps), var, inverted) if is_variance.any() else inverted)
+            if is_variance.any():
+                var.copy_(torch.where(torch.isnan(eps), var, var.pow(-2).sub_(eps)))
+            else:
+                var.pow_(-2).sub_(eps)
         var.clamp_min_(0).mul_(bessel)
 
-        nothing = (mean + var).mul_(0)  # or NaN
-        index = torch.arange(num_added, dtype=torch.float64, device=self.device)[:, None]
-        first_bad = torch.where(nothing == 0, torch.inf, index).add_(lead).amin(dim=0)
+        # On the CPU one sum tells that all are finite, in the usual case; elsewhere to ask would mean to wait.
+        if self.device.type == "cpu" and np.isfinite(parts[num_old:].numpy().sum()):
+            first_bad = self._first_bad.new_full((width,), math.inf)
+        else:
+            nothing = (mean + var).mul_(0)  # or NaN
+            index = torch.arange(num_added, dtype=torch.float64, device=self.device)[:, None]
+            first_bad = torch.where(nothing == 0, torch.inf, index).add_(lead).amin(dim=0)
 
         old_m2 = rows[_M2].reshape(num_old, 2 * width)
         _, value, m2 = merge_moments(
@@ -340,7 +360,7 @@ class Window:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
 
 
-def _by_field(batches: Iterable[Batch]) -> Any:
-    """A :class:`Batch` whose fields are tuples, or None if there are no batches."""
-    columns: Any = list(zip(*batches, strict=True))
-    return Batch(*columns) if columns else None
+def _by_field(batches: Iterable[Batch]) -> Batches | None:
+    """Batches field by field, None if there are none."""
+    columns = list(zip(*batches, strict=True))
+    return Batches(*columns) if columns else None
