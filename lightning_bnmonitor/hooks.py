@@ -199,6 +199,10 @@ def _is_abstract(x: Tensor) -> bool:
     )
 
 
+# Where a graph breaks at a layer, its hook runs eagerly, and what that calls may be compiled, to which all is abstract.
+torch._dynamo.eval_frame.skip_code(_is_abstract.__code__)
+
+
 class _DrainHook(_Hook):
     """Runs eagerly after each call of a compiled module, so that the next one finds its tuples empty again."""
 
