@@ -361,6 +361,5 @@ def test_compiled_models_also_where_another_hook_breaks_the_graph_at_a_layer(tmp
     training = torch.cat(data(32, 1)).double()
     np.testing.assert_allclose(layer.population_mean, training.mean(dim=0), rtol=1e-5)
     assert (layer.num_batches, layer.evidence["val_batches"]) == (32, 16)
-    assert (layer.evidence["calls_traced"] == 0) is breaks
     assert "domain-shift" in layer.flags
     torch._dynamo.reset()
