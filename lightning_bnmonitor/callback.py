@@ -64,7 +64,8 @@ class BatchNormMonitor(Callback):
 
     **On several ranks** a report tells of all of them together, and is the same on each: see
     :meth:`BatchNormTracker.close() <lightning_bnmonitor.BatchNormTracker.close>`. That takes two collectives a window,
-    and two a validation, which every rank joins, also one that had no batches. With ``every_n_train_batches`` all ranks need as many batches.
+    and two a validation, which every rank joins, also one that had no batches. With ``every_n_train_batches`` all ranks
+    need as many batches.
 
     **Resumed** from a checkpoint, it goes on as if nothing had happened: its state is in Lightning's checkpoints. On
     several ranks that is rank 0's: what the others saw earlier in the window is not in its report.
