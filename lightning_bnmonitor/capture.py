@@ -27,7 +27,7 @@ CaptureMode = Literal["auto", "pass"]
 Path = Literal["saved", "traced", "pass"]
 PATHS: tuple[Path, ...] = ("saved", "traced", "pass")
 _FULL_PRECISION = (torch.float32, torch.float64)
-_top_hooks = torch._C._autograd._top_saved_tensors_default_hooks
+top_saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 new_tuple = tuple.__new__
 """Makes a named tuple of all its fields without a call in Python, which takes as long as all the rest."""
 _MAX_SERIAL = 4096  # values per channel that a serial float32 sum may have and still be exact enough
@@ -88,7 +88,7 @@ def saved_moments(module: _BatchNorm, x: Tensor, output: object) -> BatchMoments
         batch that the CPU's kernel sums value by value in float32, as it does with one position a sample and if ``x``
         is not contiguous (channels-last, slices): the error grows with the root of the number of values.
     """
-    if _top_hooks(True) is not None or not isinstance(output, Tensor):
+    if top_saved_tensor_hooks(True) is not None or not isinstance(output, Tensor):
         return None
     node: Any = output.grad_fn
     kind = _kind_of(node.__class__)
@@ -104,6 +104,48 @@ def saved_moments(module: _BatchNorm, x: Tensor, output: object) -> BatchMoments
     if serial and num_samples > _MAX_SERIAL and x.device.type == "cpu":
         return None
     return new_tuple(BatchMoments, ("saved", num_samples, batch_size, mean, invstd, module.eps, serial, False, 1))
+
+
+class Kind(NamedTuple):
+    """What calls have in common, usually: see :class:`BatchMoments`."""
+
+    path: Path
+    num_samples: int
+    batch_size: int
+    serial: bool
+    num_ranks: int
+
+
+def kind_of(moments: BatchMoments) -> Kind:
+    """What kind of call it was that these are the moments of."""
+    return Kind(moments.path, moments.num_samples, moments.batch_size, moments.serial, moments.num_ranks)
+
+
+class Usual(NamedTuple):
+    """What a call has to have in common with an earlier one to be of the same kind, and its moments to be saved."""
+
+    shape: torch.Size | None
+    """That of the output; None: of no call."""
+    node_type: type | None
+    """Of the output's node."""
+    num_features: int
+    """Of the module."""
+    contiguous: bool | None
+    """Whether the input was; None if that tells nothing."""
+    kind: Kind
+    """The kind."""
+
+
+UNKNOWN = Usual(None, None, 0, None, Kind("saved", 0, 0, False, 1))
+
+
+def usual(moments: BatchMoments, module: _BatchNorm, x: Tensor, output: object) -> Usual:
+    """What a call had, whose moments :func:`saved_moments` has read; :data:`UNKNOWN` if another like it can differ."""
+    if not isinstance(output, Tensor) or x.shape != output.shape or _kind_of(type(output.grad_fn)) != "own":
+        return UNKNOWN
+    has_positions = moments.num_samples != moments.batch_size
+    contiguous = x.is_contiguous() if has_positions else None
+    return Usual(output.shape, type(output.grad_fn), module.num_features, contiguous, kind_of(moments))
 
 
 def _synchronised_moments(module: _BatchNorm, output: Tensor) -> BatchMoments | None:
@@ -123,7 +165,7 @@ def _synchronised_moments(module: _BatchNorm, output: Tensor) -> BatchMoments | 
 
 def saved_tensor_hooks_are_active() -> bool:
     """Whether something intercepts what autograd saves: activation checkpointing, ``save_on_cpu``."""
-    return _top_hooks(True) is not None
+    return top_saved_tensor_hooks(True) is not None
 
 
 @cache

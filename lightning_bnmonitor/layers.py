@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from lightning_bnmonitor.capture import PATHS, BatchMoments, Path
+from lightning_bnmonitor.capture import PATHS, UNKNOWN, BatchMoments, Kind, Path
 from lightning_bnmonitor.hooks import Call, Gate, LayerHook
 from lightning_bnmonitor.window import Batch, Batches, Window
 
@@ -52,18 +52,14 @@ class Waiting(NamedTuple):
     """How many they are, those that contribute nothing included. The other fields are of those that do."""
     batches: Batches | None = None
     """Their batches; None if there are none."""
-    paths: tuple[Path, ...] = ()
-    """How their moments were obtained."""
+    kinds: tuple[Kind, ...] = ()
+    """Of what kind they were; one for all if they were alike."""
     training: tuple[bool, ...] = ()
     """Whether the layer was in training mode."""
     updating: tuple[bool, ...] = ()
     """Whether BatchNorm counted them in ``num_batches_tracked``."""
-    serial: tuple[bool, ...] = ()
-    """Whether a kernel saved their moments that sums value by value."""
     last_step: int = 0
     """Training steps before the last of them."""
-    num_ranks: int = 1
-    """Over how many ranks its moments were taken."""
 
 
 class TrackedLayer:
@@ -171,10 +167,9 @@ class TrackedLayer:
     def waiting(self, calls: Sequence[Call]) -> Waiting:
         """Calls that wait for an update, field by field. Those of another width than the first contribute nothing."""
         num_calls = len(calls)
-        moments, training, updating, momenta, steps = zip(*calls, strict=True)
-        paths, num_samples, batch_size, mean, spread, eps, serial, _, num_ranks = zip(*moments, strict=True)
+        mean, spread, eps, momenta, training, updating, steps, kinds = zip(*calls, strict=True)
         if set(map(Tensor.numel, mean)) != {self.width}:  # it may be given others
-            fitting = [call for call in calls if call.moments.mean.numel() == self.width]
+            fitting = [call for call in calls if call.mean.numel() == self.width]
             return self.waiting(fitting)._replace(num_calls=num_calls) if fitting else Waiting(num_calls)
         weights: tuple[float, ...]
         if momenta[0] is not None and momenta.count(momenta[0]) == num_calls and all(updating):
@@ -185,22 +180,28 @@ class TrackedLayer:
                 self._effective_momentum(momentum, tracked) if is_updating else 0.0
                 for is_updating, momentum, tracked in zip(updating, momenta, before, strict=False)
             )
+        if kinds.count(kinds[0]) == num_calls:
+            kinds = kinds[:1]
+            num_samples, batch_size = (kinds[0].num_samples,) * num_calls, (kinds[0].batch_size,) * num_calls
+        else:
+            num_samples, batch_size = tuple(k.num_samples for k in kinds), tuple(k.batch_size for k in kinds)
         batches = Batches(num_samples, mean, spread, eps, weights, batch_size)
-        return Waiting(num_calls, batches, paths, training, updating, serial, steps[-1], num_ranks[-1])
+        return Waiting(num_calls, batches, kinds, training, updating, steps[-1])
 
     def count(self, waiting: Waiting) -> None:
         """Take calls from those that wait, from the first on, as they have been merged."""
-        num_calls, batches, paths, training, updating, serial, step, num_ranks = waiting
+        num_calls, batches, kinds, training, updating, step = waiting
+        num_counted = len(training)
         if batches is not None:
-            for path in set(paths):
-                self.calls[path] += paths.count(path)
-            self.training_calls += sum(training)
-            self.tracked_calls += sum(updating)
-            if any(updating):
-                self.momentum = list(itertools.compress(batches.momentum, updating))[-1]
-            self.step_of_last_call, self.num_ranks = step, num_ranks
-            self.serial |= any(serial)
-        self.hook.skipped += num_calls - len(paths)
+            for kind in kinds:
+                self.calls[kind.path] += num_counted // len(kinds)
+                self.serial |= kind.serial
+            self.training_calls += training.count(True)
+            self.tracked_calls += updating.count(True)
+            if True in updating:
+                self.momentum = batches.momentum[num_counted - 1 - updating[::-1].index(True)]
+            self.step_of_last_call, self.num_ranks = step, kinds[-1].num_ranks
+        self.hook.skipped += num_calls - num_counted
         del self.stash[:num_calls]
 
     @property
@@ -220,6 +221,7 @@ class TrackedLayer:
     def forget(self) -> None:
         """Drop what waits for an update, the place in the window, and the windows before."""
         self.stash.clear()
+        self.hook.usual = UNKNOWN
         self.window, self.index, self.width = None, -1, 0
         self.hook.traced, self.end, self.since = (), None, None
 

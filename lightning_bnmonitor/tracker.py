@@ -159,7 +159,7 @@ class BatchNormTracker:
         """
         self._drain()
         self._gate.steps += 1
-        if any(len(layer.stash) >= layer.hook.limit for layer in self._layers):
+        if self._gate.is_full:
             self.flush()
 
     @contextmanager
@@ -178,6 +178,7 @@ class BatchNormTracker:
         """Merge what is stashed into the window, all layers at once. This changes no result, whenever it is done."""
         with self._gate.lock:
             self._drain()
+            self._gate.is_full = False
             waiting = {layer: layer.stash[:] for layer in self._layers if layer.stash}  # other threads may add to it
             self._place([layer for layer in waiting if layer.window is None])
             for window in self._windows.values():
@@ -352,22 +353,23 @@ class BatchNormTracker:
     def _drain(self) -> None:
         """Take what compiled graphs have left behind."""
         for layer in self._layers:
-            if layer.hook.traced_validation:
-                traced_validation, layer.hook.traced_validation = layer.hook.traced_validation, ()
+            hook = layer.hook
+            if hook.traced_validation:
+                traced_validation, hook.traced_validation = hook.traced_validation, ()
                 for batch in traced_validation if self._gate.validating else ():
                     if batch.num_samples:
                         layer.validate(owned(batch))
-            if layer.hook.traced:
-                traced, layer.hook.traced = layer.hook.traced, ()
+            if hook.traced:
+                traced, hook.traced = hook.traced, ()
                 for moments, training, updating in traced if not self._gate.paused else ():
                     moments_or_none = owned(moments) if moments.num_samples else None
-                    layer.hook.receive(layer.module, moments_or_none, training, updating)
+                    hook.receive(layer.module, moments_or_none, training, updating)
 
     def _place(self, layers: list[TrackedLayer]) -> None:
         """Give layers that were called for the first time their place in the flat channel space of their device."""
         by_device: dict[torch.device, list[tuple[TrackedLayer, int]]] = {}
         for layer in sorted(layers, key=lambda layer: layer.hook.first_call):
-            mean = layer.stash[0].moments.mean
+            mean = layer.stash[0].mean
             by_device.setdefault(mean.device, []).append((layer, mean.numel()))
         for device, placed in by_device.items():
             self._place_on(device, placed)

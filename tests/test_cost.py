@@ -270,7 +270,7 @@ def test_no_activation_and_no_graph_outlives_its_step(layer: nn.Module, capture:
             assert [witness() for witness in model.witnesses] == [None] * len(model.witnesses)
         assert [len(layer.stash) for layer in tracker._layers] == [5]
         for waiting in tracker._layers[0].stash:
-            for values in (waiting.moments.mean, waiting.moments.spread):
+            for values in (waiting.mean, waiting.spread):
                 assert values.grad_fn is None
                 assert not values.requires_grad
                 assert values.untyped_storage().nbytes() <= 8 * C
