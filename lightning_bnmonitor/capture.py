@@ -106,48 +106,6 @@ def saved_moments(module: _BatchNorm, x: Tensor, output: object) -> BatchMoments
     return new_tuple(BatchMoments, ("saved", num_samples, batch_size, mean, invstd, module.eps, serial, False, 1))
 
 
-class Kind(NamedTuple):
-    """What calls have in common, usually: see :class:`BatchMoments`."""
-
-    path: Path
-    num_samples: int
-    batch_size: int
-    serial: bool
-    num_ranks: int
-
-
-def kind_of(moments: BatchMoments) -> Kind:
-    """What kind of call it was that these are the moments of."""
-    return Kind(moments.path, moments.num_samples, moments.batch_size, moments.serial, moments.num_ranks)
-
-
-class Usual(NamedTuple):
-    """What a call has to have in common with an earlier one to be of the same kind, and its moments to be saved."""
-
-    shape: torch.Size | None
-    """That of the output; None: of no call."""
-    node_type: type | None
-    """Of the output's node."""
-    num_features: int
-    """Of the module."""
-    contiguous: bool | None
-    """Whether the input was; None if that tells nothing."""
-    kind: Kind
-    """The kind."""
-
-
-UNKNOWN = Usual(None, None, 0, None, Kind("saved", 0, 0, False, 1))
-
-
-def usual(moments: BatchMoments, module: _BatchNorm, x: Tensor, output: object) -> Usual:
-    """What a call had, whose moments :func:`saved_moments` has read; :data:`UNKNOWN` if another like it can differ."""
-    if not isinstance(output, Tensor) or x.shape != output.shape or _kind_of(type(output.grad_fn)) != "own":
-        return UNKNOWN
-    has_positions = moments.num_samples != moments.batch_size
-    contiguous = x.is_contiguous() if has_positions else None
-    return Usual(output.shape, type(output.grad_fn), module.num_features, contiguous, kind_of(moments))
-
-
 def _synchronised_moments(module: _BatchNorm, output: Tensor) -> BatchMoments | None:
     """What SyncBatchNorm's forward on several ranks saved: the moments of the batches of all these ranks together.
 
@@ -168,9 +126,14 @@ def saved_tensor_hooks_are_active() -> bool:
     return top_saved_tensor_hooks(True) is not None
 
 
+def saves_moments(node_type: type) -> bool:
+    """Whether autograd nodes of this type are of a BatchNorm kernel that saves mean and inverse standard deviation."""
+    return _kind_of(node_type) == "own"
+
+
 @cache
 def _kind_of(node_type: type) -> Literal["own", "synchronised"] | None:
-    """Whether autograd nodes of this type are of a BatchNorm kernel that saves mean and inverse standard deviation."""
+    """Of which kernel autograd nodes of this type are."""
     if node_type.__name__ == "SyncBatchNormBackward":
         return "synchronised"
     return "own" if "BatchNorm" in node_type.__name__ and hasattr(node_type, "_saved_result1") else None

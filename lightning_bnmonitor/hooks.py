@@ -10,36 +10,32 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping
-from typing import Any, ClassVar, NamedTuple, TypeGuard
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 import torch._dynamo
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.compiler import is_compiling
+from torch.compiler import is_dynamo_compiling
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
+from lightning_bnmonitor.calls import UNKNOWN, Call, Kind, kind_of, usual_of
 from lightning_bnmonitor.capture import (
-    UNKNOWN,
     BatchMoments,
-    Kind,
-    kind_of,
-    new_tuple,
     pass_moments,
     saved_moments,
     saved_tensor_hooks_are_active,
     top_saved_tensor_hooks,
     traced_moments,
-    usual,
 )
 
-STASH_LIMIT = 48
+STASH_LIMIT = 56
 """Calls of a layer that may wait for the next update: so many float32 moments keep the state below 1 KiB a channel."""
 _WIDE_LIMIT = STASH_LIMIT // 2  # the same for float64, and for the mean of a pass, which is
 _current_backward = torch._C._current_graph_task_id
 _tracing_state = torch._C._get_tracing_state
-_functorch_interpreter = torch._C._functorch.peek_interpreter_stack
+_functorch_is_active = torch._C._are_functorch_transforms_active
 _call_counter = itertools.count()
 
 
@@ -52,6 +48,7 @@ class Gate:
         self.paused = 0
         self.steps = 0  # training steps that have ended
         self.is_full = False  # whether as many calls of a layer wait as may
+        self.is_traced = False  # whether compiled graphs may have left anything behind
         # Replicas of a model may be called in several threads. They need no lock to append to a list.
         self.lock = threading.RLock()
 
@@ -71,25 +68,6 @@ class InertHook:
 
     def __call__(self, *_: Any) -> None:
         """Do nothing."""
-
-
-class Call(NamedTuple):
-    """One call of a layer that waits for the next update."""
-
-    mean: Tensor
-    """As in :class:`~lightning_bnmonitor.capture.BatchMoments`, like the next two."""
-    spread: Tensor
-    eps: float | None
-    momentum: float | None
-    """The layer's."""
-    training: bool
-    """Whether the layer was in training mode."""
-    updating: bool
-    """Whether BatchNorm counted the call in ``num_batches_tracked``."""
-    step: int
-    """Training steps that had ended before."""
-    kind: Kind
-    """What calls have in common."""
 
 
 class LayerHook(_Hook):
@@ -115,8 +93,8 @@ class LayerHook(_Hook):
         self.validate = validate
         self.stash: list[Call] = []  # always the same list: threads append to it while others look
         self.limit = STASH_LIMIT
-        self.by_pass = False
         self.usual = UNKNOWN  # the last call, if another like it may go the short way
+        self.by_pass = False
         self.skipped = 0  # calls that cannot be looked at
         self.first_call = -1  # the earlier the layer was called for the first time, the smaller
         self.checkpointed = (
@@ -127,6 +105,15 @@ class LayerHook(_Hook):
         self.traced: tuple[tuple[BatchMoments, bool, bool], ...] = ()
         self.traced_validation: tuple[BatchMoments, ...] = ()
 
+    @property
+    def by_pass(self) -> bool:
+        """Whether moments are taken by a pass over the input, whatever the kernel saved."""
+        return self._by_pass
+
+    @by_pass.setter
+    def by_pass(self, by_pass: bool) -> None:
+        self._by_pass, self.usual = by_pass, UNKNOWN
+
     def __call__(self, module: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """The forward hook."""
         gate = self.gate
@@ -136,10 +123,11 @@ class LayerHook(_Hook):
                 self._look_at_validation(module, args[0] if args else next(iter(kwargs.values())))
             return
         x = args[0] if args else next(iter(kwargs.values()))
-        if is_compiling():
+        if is_dynamo_compiling():
             if _has_channels(x, module) and not torch.compiler.is_exporting():
                 updating = module.training and module.track_running_stats and module.running_mean is not None
                 self.traced += ((traced_moments(x), module.training, updating),)
+                gate.is_traced = True
             return
         # Within a backward pass: activation checkpointing recomputes a call that was counted when it was made.
         if _current_backward() != -1:
@@ -147,56 +135,60 @@ class LayerHook(_Hook):
             return
         if gate.paused:
             return
-        training = module.training
         # The same as above: but `module.running_mean` takes as long as the rest, as modules look up their buffers last.
-        updating = training and module.track_running_stats and module._buffers.get("running_mean") is not None
+        has_stats = module.track_running_stats and module._buffers.get("running_mean") is not None
         # What follows finds the processor's caches cold: it takes as long as it touches memory. So a call that is like
         # the last one (the same shape and kernel) makes no function call in Python, and is checked for no more than can
         # have changed since. All others go the long way, which tells the same of it.
-        shape, node_type, num_features, contiguous, kind = self.usual
+        shape, node_type, contiguous, nbytes, eps, momentum, training, updating, kind = self.usual
         stash = self.stash
         if (
-            x.__class__ is Tensor
+            _tracing_state() is None
             and output.__class__ is Tensor
             and output.shape == shape
             and (node := output.grad_fn).__class__ is node_type
-            and module.num_features == num_features
-            and len(stash) + 1 < self.limit
-            and not self.by_pass
-            and (contiguous is None or x.is_contiguous() is contiguous)
-            and not x.is_meta
+            and module.training is training
+            and (training and has_stats) is updating
+            and module.eps == eps
+            and module.momentum == momentum
+            and len(stash) < self.limit
+            and (contiguous is None or (x.__class__ is Tensor and x.is_contiguous() is contiguous))
             and top_saved_tensor_hooks(True) is None
-            and _functorch_interpreter() is None
-            and _tracing_state() is None
+            and not _functorch_is_active()
         ):
-            mean = node._saved_result1
-            if mean.dtype is torch.float32 and mean.numel() == num_features:
-                spread, eps, momentum = node._saved_result2, module.eps, module.momentum
-                stash.append(new_tuple(Call, (mean, spread, eps, momentum, training, updating, gate.steps, kind)))
+            saved: Any = node
+            mean, spread = saved._saved_result1, saved._saved_result2
+            if mean.nbytes == nbytes and not mean.is_meta:
+                stash.append((mean, spread, gate.steps, kind))
+                if len(stash) >= self.limit:
+                    gate.is_full = True
                 return
-        self._take(module, x, output, training, updating)
+        self._take(module, x, output, module.training and has_stats)
 
-    def _take(self, module: _BatchNorm, x: object, output: object, training: bool, updating: bool) -> None:
+    def _take(self, module: _BatchNorm, x: object, output: object, updating: bool) -> None:
         """A call that is not like the last one."""
-        if not _has_channels(x, module) or _is_abstract(x):
+        if torch.compiler.is_exporting():
+            return
+        if _is_abstract(x) or not _has_channels(x, module):
             self.skipped += 1
             return
         try:
             moments = None if self.by_pass else saved_moments(module, x, output)
-            self.usual = UNKNOWN if moments is None else usual(moments, module, x, output)
             if moments is None and x.numel():
                 self.checkpointed |= saved_tensor_hooks_are_active()
-                moments, self.limit = pass_moments(x), _WIDE_LIMIT
+                moments, self.limit = pass_moments(x), min(self.limit, _WIDE_LIMIT)
         except Exception as error:
             self._leave_out(module, error)
             return
-        self.receive(module, moments, training, updating)
+        kind = self.receive(module, moments, module.training, updating)
+        self.usual = UNKNOWN if kind is None else usual_of(kind, module, x, output)
 
     def _look_at_validation(self, module: _BatchNorm, x: object) -> None:
         if torch.compiler.is_compiling():
             if _has_channels(x, module) and not torch.compiler.is_exporting():
                 self.traced_validation += (traced_moments(x),)
-        elif _has_channels(x, module) and not _is_abstract(x) and x.numel():
+                self.gate.is_traced = True
+        elif not _is_abstract(x) and _has_channels(x, module) and x.numel():
             try:
                 moments = pass_moments(x)
             except Exception as error:
@@ -210,22 +202,22 @@ class LayerHook(_Hook):
             warnings.warn(f"The moments of a call of {type(module).__name__} are left out: {error!r}", stacklevel=3)
         self.skipped += 1
 
-    def receive(self, module: _BatchNorm, moments: BatchMoments | None, training: bool, updating: bool) -> None:
-        """Take the moments of one call, None of an empty batch."""
+    def receive(self, module: _BatchNorm, moments: BatchMoments | None, training: bool, updating: bool) -> Kind | None:
+        """Take the moments of one call, None of an empty batch. Returns of what kind it was."""
         if moments is None:
             self.receive_empty(updating)
-            return
+            return None
         if self.first_call < 0:
             self.first_call = next(_call_counter)
             if moments.mean.dtype is torch.float64:
-                self.limit = _WIDE_LIMIT
+                self.limit = min(self.limit, _WIDE_LIMIT)
         if len(self.stash) >= self.limit:
             self.flush()
-        kind = kind_of(moments)
-        modes = module.momentum, training, updating, self.gate.steps
-        self.stash.append(Call(moments.mean, moments.spread, moments.eps, *modes, kind))
+        kind = kind_of(moments, module, training, updating)
+        self.stash.append((moments.mean, moments.spread, self.gate.steps, kind))
         if len(self.stash) >= self.limit:
             self.gate.is_full = True
+        return kind
 
 
 def _has_channels(x: object, module: _BatchNorm) -> TypeGuard[Tensor]:
@@ -233,11 +225,10 @@ def _has_channels(x: object, module: _BatchNorm) -> TypeGuard[Tensor]:
     return isinstance(x, Tensor) and x.ndim >= 2 and x.shape[1] == module.num_features
 
 
-def _is_abstract(x: Tensor) -> bool:
+def _is_abstract(x: object) -> bool:
     """Whether ``x`` has no values of its own: within a transform of ``torch.func``, while tracing, or if it is fake."""
-    return (
-        isinstance(x, FakeTensor) or x.is_meta or _functorch_interpreter() is not None or _tracing_state() is not None
-    )
+    is_transformed = _functorch_is_active() or _tracing_state() is not None
+    return is_transformed or isinstance(x, FakeTensor) or (isinstance(x, Tensor) and x.is_meta)
 
 
 # Where a graph breaks at a layer, its hook runs eagerly, and what that calls may be compiled, to which all is abstract.
@@ -273,14 +264,16 @@ class Attachment:
 
     Args:
         model: The root.
+        gate: Counts the steps.
         hooks: The BatchNorm layers and their hooks.
         drain: Called after each call of a compiled module in ``model``.
-        after_step: Called after each step of any ``torch.optim`` optimizer.
+        after_step: Called after a step of any ``torch.optim`` optimizer if there is more to do than to count it.
     """
 
     def __init__(
         self,
         model: nn.Module,
+        gate: Gate,
         hooks: Mapping[_BatchNorm, LayerHook],
         drain: Callable[[], None],
         after_step: Callable[[], None],
@@ -301,7 +294,7 @@ class Attachment:
                 module._compiled_call_impl = call
                 self._drained.append((weakref.ref(module), call))
         # These are not the model's, and would outlive it and a tracker that is dropped while attached.
-        step_hook = register_optimizer_step_post_hook(_after_step(after_step))
+        step_hook = register_optimizer_step_post_hook(_after_step(gate, after_step))
         self._release = weakref.finalize(self, _release, step_hook)
         self._release.atexit = False
 
@@ -358,11 +351,15 @@ class _CompilerSettings:
                 setattr(torch._dynamo.config, name, value)
 
 
-def _after_step(callback: Callable[[], None]) -> Callable[..., None]:
+def _after_step(gate: Gate, callback: Callable[[], None]) -> Callable[..., None]:
     reference = weakref.WeakMethod(callback)
 
     def after_step(*_: Any) -> None:
-        if not torch.compiler.is_compiling() and (alive := reference()) is not None:
+        if is_dynamo_compiling():
+            return
+        if not gate.is_full and not gate.is_traced:
+            gate.steps += 1  # all there is to it, as a rule
+        elif (alive := reference()) is not None:
             alive()
 
     return after_step

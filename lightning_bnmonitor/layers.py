@@ -19,8 +19,9 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from lightning_bnmonitor.capture import PATHS, UNKNOWN, BatchMoments, Kind, Path
-from lightning_bnmonitor.hooks import Call, Gate, LayerHook
+from lightning_bnmonitor.calls import UNKNOWN, Call, Kind
+from lightning_bnmonitor.capture import PATHS, BatchMoments, Path
+from lightning_bnmonitor.hooks import Gate, LayerHook
 from lightning_bnmonitor.window import Batch, Batches, Window
 
 log = logging.getLogger(__name__)
@@ -54,10 +55,6 @@ class Waiting(NamedTuple):
     """Their batches; None if there are none."""
     kinds: tuple[Kind, ...] = ()
     """Of what kind they were; one for all if they were alike."""
-    training: tuple[bool, ...] = ()
-    """Whether the layer was in training mode."""
-    updating: tuple[bool, ...] = ()
-    """Whether BatchNorm counted them in ``num_batches_tracked``."""
     last_step: int = 0
     """Training steps before the last of them."""
 
@@ -166,40 +163,43 @@ class TrackedLayer:
 
     def waiting(self, calls: Sequence[Call]) -> Waiting:
         """Calls that wait for an update, field by field. Those of another width than the first contribute nothing."""
-        num_calls = len(calls)
-        mean, spread, eps, momenta, training, updating, steps, kinds = zip(*calls, strict=True)
-        if set(map(Tensor.numel, mean)) != {self.width}:  # it may be given others
-            fitting = [call for call in calls if call.mean.numel() == self.width]
+        mean, spread, steps, kinds = zip(*calls, strict=True)
+        num_calls, kind = len(kinds), kinds[0]
+        if kinds.count(kind) == num_calls:
+            kinds = kinds[:1]
+        if any(kind.width != self.width for kind in kinds):  # it may be given others
+            fitting = [call for call in calls if call[-1].width == self.width]
             return self.waiting(fitting)._replace(num_calls=num_calls) if fitting else Waiting(num_calls)
         weights: tuple[float, ...]
-        if momenta[0] is not None and momenta.count(momenta[0]) == num_calls and all(updating):
-            weights = (self._effective_momentum(momenta[0], self.tracked_calls),) * num_calls
+        if len(kinds) == 1 and kind.updating and kind.momentum is not None:
+            weights = (self._effective_momentum(kind.momentum, self.tracked_calls),) * num_calls
         else:
-            before = itertools.accumulate(updating, initial=self.tracked_calls)
+            each = kinds * num_calls if len(kinds) == 1 else kinds
+            before = itertools.accumulate((kind.updating for kind in each), initial=self.tracked_calls)
             weights = tuple(
-                self._effective_momentum(momentum, tracked) if is_updating else 0.0
-                for is_updating, momentum, tracked in zip(updating, momenta, before, strict=False)
+                self._effective_momentum(kind.momentum, tracked) if kind.updating else 0.0
+                for kind, tracked in zip(each, before, strict=False)
             )
-        if kinds.count(kinds[0]) == num_calls:
-            kinds = kinds[:1]
-            num_samples, batch_size = (kinds[0].num_samples,) * num_calls, (kinds[0].batch_size,) * num_calls
-        else:
-            num_samples, batch_size = tuple(k.num_samples for k in kinds), tuple(k.batch_size for k in kinds)
-        batches = Batches(num_samples, mean, spread, eps, weights, batch_size)
-        return Waiting(num_calls, batches, kinds, training, updating, steps[-1])
+        num_samples, eps, batch_size = zip(*((k.num_samples, k.eps, k.batch_size) for k in kinds), strict=True)
+        times = num_calls // len(kinds)
+        batches = Batches(num_samples * times, mean, spread, eps * times, weights, batch_size * times)
+        return Waiting(num_calls, batches, kinds, steps[-1])
 
     def count(self, waiting: Waiting) -> None:
         """Take calls from those that wait, from the first on, as they have been merged."""
-        num_calls, batches, kinds, training, updating, step = waiting
-        num_counted = len(training)
+        num_calls, batches, kinds, step = waiting
+        num_counted = 0
         if batches is not None:
+            num_counted = len(batches.momentum)
+            each = num_counted // len(kinds)
             for kind in kinds:
-                self.calls[kind.path] += num_counted // len(kinds)
+                self.calls[kind.path] += each
+                self.training_calls += each * kind.training
+                self.tracked_calls += each * kind.updating
                 self.serial |= kind.serial
-            self.training_calls += training.count(True)
-            self.tracked_calls += updating.count(True)
-            if True in updating:
-                self.momentum = batches.momentum[num_counted - 1 - updating[::-1].index(True)]
+            updating = [index for index, kind in enumerate(kinds) if kind.updating]
+            if updating:
+                self.momentum = batches.momentum[-1 if len(kinds) == 1 else updating[-1]]
             self.step_of_last_call, self.num_ranks = step, kinds[-1].num_ranks
         self.hook.skipped += num_calls - num_counted
         del self.stash[:num_calls]

@@ -24,7 +24,9 @@ class Moments(NamedTuple):
     """Unbiased variance (divided by count - 1), NaN where fewer than two values were seen."""
 
 
-def merge_moments(weight: Tensor, mean: Tensor, m2: Tensor, members: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+def merge_moments(
+    weight: Tensor, mean: Tensor, m2: Tensor, members: Tensor, total: Tensor | None = None
+) -> tuple[Tensor, Tensor, Tensor]:
     r"""Merge any number of parts, column by column, into one or several unions.
 
     With :math:`W = \sum_i w_i`, the mean is :math:`\bar x = \sum_i w_i x_i / W` and the sum of squared deviations
@@ -39,24 +41,23 @@ def merge_moments(weight: Tensor, mean: Tensor, m2: Tensor, members: Tensor) -> 
         m2: Sums of squared deviations from them, ``(P, C)``; 0 where the weight is 0. Or those of the first parts
             alone, if the others have none.
         members: ``(J, P)`` of 0 and 1: which parts make up each of the J unions.
+        total: Weights of the unions, ``(J, C)``, if they are known.
 
     Returns:
         Weight, mean and sum of squared deviations of the unions, ``(J, C)`` each.
     """
     first, last = mean[:1], len(weight) - 1
-    alike = members[:, last:].sum(dim=1, keepdim=True)
-    total = torch.cat([members[:, :last], alike], dim=1) @ weight
+    unlike, alike = members[:, :last], members[:, last:]
 
-    def weighted(values: Tensor) -> Tensor:  # in place, as it is memory that takes the time
-        values[:last] *= weight[:last]
-        values[last:] *= weight[last]
-        return values
+    def union_of(values: Tensor) -> Tensor:  # the weight that parts have in common is left to the end
+        return unlike @ (weight[:last] * values[:last]) + (alike @ values[last:]) * weight[last]
 
+    if total is None:
+        total = unlike @ weight[:last] + alike.sum(dim=1, keepdim=True) * weight[last]
     deviation = mean - first
-    centre = (members @ weighted(deviation.clone())) / total.clamp_min(1)
-    spread = weighted(deviation.addmm_(members.T, centre, alpha=-1).square_())
-    spread[: len(m2)] += m2
-    return total, first + centre, members @ spread
+    centre = union_of(deviation) / total.clamp_min(1)
+    spread = union_of(deviation.addmm_(members.T, centre, alpha=-1).square_())
+    return total, first + centre, spread + members[:, : len(m2)] @ m2
 
 
 class ChannelMoments(Metric):

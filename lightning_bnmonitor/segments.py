@@ -82,6 +82,8 @@ class Table(NamedTuple):
 
     weight: FloatArray
     """Weights of each part, old rows first: n and n - K in turn. If all batches are alike, those of the first."""
+    total: FloatArray
+    """The same of each of the new rows."""
     bessel: FloatArray
     """n / (n - 1)."""
     eps: FloatArray
@@ -101,32 +103,40 @@ def merge_scalars(
     members = (np.arange(new.stop - new.start)[:, None] == union).astype(float)
     everything = len(group) == len(scalars)
     layers = slice(None) if everything else [calls.layer for calls in group]
-    num_added = len(group[0].lead)
+    num_old, num_added, num_layers = old.stop - old.start, len(group[0].lead), len(group)
     count = _rows_of([calls.fields.num_samples for calls in group])
-    momentum = np.broadcast_to(_rows_of([calls.fields.momentum for calls in group]), (num_added, len(group)))
-    since = np.cumprod(1 - momentum[::-1], axis=0)[::-1]  # what remains at the end of what stood before each batch
-    remains, after = since[0], np.concatenate([since[1:], np.ones_like(since[:1])])
+    momentum = np.empty((num_added, num_layers))
+    momentum[:] = _rows_of([calls.fields.momentum for calls in group])
+    since = np.ones((num_added + 1, num_layers))  # what remains at the end of what stood before each batch
+    np.cumprod((1 - momentum)[::-1], axis=0, out=since[-2::-1])
+    remains, after = since[0], since[1:]
     weight, dof = momentum * after, np.maximum(count - 1, 1)
 
-    parts = np.empty((members.shape[1], len(group), 6))
-    decay = np.ones((len(group), 1, 6))
-    decay[..., W], decay[..., Q], decay[..., QV] = remains[:, None], remains[:, None] ** 2, remains[:, None] ** 2
-    scalars[layers, : old.stop] *= decay
-    parts[: old.stop - old.start] = scalars[layers, old].transpose(1, 0, 2)
-    batch = parts[old.stop - old.start :]
+    scalars[layers, : old.stop, W] *= remains[:, None]
+    scalars[layers, : old.stop, Q : QV + 1] *= np.square(remains)[:, None, None]
+    parts = np.empty((num_old + num_added, num_layers, 6))
+    parts[:num_old] = scalars[layers, old].transpose(1, 0, 2)
+    batch = parts[num_old:]
     batch[..., K], batch[..., N], batch[..., W] = 1, count, weight
     batch[..., B] = _rows_of([calls.fields.batch_size for calls in group])
     batch[..., Q], batch[..., QV] = weight**2 / count, weight**2 / dof
 
+    merged = (members @ parts.reshape(len(parts), -1)).reshape(-1, num_layers, 6)
     scalars[layers, old] = 0
-    merged = members @ parts.reshape(len(parts), -1)
-    scalars[layers, new] = merged.reshape(-1, len(group), 6).transpose(1, 0, 2)
+    scalars[layers, new] = merged.transpose(1, 0, 2)
     momenta[layers, A] *= remains
     momenta[layers, S] = momenta[layers, S] * remains + (after * (momentum > 0)).sum(axis=0)
-    weights = np.stack([parts[..., N], parts[..., N] - parts[..., K]], axis=1).reshape(-1, len(group))
-    weights = weights[: 2 * (len(parts) - num_added + len(count))]
+    weights, total = _weights(parts[: num_old + len(count)]), _weights(merged)
     eps, lead = _rows_of([calls.fields.eps for calls in group]), _rows_of([calls.lead for calls in group])
-    return Table(weights, count / dof, eps, lead), members
+    return Table(weights, total, count / dof, eps, lead), members
+
+
+def _weights(parts: FloatArray) -> FloatArray:
+    """Of what is kept of parts of some layers, ``(P, L, 6)``: n and n - K in turn, ``(2 * P, L)``."""
+    weights = np.empty((len(parts), 2, parts.shape[1]))
+    weights[:] = parts[:, None, :, N]
+    weights[:, 1] -= parts[..., K]
+    return weights.reshape(-1, parts.shape[1])
 
 
 def _rows_of(columns: list[Any]) -> FloatArray:

@@ -137,7 +137,7 @@ class BatchNormTracker:
         self._layers = [known.get(module) or self._new_layer(name, module) for name, module in found.items()]
         self._begin_window([layer for layer in self._layers if layer.module not in known])
         hooks = {layer.module: layer.hook for layer in self._layers}
-        self._attachment = Attachment(model, hooks, drain=self._drain, after_step=self.step)
+        self._attachment = Attachment(model, self._gate, hooks, drain=self._drain, after_step=self.step)
         _attached.add(self)
         if self._pending is not None:
             self._restore(self._pending)
@@ -157,9 +157,11 @@ class BatchNormTracker:
 
         The steps of ``torch.optim`` optimizers are noticed without it.
         """
-        self._drain()
-        self._gate.steps += 1
-        if self._gate.is_full:
+        gate = self._gate
+        if gate.is_traced:
+            self._drain()
+        gate.steps += 1
+        if gate.is_full:
             self.flush()
 
     @contextmanager
@@ -175,7 +177,7 @@ class BatchNormTracker:
 
     @torch.inference_mode(False)
     def flush(self) -> None:
-        """Merge what is stashed into the window, all layers at once. This changes no result, whenever it is done."""
+        """Merge what waits into the window, all layers at once. This changes no result, whenever it is done."""
         with self._gate.lock:
             self._drain()
             self._gate.is_full = False
@@ -352,6 +354,7 @@ class BatchNormTracker:
 
     def _drain(self) -> None:
         """Take what compiled graphs have left behind."""
+        self._gate.is_traced = False
         for layer in self._layers:
             hook = layer.hook
             if hook.traced_validation:
@@ -369,7 +372,7 @@ class BatchNormTracker:
         """Give layers that were called for the first time their place in the flat channel space of their device."""
         by_device: dict[torch.device, list[tuple[TrackedLayer, int]]] = {}
         for layer in sorted(layers, key=lambda layer: layer.hook.first_call):
-            mean = layer.stash[0].mean
+            mean, *_ = layer.stash[0]
             by_device.setdefault(mean.device, []).append((layer, mean.numel()))
         for device, placed in by_device.items():
             self._place_on(device, placed)

@@ -297,15 +297,13 @@ class Window:
         num_old = num_parts - num_added
 
         expanded = self._to_device(np.concatenate(table)).index_select(1, layer_of)
-        weight, bessel, eps, lead = expanded.split_with_sizes([len(rows) for rows in table])
+        weight, total, bessel, eps, lead = expanded.split_with_sizes([len(rows) for rows in table])
         fields = [calls.fields for calls in group]
-        stashed = list(chain.from_iterable(zip(*(f.mean for f in fields), *(f.spread for f in fields), strict=True)))
-        if set(map(Tensor.get_device, stashed)) != {-1 if self.device.index is None else self.device.index}:
-            stashed = [tensor.to(self.device) for tensor in stashed]
+        stashed = chain.from_iterable(zip(*(f.mean for f in fields), *(f.spread for f in fields), strict=True))
         rows = self._channels[:, old] if columns is None else self._channels[:, old].index_select(3, columns)
         parts = rows.new_empty(num_parts, 2, width)
         parts[:num_old] = rows[_VALUE]
-        parts[num_old:] = torch.cat(stashed).view(num_added, 2, width)
+        parts[num_old:] = self._side_by_side(tuple(stashed)).view(num_added, 2, width)
         mean, var = parts[num_old:].unbind(1)
         is_variance = np.isnan(table.eps)
         if not is_variance.all():
@@ -315,19 +313,23 @@ class Window:
                 var.pow_(-2).sub_(eps)
         var.clamp_min_(0).mul_(bessel)
 
+        old_m2 = rows[_M2].reshape(num_old, 2 * width)
+        _, value, m2 = merge_moments(
+            weight.reshape(-1, 2 * width),
+            parts.view(num_parts, 2 * width),
+            old_m2,
+            self._to_device(members),
+            total.reshape(-1, 2 * width),
+        )
+        merged = torch.stack([value, m2]).view(2, -1, 2, width)
+
         # On the CPU one sum tells that all are finite, in the usual case; elsewhere to ask would mean to wait.
-        if self.device.type == "cpu" and np.isfinite(parts[num_old:].numpy().sum()):
+        if self.device.type == "cpu" and np.isfinite(merged.numpy().sum()):
             first_bad = self._first_bad.new_full((width,), math.inf)
         else:
             nothing = (mean + var).mul_(0)  # or NaN
             index = torch.arange(num_added, dtype=torch.float64, device=self.device)[:, None]
             first_bad = torch.where(nothing == 0, torch.inf, index).add_(lead).amin(dim=0)
-
-        old_m2 = rows[_M2].reshape(num_old, 2 * width)
-        _, value, m2 = merge_moments(
-            weight.reshape(-1, 2 * width), parts.view(num_parts, 2 * width), old_m2, self._to_device(members)
-        )
-        merged = torch.stack([value, m2]).view(2, -1, 2, width)
         if old.stop > new.stop:  # rows that the coarser blocks no longer need
             freed = merged.new_zeros(2, old.stop - new.stop, 2, width)
             merged, new = torch.cat([merged, freed], dim=1), slice(new.start, old.stop)
@@ -341,6 +343,12 @@ class Window:
                 self._first_bad[columns] = torch.minimum(self._first_bad[columns], first_bad)
 
         return write
+
+    def _side_by_side(self, tensors: tuple[Tensor, ...]) -> Tensor:
+        try:
+            return torch.cat(tensors).to(self.device)
+        except RuntimeError:  # they are on several devices, as the model has been moved meanwhile
+            return torch.cat([tensor.to(self.device) for tensor in tensors])
 
     def _columns_of(self, layers: tuple[int, ...]) -> tuple[Tensor | None, Tensor]:
         """The flat columns of some layers (None: all of them), and for each of these which of the layers it is of."""

@@ -15,6 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lightning_bnmonitor import BatchNormTracker
+from lightning_bnmonitor.hooks import STASH_LIMIT
 
 STEPS = 64
 C = 8
@@ -109,7 +110,7 @@ def test_training_steps_do_without_the_values_on_the_device(capture: str, monkey
             model(torch.randn(4, C, device="meta")).square().mean().backward()
             optimizer.step()
         assert [layer.num_calls for layer in tracker._layers] == [STEPS + 1] * 3
-        assert all(len(layer.stash) < 48 < STEPS for layer in tracker._layers)  # so they were merged
+        assert all(len(layer.stash) < STASH_LIMIT < STEPS for layer in tracker._layers)  # so they were merged
         assert list(tracker._windows) == [torch.device("meta")]
 
 
@@ -217,7 +218,7 @@ def test_what_waits_to_be_merged_is_bounded_however_often_a_layer_is_called(call
                 model(torch.randn(4, C))
                 most = max(most, *(len(layer.stash) for layer in tracker._layers))
             optimizer.step()
-    assert 1 < most <= 48
+    assert 1 < most <= STASH_LIMIT
     assert tracker.report()["0"].num_batches == 70 * calls_a_step
 
 
@@ -269,8 +270,8 @@ def test_no_activation_and_no_graph_outlives_its_step(layer: nn.Module, capture:
             del loss
             assert [witness() for witness in model.witnesses] == [None] * len(model.witnesses)
         assert [len(layer.stash) for layer in tracker._layers] == [5]
-        for waiting in tracker._layers[0].stash:
-            for values in (waiting.mean, waiting.spread):
+        for mean, spread, *_ in tracker._layers[0].stash:
+            for values in (mean, spread):
                 assert values.grad_fn is None
                 assert not values.requires_grad
                 assert values.untyped_storage().nbytes() <= 8 * C
