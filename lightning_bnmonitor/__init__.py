@@ -1,7 +1,8 @@
 """Exact statistics of every BatchNorm layer's inputs beside its running statistics, in TensorBoard."""
 
+from lightning_bnmonitor.alarm import UnhealthyBatchNormError
 from lightning_bnmonitor.attribution import Attribution, attribute_eval_gap
-from lightning_bnmonitor.callback import BatchNormMonitor, UnhealthyBatchNormError
+from lightning_bnmonitor.callback import BatchNormMonitor
 from lightning_bnmonitor.layer_report import LayerReport
 from lightning_bnmonitor.moments import ChannelMoments, Moments
 from lightning_bnmonitor.precise import PreciseBatchNorm

@@ -17,6 +17,7 @@ from lightning_bnmonitor.diagnosis import METRICS, Circumstances, diagnose, dist
 from lightning_bnmonitor.findings import Finding, pack, packed_size, unpack
 from lightning_bnmonitor.layer_report import LayerReport
 from lightning_bnmonitor.layers import History, TrackedLayer, num_batches_tracked, running_stats
+from lightning_bnmonitor.placement import Placement
 from lightning_bnmonitor.profile import Buffers, Profile, evaluate
 from lightning_bnmonitor.report import Report
 from lightning_bnmonitor.segments import FloatArray, Segments
@@ -77,8 +78,7 @@ class _AllRanks(NamedTuple):
 
 def assess(
     layers: Sequence[TrackedLayer],
-    placed: Sequence[TrackedLayer],
-    windows: Mapping[torch.device, Window],
+    placement: Placement,
     ended: bool,
     all_ranks: bool,
     part: Part | None = None,
@@ -87,16 +87,15 @@ def assess(
 
     Args:
         layers: Those that the report is about, in the order of the model's modules.
-        placed: All that have a place in the windows, in the order of the report.
-        windows: The windows of all devices.
+        placement: Their places. All that have one are in the order of the report.
         ended: Whether they have ended, and the running statistics are to be taken as they were then.
         all_ranks: Whether to report on all ranks together: all have to call this, and get the same report.
         part: If the weights stayed as they were and nothing was updated: what part in the running statistics the
             batches are to be taken to have. Now is the population then.
     """
-    ordered = [*placed, *(layer for layer in layers if layer.window is None)]
+    ordered = [*placement.layers, *(layer for layer in layers if layer.window is None)]
     standings = dict(zip(ordered, _standings(ordered, ended, part), strict=True))
-    measured = [_measure(window, standings.values(), part) for window in windows.values()]
+    measured = [_measure(window, standings.values(), part) for window in placement.windows.values()]
     elsewhere = [standing for standing in standings.values() if standing.layer.window is None]
     position = {layer: index for index, layer in enumerate(ordered)}
 

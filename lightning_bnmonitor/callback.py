@@ -5,38 +5,21 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any
 
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_bnmonitor import ranks
+from lightning_bnmonitor.alarm import Alarm, OnUnhealthy
 from lightning_bnmonitor.capture import CaptureMode, check_capture
 from lightning_bnmonitor.dashboard import Dashboard, log_scalars
-from lightning_bnmonitor.layer_report import LayerReport
 from lightning_bnmonitor.layers import as_patterns
 from lightning_bnmonitor.report import Report
 from lightning_bnmonitor.tracker import BatchNormTracker
 
-OnUnhealthy = Literal["warn", "ignore", "raise"]
 _MAX_LAYERS_LOGGED = 100
-_MAX_LAYERS_WARNED_OF = 5
-
-
-class UnhealthyBatchNormError(RuntimeError):
-    """Layers need attention, and ``BatchNormMonitor(on_unhealthy="raise")`` was asked for.
-
-    Args:
-        report: The report of the window at whose end it was raised.
-    """
-
-    def __init__(self, report: Report) -> None:
-        super().__init__(report.brief())
-        self.report = report
-
-    def __reduce__(self) -> tuple[type[UnhealthyBatchNormError], tuple[Report]]:
-        return type(self), (self.report,)
 
 
 class BatchNormMonitor(Callback):
@@ -132,8 +115,6 @@ class BatchNormMonitor(Callback):
             raise ValueError(f"`validation_batches` must be an integer and not negative, got {validation_batches!r}.")
         if not isinstance(log_key_prefix, str) or not log_key_prefix:
             raise ValueError(f"`log_key_prefix` must be a string that is not empty, got {log_key_prefix!r}.")
-        if on_unhealthy not in get_args(OnUnhealthy):
-            raise ValueError(f"`on_unhealthy` must be one of {list(get_args(OnUnhealthy))}, got {on_unhealthy!r}.")
         check_capture(capture)
         self._every_n_epochs = every_n_epochs or 1
         self._every_n_train_batches = every_n_train_batches
@@ -144,8 +125,7 @@ class BatchNormMonitor(Callback):
         self._has_dashboard = dashboard
         self._validation_batches = validation_batches
         self._log_key_prefix = log_key_prefix
-        self._on_unhealthy = on_unhealthy
-        self._warned_of: set[tuple[str, str]] = set()  # layer and verdict
+        self._alarm = Alarm(on_unhealthy)
         self._tracker: BatchNormTracker | None = None
         self._dashboard: Dashboard | None = None
         self._report: Report | None = None
@@ -176,7 +156,7 @@ class BatchNormMonitor(Callback):
             "num_batches": self._num_batches,
             "is_due": self._is_due,
             "is_awaited": self._is_awaited,
-            "warned_of": [list(pair) for pair in sorted(self._warned_of)],
+            "warned_of": self._alarm.state(),
             "summary": dict(self._summary),
             "dashboard": None if self._dashboard is None else self._dashboard.state_dict(),
             "tracker": self._tracker.state_dict(),
@@ -213,7 +193,8 @@ class BatchNormMonitor(Callback):
         self._tracker = self._report = None
         self._num_batches, self._is_due = 0, True
         self._is_awaited = self._every_n_train_batches is None  # what is resumed within an epoch does not start one
-        self._warned_of, self._summary = set(), {}
+        self._alarm.restore([])
+        self._summary = {}
         # Not where nothing is logged: it holds what only rank 0 shows.
         shows = self._has_dashboard and trainer.is_global_zero
         validates = self._validation_batches > 0 and bool(trainer.enable_validation)
@@ -283,9 +264,9 @@ class BatchNormMonitor(Callback):
         shifts = {name: layer.evidence["val_shift"] for name, layer in report.items() if "val_shift" in layer.evidence}
         if not shifts:
             return
-        self._summary[f"{self._log_key_prefix}/val_shift_max"] = max(shifts.values())
-        self._publish(trainer)
         metrics = {f"{self._log_key_prefix}/val_shift_max": max(shifts.values())}
+        self._summary |= metrics
+        self._publish(trainer)
         if self._logs_layers(report):
             metrics |= {f"{self._log_key_prefix}.val_shift/{name}": shift for name, shift in shifts.items()}
         for logger in trainer.loggers:
@@ -360,7 +341,7 @@ class BatchNormMonitor(Callback):
             log_scalars(logger, metrics, step)
         if self._dashboard is not None and metrics:
             self._dashboard.show(trainer.loggers, self._report, step, bool(per_layer))
-        self._react(trainer, self._report)
+        self._alarm.react(self._report, may_warn=trainer.is_global_zero)
 
     def _publish(self, trainer: Trainer) -> None:
         metrics = {name: torch.tensor(value, device="cpu") for name, value in self._summary.items()}
@@ -378,20 +359,10 @@ class BatchNormMonitor(Callback):
             warnings.warn(f"The BatchNorm statistics in the checkpoint are left out: {error}", stacklevel=2)
             return
         self._num_batches, self._is_due, self._is_awaited = state["num_batches"], state["is_due"], state["is_awaited"]
-        self._warned_of = {(name, verdict) for name, verdict in state["warned_of"]}
+        self._alarm.restore(state["warned_of"])
         self._summary = dict(state["summary"])
         if self._dashboard is not None and (shown := state.get("dashboard")) is not None:
             self._dashboard.load_state_dict(shown)
-
-    def _react(self, trainer: Trainer, report: Report) -> None:
-        """Warn or raise if layers need attention."""
-        if self._on_unhealthy == "raise" and report.unhealthy:
-            raise UnhealthyBatchNormError(report)
-        if self._on_unhealthy == "warn" and trainer.is_global_zero:
-            news = [layer for layer in report.unhealthy if (layer.name, layer.verdict) not in self._warned_of]
-            self._warned_of.update((layer.name, layer.verdict) for layer in news)
-            if news:
-                warnings.warn(_warning(news), stacklevel=4)
 
     def _layer_metrics(self, report: Report) -> dict[str, float]:
         if not self._logs_layers(report):
@@ -406,18 +377,6 @@ class BatchNormMonitor(Callback):
     def _detach(self) -> None:
         if self._tracker is not None:
             self._tracker.detach()
-
-
-def _warning(layers: Sequence[LayerReport]) -> str:
-    """All in one line: the report has the rest."""
-    errors = [layer.evidence.get("eval_error", math.nan) for layer in layers]
-    listed = ", ".join(
-        f"{layer.name} ({layer.verdict}, eval_error {error:.2g})"
-        for layer, error in list(zip(layers, errors, strict=True))[:_MAX_LAYERS_WARNED_OF]
-    )
-    if len(layers) > _MAX_LAYERS_WARNED_OF:
-        listed += f" and {len(layers) - _MAX_LAYERS_WARNED_OF} more"
-    return f"BatchNorm layers need attention: {listed}. `BatchNormMonitor.report()` says why, and what to do."
 
 
 def _is_last_validation(trainer: Trainer) -> bool:

@@ -257,7 +257,7 @@ class _Calibration(BatchNormTracker):
     def compare(self, part: Part, all_ranks: bool) -> Report:
         """The running statistics as they are now against what was counted, which has that part in them."""
         self.flush()
-        report, _ = assess(self._layers, self._placed, self._windows, False, all_ranks, part)
+        report, _ = assess(self._layers, self._placement, False, all_ranks, part)
         return report
 
 

@@ -20,18 +20,16 @@ from lightning_bnmonitor.layers import (
     History,
     TrackedLayer,
     as_patterns,
-    device_of,
     find_layers,
     num_batches_tracked,
     running_stats,
 )
+from lightning_bnmonitor.placement import Placement
 from lightning_bnmonitor.report import Report
 from lightning_bnmonitor.validation import with_validation
-from lightning_bnmonitor.window import Window
 
 _STATE_VERSION = 6
 _NO_MODEL = "The model of this BatchNormTracker no longer exists. Make a new tracker."
-_BUFFER_ROWS = 6  # per channel: the running statistics when the window began, when the last one ended, and since
 
 _attached: weakref.WeakSet[BatchNormTracker] = weakref.WeakSet()
 
@@ -43,8 +41,8 @@ class BatchNormTracker:
     that validation does not, and frozen layers inside a training model do. Nothing that is computed changes: hooks only
     read, and never wait for the device within a step.
 
-    State is 600 bytes a channel, about 850 bytes a layer, and the batch moments of up to 48 calls (8 bytes a channel
-    each; up to 24 in float64 or by a pass). It is float64, on the layers' device (on the CPU for MPS, which has none).
+    State is 600 bytes a channel, about 850 bytes a layer, and the batch moments of up to 56 calls (8 bytes a channel
+    each; up to 28 in float64 or by a pass). It is float64, on the layers' device (on the CPU for MPS, which has none).
 
     Args:
         model: The root module. It is not kept alive; its BatchNorm layers are, for the report. If it is compiled, pass
@@ -86,9 +84,7 @@ class BatchNormTracker:
         self._model = weakref.ref(model)
         self._gate = Gate(model)
         self._layers: list[TrackedLayer] = []  # in the order of the model's modules
-        self._windows: dict[torch.device, Window] = {}
-        # Those that have a place in a window, in the order of their first call; the model may have lost them since.
-        self._placed: list[TrackedLayer] = []
+        self._placement = Placement()
         self._attachment: Attachment | None = None
         self._closed: Report | None = None  # the report of a window that has ended, until the next one begins
         self._pending: Mapping[str, Any] | None = None
@@ -181,15 +177,7 @@ class BatchNormTracker:
         with self._gate.lock:
             self._drain()
             self._gate.is_full = False
-            waiting = {layer: layer.stash[:] for layer in self._layers if layer.stash}  # other threads may add to it
-            self._place([layer for layer in waiting if layer.window is None])
-            for window in self._windows.values():
-                there = {layer: layer.waiting(calls) for layer, calls in waiting.items() if layer.window is window}
-                batches = {layer.index: calls.batches for layer, calls in there.items() if calls.batches is not None}
-                if batches:
-                    window.update(batches)
-                for layer, calls in there.items():
-                    layer.count(calls)
+            self._placement.update(self._layers)
 
     def close(self, all_ranks: bool = False) -> Report:
         """End the window and report it. What is called until :meth:`reset` does not count.
@@ -222,8 +210,7 @@ class BatchNormTracker:
         momentum is taken to be that of u updates.
         """
         self.close()
-        for window in self._windows.values():
-            window.reset()
+        self._placement.reset()
         self._begin_window(self._layers)
         self._reopen()
 
@@ -281,33 +268,8 @@ class BatchNormTracker:
         if self._pending is not None:
             return dict(self._pending)
         self.flush()
-        channels = {device: window.channel_state() for device, window in self._windows.items()}
-        parts, layers = [torch.empty(Window.CHANNEL_ROWS + _BUFFER_ROWS, 0, dtype=torch.float64, device="cpu")], []
-        present = set(self._layers)
-        for layer in (layer for layer in self._placed if layer in present):
-            assert layer.window is not None
-            width = layer.window.widths[layer.index]
-            own = channels[layer.window.device][:, layer.window.channels(layer.index)]
-            parts.append(torch.cat([own, layer.buffer_state(width)]))
-            state = {**layer.window.layer_state(layer.index), **layer.state()}
-            layers.append({"name": layer.name, "width": width, **state})
-        return {
-            "version": _STATE_VERSION,
-            "rank": ranks.rank(),
-            "closed": self._closed is not None,
-            "channels": torch.cat(parts, dim=-1),
-            "layers": layers,
-            "not_called": [
-                {
-                    "name": layer.name,
-                    "width": layer.module.num_features,
-                    "buffers": layer.buffer_state(layer.module.num_features),
-                    **layer.state(),
-                }
-                for layer in self._layers
-                if layer.window is None
-            ],
-        }
+        state = self._placement.state(self._layers)
+        return {"version": _STATE_VERSION, "rank": ranks.rank(), "closed": self._closed is not None, **state}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on with a saved window in the place of the present one; before :meth:`attach`, as soon as that is called.
@@ -332,7 +294,7 @@ class BatchNormTracker:
     @torch.inference_mode(False)
     def _assess(self, ends: bool = False, ended: bool = False, all_ranks: bool = False) -> Report:
         self.flush()
-        report, endings = assess(self._layers, self._placed, self._windows, ended, all_ranks)
+        report, endings = assess(self._layers, self._placement, ended, all_ranks)
         if ends:
             end_windows(endings, self._always_pass)
         return report
@@ -368,63 +330,24 @@ class BatchNormTracker:
                     moments_or_none = owned(moments) if moments.num_samples else None
                     hook.receive(layer.module, moments_or_none, training, updating)
 
-    def _place(self, layers: list[TrackedLayer]) -> None:
-        """Give layers that were called for the first time their place in the flat channel space of their device."""
-        by_device: dict[torch.device, list[tuple[TrackedLayer, int]]] = {}
-        for layer in sorted(layers, key=lambda layer: layer.hook.first_call):
-            mean, *_ = layer.stash[0]
-            by_device.setdefault(mean.device, []).append((layer, mean.numel()))
-        for device, placed in by_device.items():
-            self._place_on(device, placed)
-
-    def _place_on(self, device: torch.device, layers: list[tuple[TrackedLayer, int]]) -> None:
-        home = torch.device("cpu") if device.type == "mps" else device
-        window = self._windows.setdefault(home, Window(home))
-        for (layer, _), index in zip(layers, window.add_layers([width for _, width in layers]), strict=True):
-            layer.window, layer.index, layer.width = window, index, window.widths[index]
-            self._placed.append(layer)
-
     @torch.inference_mode(False)
     def _restore(self, state: Mapping[str, Any]) -> None:
-        self._windows, self._placed = {}, []
+        self._placement = Placement()
         self._reopen()
         for layer in self._layers:
             layer.forget()
         self._begin_window(self._layers)
         by_name = {layer.name: layer for layer in self._layers}
-        fitting: dict[torch.device, list[tuple[TrackedLayer, int]]] = {}
-        start, unknown, restored = 0, [], []
-        for saved in state["layers"]:
-            name, width = saved["name"], saved["width"]
-            channels = state["channels"][:, start : start + width]
-            start += width
-            if name in by_name and by_name[name].module.num_features in (0, width):  # 0: lazy, and not called yet
-                layer = by_name[name]
-                fitting.setdefault(device_of(layer.module), []).append((layer, width))
-                restored.append((layer, channels, saved))
-            else:
-                unknown.append(name)
-        for device, layers in fitting.items():
-            self._place_on(device, layers)
-        for layer, channels, saved in restored:
-            assert layer.window is not None
-            layer.window.restore(layer.index, channels[:-_BUFFER_ROWS], saved)
-            layer.restore(saved, channels[-_BUFFER_ROWS:])
-        for saved in state["not_called"]:
-            idle = by_name.get(saved["name"])
-            if idle is not None and idle.module.num_features == saved["width"]:
-                idle.restore(saved, saved["buffers"])
+        known, left_out = self._placement.restore(state, by_name)
         if state["rank"] != ranks.rank():
-            for window in self._windows.values():
-                window.reset()
+            self._placement.reset()
         if state["closed"]:
             self._closed = self._assess(ended=True)
             self._gate.paused += 1
-        known = {saved["name"] for saved in state["not_called"]} | {layer.name for layer, _, _ in restored}
         new = [name for name in by_name if name not in known]
         changes = [
             f"{what}: {', '.join(names)}"
-            for what, names in (("left out, as the model has none of that name and width", unknown), ("new", new))
+            for what, names in (("left out, as the model has none of that name and width", left_out), ("new", new))
             if names
         ]
         if changes:

@@ -111,7 +111,7 @@ def test_training_steps_do_without_the_values_on_the_device(capture: str, monkey
             optimizer.step()
         assert [layer.num_calls for layer in tracker._layers] == [STEPS + 1] * 3
         assert all(len(layer.stash) < STASH_LIMIT < STEPS for layer in tracker._layers)  # so they were merged
-        assert list(tracker._windows) == [torch.device("meta")]
+        assert list(tracker._placement.windows) == [torch.device("meta")]
 
 
 def test_a_call_read_off_the_kernel_adds_no_operation_at_all() -> None:
@@ -164,7 +164,11 @@ def test_what_is_counted_as_held_includes_state_and_what_waits() -> None:
         model(torch.randn(4, C))
         assert bytes_held(tracker) - buffers_at_the_start == 2 * 2 * C * 4
         tracker.flush()
-        assert bytes_held(tracker) >= sum(w._channels.untyped_storage().nbytes() for w in tracker._windows.values()) > 0
+        assert (
+            bytes_held(tracker)
+            >= sum(w._channels.untyped_storage().nbytes() for w in tracker._placement.windows.values())
+            > 0
+        )
 
 
 class Skipping(nn.Module):

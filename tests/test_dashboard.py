@@ -15,6 +15,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 import warnings
 from collections import defaultdict
 from pathlib import Path
@@ -95,6 +96,12 @@ def fit(logger, *callbacks, model=None, loader=None, ckpt_path=None, **options):
 
 def board(tmp_path, **options):
     return TensorBoardLogger(tmp_path, name="run", **options)
+
+
+def board_again(tmp_path):
+    """On the directory of version 0. Its files are read by name, which begins with the second they were made in."""
+    time.sleep(1)
+    return board(tmp_path, version=0)
 
 
 class Look(Callback):
@@ -454,7 +461,7 @@ def test_a_run_resumed_into_the_same_directory_has_our_charts_once(tmp_path):
     first = board(tmp_path, version=0)
     first.experiment.add_custom_scalars(THEIRS)
     fit(first, BatchNormMonitor(), At(BATCHES + 3, Save(path)))
-    fit(board(tmp_path, version=0), BatchNormMonitor(), ckpt_path=path, max_epochs=3)
+    fit(board_again(tmp_path), BatchNormMonitor(), ckpt_path=path, max_epochs=3)
     assert events(first.log_dir).categories() == [*THEIRS, *OURS]
 
 
@@ -1075,7 +1082,7 @@ def test_a_prefix_of_the_logger_is_that_of_pictures_texts_and_charts_as_of_scala
 def test_charts_of_layers_go_when_a_run_goes_on_in_the_same_directory_without_them(tmp_path):
     path = tmp_path / "saved.ckpt"
     fit(board(tmp_path, version=0), BatchNormMonitor(), At(BATCHES + 3, Save(path)))
-    second = board(tmp_path, version=0)
+    second = board_again(tmp_path)
     fit(second, BatchNormMonitor(per_layer=False), ckpt_path=path, max_epochs=3)
     assert events(second.log_dir).categories() == OURS[:1]
 

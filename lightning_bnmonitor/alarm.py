@@ -1,0 +1,73 @@
+"""What is done when a window ends and layers need attention."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Iterable, Sequence
+from typing import Literal, get_args
+
+from lightning_bnmonitor.layer_report import LayerReport
+from lightning_bnmonitor.report import Report
+
+OnUnhealthy = Literal["warn", "ignore", "raise"]
+_MAX_LAYERS_WARNED_OF = 5
+
+
+class UnhealthyBatchNormError(RuntimeError):
+    """Layers need attention, and ``BatchNormMonitor(on_unhealthy="raise")`` was asked for.
+
+    Args:
+        report: The report of the window at whose end it was raised.
+    """
+
+    def __init__(self, report: Report) -> None:
+        super().__init__(report.brief())
+        self.report = report
+
+    def __reduce__(self) -> tuple[type[UnhealthyBatchNormError], tuple[Report]]:
+        return type(self), (self.report,)
+
+
+class Alarm:
+    """Warns of each layer and verdict once, or raises, or neither.
+
+    Raises:
+        ValueError: If ``on_unhealthy`` is unknown.
+    """
+
+    def __init__(self, on_unhealthy: OnUnhealthy) -> None:
+        if on_unhealthy not in get_args(OnUnhealthy):
+            raise ValueError(f"`on_unhealthy` must be one of {list(get_args(OnUnhealthy))}, got {on_unhealthy!r}.")
+        self._on_unhealthy = on_unhealthy
+        self._warned_of: set[tuple[str, str]] = set()  # layer and verdict
+
+    def state(self) -> list[list[str]]:
+        """Layers and verdicts that were warned of, in primitives."""
+        return [list(pair) for pair in sorted(self._warned_of)]
+
+    def restore(self, state: Iterable[Sequence[str]]) -> None:
+        """Be silent from now on of what was warned of when this was :meth:`state`, and of nothing else."""
+        self._warned_of = {(name, verdict) for name, verdict in state}
+
+    def react(self, report: Report, may_warn: bool) -> None:
+        """Warn of the layers that need attention (if this rank may), or raise UnhealthyBatchNormError."""
+        if self._on_unhealthy == "raise" and report.unhealthy:
+            raise UnhealthyBatchNormError(report)
+        if self._on_unhealthy == "warn" and may_warn:
+            news = [layer for layer in report.unhealthy if (layer.name, layer.verdict) not in self._warned_of]
+            self._warned_of.update((layer.name, layer.verdict) for layer in news)
+            if news:
+                warnings.warn(_warning(news), stacklevel=4)
+
+
+def _warning(layers: Sequence[LayerReport]) -> str:
+    """All in one line: the report has the rest."""
+    errors = [layer.evidence.get("eval_error", math.nan) for layer in layers]
+    listed = ", ".join(
+        f"{layer.name} ({layer.verdict}, eval_error {error:.2g})"
+        for layer, error in list(zip(layers, errors, strict=True))[:_MAX_LAYERS_WARNED_OF]
+    )
+    if len(layers) > _MAX_LAYERS_WARNED_OF:
+        listed += f" and {len(layers) - _MAX_LAYERS_WARNED_OF} more"
+    return f"BatchNorm layers need attention: {listed}. `BatchNormMonitor.report()` says why, and what to do."

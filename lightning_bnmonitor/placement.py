@@ -1,0 +1,108 @@
+"""Where layers lie in the windows of their devices, and how what lies there is updated, saved and restored."""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Iterable, Mapping, Sequence
+from typing import Any
+
+import torch
+
+from lightning_bnmonitor.layers import TrackedLayer, device_of
+from lightning_bnmonitor.window import Window
+
+_BUFFER_ROWS = 6  # per channel: the running statistics when the window began, when the last one ended, and since
+
+
+class Placement:
+    """The flat channel space of each device, and which layers have channels there: from their first update on."""
+
+    def __init__(self) -> None:
+        self.windows: dict[torch.device, Window] = {}
+        self.layers: list[TrackedLayer] = []  # in the order of their first call; the model may have lost them since
+
+    def update(self, layers: Iterable[TrackedLayer]) -> None:
+        """Merge what waits of these layers into the windows, all layers of a window at once."""
+        waiting = {layer: layer.stash[:] for layer in layers if layer.stash}  # other threads may add to it
+        self._place_called([layer for layer in waiting if layer.window is None])
+        for window in self.windows.values():
+            there = {layer: layer.waiting(calls) for layer, calls in waiting.items() if layer.window is window}
+            batches = {layer.index: calls.batches for layer, calls in there.items() if calls.batches is not None}
+            if batches:
+                window.update(batches)
+            for layer, calls in there.items():
+                layer.count(calls)
+
+    def reset(self) -> None:
+        """Empty the windows. Layers keep their places."""
+        for window in self.windows.values():
+            window.reset()
+
+    def state(self, layers: Collection[TrackedLayer]) -> dict[str, Any]:
+        """What :meth:`restore` needs of these layers: one CPU tensor for those that have a place, and primitives."""
+        channels = {device: window.channel_state() for device, window in self.windows.items()}
+        parts, states = [torch.empty(Window.CHANNEL_ROWS + _BUFFER_ROWS, 0, dtype=torch.float64, device="cpu")], []
+        present = set(layers)
+        for layer in (layer for layer in self.layers if layer in present):
+            assert layer.window is not None
+            width = layer.window.widths[layer.index]
+            own = channels[layer.window.device][:, layer.window.channels(layer.index)]
+            parts.append(torch.cat([own, layer.buffer_state(width)]))
+            state = {**layer.window.layer_state(layer.index), **layer.state()}
+            states.append({"name": layer.name, "width": width, **state})
+        not_called = [
+            {
+                "name": layer.name,
+                "width": layer.module.num_features,
+                "buffers": layer.buffer_state(layer.module.num_features),
+                **layer.state(),
+            }
+            for layer in layers
+            if layer.window is None
+        ]
+        return {"channels": torch.cat(parts, dim=-1), "layers": states, "not_called": not_called}
+
+    def restore(self, state: Mapping[str, Any], layers: Mapping[str, TrackedLayer]) -> tuple[set[str], list[str]]:
+        """Give layers (by name) that have no place those that were saved, and what lay there.
+
+        Returns:
+            Names that the state knows; names that were left out, as there is no such layer or it has another width.
+        """
+        fitting: dict[torch.device, list[tuple[TrackedLayer, int]]] = {}
+        start, left_out, restored = 0, [], []
+        for saved in state["layers"]:
+            name, width = saved["name"], saved["width"]
+            own = state["channels"][:, start : start + width]
+            start += width
+            if name in layers and layers[name].module.num_features in (0, width):  # 0: lazy, and not called yet
+                layer = layers[name]
+                fitting.setdefault(device_of(layer.module), []).append((layer, width))
+                restored.append((layer, own, saved))
+            else:
+                left_out.append(name)
+        for device, here in fitting.items():
+            self._place(device, here)
+        for layer, own, saved in restored:
+            assert layer.window is not None
+            layer.window.restore(layer.index, own[:-_BUFFER_ROWS], saved)
+            layer.restore(saved, own[-_BUFFER_ROWS:])
+        for saved in state["not_called"]:
+            idle = layers.get(saved["name"])
+            if idle is not None and idle.module.num_features == saved["width"]:
+                idle.restore(saved, saved["buffers"])
+        known = {saved["name"] for saved in state["not_called"]} | {layer.name for layer, *_ in restored}
+        return known, left_out
+
+    def _place_called(self, layers: Sequence[TrackedLayer]) -> None:
+        by_device: dict[torch.device, list[tuple[TrackedLayer, int]]] = {}
+        for layer in sorted(layers, key=lambda layer: layer.hook.first_call):
+            mean, *_ = layer.stash[0]
+            by_device.setdefault(mean.device, []).append((layer, mean.numel()))
+        for device, called in by_device.items():
+            self._place(device, called)
+
+    def _place(self, device: torch.device, layers: Sequence[tuple[TrackedLayer, int]]) -> None:
+        home = torch.device("cpu") if device.type == "mps" else device
+        window = self.windows.setdefault(home, Window(home))
+        for (layer, _), index in zip(layers, window.add_layers([width for _, width in layers]), strict=True):
+            layer.window, layer.index, layer.width = window, index, window.widths[index]
+            self.layers.append(layer)
