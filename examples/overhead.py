@@ -48,7 +48,7 @@ from lightning_bnmonitor import BatchNormTracker
 from lightning_bnmonitor.hooks import STASH_LIMIT
 
 NONE, AGAIN, EMPTY, OURS = "no monitor", "no monitor, again", "empty hook", "ours"
-UPDATE_STEPS = STASH_LIMIT  # after so many there has been one update of everything
+UPDATE_STEPS = STASH_LIMIT  # after so many there has been an update of everything, at the latest
 MAX_SHARE = {"ResNet-18": 0.01, "120 layers": 0.01, "narrow MLP": 0.05}
 MAX_RATIO = {("narrow MLP", EMPTY): 1.05, ("compiled", NONE): 1.02}
 MAX_WINDOW_END = {100_000: 0.3}  # seconds by channels
@@ -354,11 +354,16 @@ class Stopwatch:
                 each.update(hooked)
 
 
-def direct_shares(network: Network, steps: int = UPDATE_STEPS) -> list[float]:
-    """Share of the time of so many training steps that passes within our hooks and updates, several times."""
+def direct_shares(network: Network, steps: int | None = None) -> list[float]:
+    """Share of the time of training steps that passes within our hooks and updates, several times.
+
+    So many steps at a time; None: as many as have one update.
+    """
     training, stopwatch, shares = Training(network, OURS), Stopwatch(), []
     with stopwatch.on_our_hooks(training.model, network.backend is not None):
         training.steps(2)
+        training.monitor.kept.flush()
+        steps = steps or max(layer.hook.limit for layer in training.monitor.kept._layers)
         own = stopwatch.own_seconds()
         for _ in range(network.chunks):
             stopwatch.seconds, stopwatch.calls = 0.0, 0
@@ -517,7 +522,7 @@ def main() -> int:
         for training in trainings.values():
             training.monitor.close()
         del trainings
-        shares[network.name] = summary(direct_shares(network, 2 if args.quick else UPDATE_STEPS))
+        shares[network.name] = summary(direct_shares(network, 2 if args.quick else None))
     print(time_table(seconds, shares))
 
     mlp = next(network for network in measured if network.name == "narrow MLP")

@@ -41,8 +41,10 @@ Call = tuple[Tensor, Tensor, int, Kind]
 class Usual(NamedTuple):
     """What a call has to have in common with the last one to be of the same kind, and for its moments to be saved."""
 
+    limit: int = 0
+    """Calls that may wait; none may if no call is like it."""
     shape: torch.Size | None = None
-    """That of the output; None: no call is like it."""
+    """That of the output."""
     node_type: type | None = None
     """Of the output's node."""
     contiguous: bool | None = None
@@ -78,7 +80,7 @@ def kind_of(moments: BatchMoments, module: _BatchNorm, training: bool, updating:
     )
 
 
-def usual_of(kind: Kind, module: _BatchNorm, x: Tensor, output: object) -> Usual:
+def usual_of(kind: Kind, limit: int, module: _BatchNorm, x: Tensor, output: object) -> Usual:
     """What a call had, whose moments the kernel saved; :data:`UNKNOWN` if another with the same can be different."""
     if kind.path != "saved" or kind.eps != module.eps or not isinstance(output, Tensor) or x.shape != output.shape:
         return UNKNOWN
@@ -86,4 +88,4 @@ def usual_of(kind: Kind, module: _BatchNorm, x: Tensor, output: object) -> Usual
         return UNKNOWN
     contiguous = x.is_contiguous() if kind.num_samples != kind.batch_size else None
     modes = kind.eps, kind.momentum, kind.training, kind.updating
-    return Usual(output.shape, type(output.grad_fn), contiguous, kind.nbytes, *modes, kind)
+    return Usual(limit, output.shape, type(output.grad_fn), contiguous, kind.nbytes, *modes, kind)

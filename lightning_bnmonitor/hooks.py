@@ -30,9 +30,8 @@ from lightning_bnmonitor.capture import (
     traced_moments,
 )
 
-STASH_LIMIT = 56
-"""Calls of a layer that may wait for the next update: so many float32 moments keep the state below 1 KiB a channel."""
-_WIDE_LIMIT = STASH_LIMIT // 2  # the same for float64, and for the mean of a pass, which is
+STASH_LIMIT = 72
+"""Most calls of a layer that may wait for the next update."""
 _current_backward = torch._C._current_graph_task_id
 _tracing_state = torch._C._get_tracing_state
 _functorch_is_active = torch._C._are_functorch_transforms_active
@@ -92,7 +91,8 @@ class LayerHook(_Hook):
         self.receive_empty = receive_empty
         self.validate = validate
         self.stash: list[Call] = []  # always the same list: threads append to it while others look
-        self.limit = STASH_LIMIT
+        self.room = STASH_LIMIT  # calls that may wait with moments in float32
+        self.is_wide = False  # whether there are some in float64, as the mean of a pass is
         self.usual = UNKNOWN  # the last call, if another like it may go the short way
         self.by_pass = False
         self.skipped = 0  # calls that cannot be looked at
@@ -106,13 +106,29 @@ class LayerHook(_Hook):
         self.traced_validation: tuple[BatchMoments, ...] = ()
 
     @property
+    def limit(self) -> int:
+        """Calls that may wait."""
+        return self.room // 2 if self.is_wide else self.room
+
+    def make_room(self, calls: int) -> None:
+        """Let so many calls wait from now on, half as many in float64."""
+        if calls != self.room:
+            self.room = calls
+            self.look_closer()
+
+    def look_closer(self) -> None:
+        """Let the next call go the long way."""
+        self.usual = UNKNOWN
+
+    @property
     def by_pass(self) -> bool:
         """Whether moments are taken by a pass over the input, whatever the kernel saved."""
         return self._by_pass
 
     @by_pass.setter
     def by_pass(self, by_pass: bool) -> None:
-        self._by_pass, self.usual = by_pass, UNKNOWN
+        self._by_pass = by_pass
+        self.look_closer()
 
     def __call__(self, module: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """The forward hook."""
@@ -133,17 +149,16 @@ class LayerHook(_Hook):
         if _current_backward() != -1:
             self.checkpointed = True
             return
-        if gate.paused:
-            return
         # The same as above: but `module.running_mean` takes as long as the rest, as modules look up their buffers last.
         has_stats = module.track_running_stats and module._buffers.get("running_mean") is not None
         # What follows finds the processor's caches cold: it takes as long as it touches memory. So a call that is like
         # the last one (the same shape and kernel) makes no function call in Python, and is checked for no more than can
         # have changed since. All others go the long way, which tells the same of it.
-        shape, node_type, contiguous, nbytes, eps, momentum, training, updating, kind = self.usual
+        limit, shape, node_type, contiguous, nbytes, eps, momentum, training, updating, kind = self.usual
         stash = self.stash
         if (
-            _tracing_state() is None
+            len(stash) < limit
+            and _tracing_state() is None
             and output.__class__ is Tensor
             and output.shape == shape
             and (node := output.grad_fn).__class__ is node_type
@@ -151,7 +166,6 @@ class LayerHook(_Hook):
             and (training and has_stats) is updating
             and module.eps == eps
             and module.momentum == momentum
-            and len(stash) < self.limit
             and (contiguous is None or (x.__class__ is Tensor and x.is_contiguous() is contiguous))
             and top_saved_tensor_hooks(True) is None
             and not _functorch_is_active()
@@ -160,14 +174,14 @@ class LayerHook(_Hook):
             mean, spread = saved._saved_result1, saved._saved_result2
             if mean.nbytes == nbytes and not mean.is_meta:
                 stash.append((mean, spread, gate.steps, kind))
-                if len(stash) >= self.limit:
+                if len(stash) >= limit:
                     gate.is_full = True
                 return
         self._take(module, x, output, module.training and has_stats)
 
     def _take(self, module: _BatchNorm, x: object, output: object, updating: bool) -> None:
         """A call that is not like the last one."""
-        if torch.compiler.is_exporting():
+        if self.gate.paused or torch.compiler.is_exporting():
             return
         if _is_abstract(x) or not _has_channels(x, module):
             self.skipped += 1
@@ -176,12 +190,12 @@ class LayerHook(_Hook):
             moments = None if self.by_pass else saved_moments(module, x, output)
             if moments is None and x.numel():
                 self.checkpointed |= saved_tensor_hooks_are_active()
-                moments, self.limit = pass_moments(x), min(self.limit, _WIDE_LIMIT)
+                moments, self.is_wide = pass_moments(x), True
         except Exception as error:
             self._leave_out(module, error)
             return
         kind = self.receive(module, moments, module.training, updating)
-        self.usual = UNKNOWN if kind is None else usual_of(kind, module, x, output)
+        self.usual = UNKNOWN if kind is None else usual_of(kind, self.limit, module, x, output)
 
     def _look_at_validation(self, module: _BatchNorm, x: object) -> None:
         if torch.compiler.is_compiling():
@@ -209,8 +223,7 @@ class LayerHook(_Hook):
             return None
         if self.first_call < 0:
             self.first_call = next(_call_counter)
-            if moments.mean.dtype is torch.float64:
-                self.limit = min(self.limit, _WIDE_LIMIT)
+            self.is_wide |= moments.mean.dtype is torch.float64
         if len(self.stash) >= self.limit:
             self.flush()
         kind = kind_of(moments, module, training, updating)

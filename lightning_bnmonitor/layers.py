@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from lightning_bnmonitor.calls import UNKNOWN, Call, Kind
+from lightning_bnmonitor.calls import Call, Kind
 from lightning_bnmonitor.capture import PATHS, BatchMoments, Path
 from lightning_bnmonitor.hooks import Gate, LayerHook
 from lightning_bnmonitor.window import Batch, Batches, Window
@@ -221,7 +221,7 @@ class TrackedLayer:
     def forget(self) -> None:
         """Drop what waits for an update, the place in the window, and the windows before."""
         self.stash.clear()
-        self.hook.usual = UNKNOWN
+        self.hook.look_closer()
         self.window, self.index, self.width = None, -1, 0
         self.hook.traced, self.end, self.since = (), None, None
 

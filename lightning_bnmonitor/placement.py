@@ -7,10 +7,13 @@ from typing import Any
 
 import torch
 
+from lightning_bnmonitor.hooks import STASH_LIMIT
 from lightning_bnmonitor.layers import TrackedLayer, device_of
 from lightning_bnmonitor.window import Window
 
 _BUFFER_ROWS = 6  # per channel: the running statistics when the window began, when the last one ended, and since
+_CHANNEL_BYTES = 8 * (Window.CHANNEL_ROWS + _BUFFER_ROWS)
+_LAYER_BYTES = 850
 
 
 class Placement:
@@ -106,3 +109,12 @@ class Placement:
         for (layer, _), index in zip(layers, window.add_layers([width for _, width in layers]), strict=True):
             layer.window, layer.index, layer.width = window, index, window.widths[index]
             self.layers.append(layer)
+        room = _calls_that_may_wait(len(self.layers), sum(layer.width for layer in self.layers))
+        for layer in self.layers:
+            layer.hook.make_room(room)
+
+
+def _calls_that_may_wait(num_layers: int, num_channels: int) -> int:
+    """So many of each layer that they and the windows take at most 1 KiB a channel + 64 KiB, but not few."""
+    room = (1024 - _CHANNEL_BYTES) * num_channels + 64 * 1024 - _LAYER_BYTES * num_layers
+    return min(max(room // (8 * max(num_channels, 1)), STASH_LIMIT // 2), STASH_LIMIT)

@@ -41,8 +41,9 @@ class BatchNormTracker:
     that validation does not, and frozen layers inside a training model do. Nothing that is computed changes: hooks only
     read, and never wait for the device within a step.
 
-    State is 600 bytes a channel, about 850 bytes a layer, and the batch moments of up to 56 calls (8 bytes a channel
-    each; up to 28 in float64 or by a pass). It is float64, on the layers' device (on the CPU for MPS, which has none).
+    State is 600 bytes a channel, about 850 bytes a layer, and the batch moments of up to 72 calls (8 bytes a channel
+    each, twice as many in float64 or by a pass): as many as keep it below 1 KiB a channel + 64 KiB. It is float64, on
+    the layers' device (on the CPU for MPS, which has none).
 
     Args:
         model: The root module. It is not kept alive; its BatchNorm layers are, for the report. If it is compiled, pass
@@ -164,7 +165,7 @@ class BatchNormTracker:
     def paused(self) -> Iterator[None]:
         """A context in which no call counts."""
         self._drain()
-        self._gate.paused += 1
+        self._pause()
         try:
             yield
         finally:
@@ -197,7 +198,7 @@ class BatchNormTracker:
         """
         if self._closed is None:
             self._closed = self._assess(ends=True, all_ranks=all_ranks and ranks.num_ranks() > 1)
-            self._gate.paused += 1
+            self._pause()
         return self._closed
 
     @torch.inference_mode(False)
@@ -299,6 +300,11 @@ class BatchNormTracker:
             end_windows(endings, self._always_pass)
         return report
 
+    def _pause(self) -> None:
+        self._gate.paused += 1
+        for layer in self._layers:
+            layer.hook.look_closer()  # what goes the short way does not ask
+
     def _reopen(self) -> None:
         if self._closed is not None:
             self._drain()  # of what was called since, which does not count
@@ -343,7 +349,7 @@ class BatchNormTracker:
             self._placement.reset()
         if state["closed"]:
             self._closed = self._assess(ended=True)
-            self._gate.paused += 1
+            self._pause()
         new = [name for name in by_name if name not in known]
         changes = [
             f"{what}: {', '.join(names)}"

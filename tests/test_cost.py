@@ -17,7 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from lightning_bnmonitor import BatchNormTracker
 from lightning_bnmonitor.hooks import STASH_LIMIT
 
-STEPS = 64
+STEPS = 80
 C = 8
 
 
@@ -199,7 +199,7 @@ def test_the_tracker_never_holds_more_than_a_kibibyte_a_channel_and_64_more(
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
     most, closed = 0, []
     with BatchNormTracker(model, capture=capture) as tracker:
-        for step in range(100):
+        for step in range(140):
             model(torch.randn(2, width, requires_grad=True, dtype=dtype)).sum().backward()
             most = max(most, bytes_held(tracker))
             optimizer.step()
@@ -209,6 +209,31 @@ def test_the_tracker_never_holds_more_than_a_kibibyte_a_channel_and_64_more(
                 tracker.reset()
     assert 8 * num * width < most <= 1024 * num * width + 64 * 1024
     assert 8 * num * width < max(closed) <= 1024 * num * width + 64 * 1024
+
+
+@pytest.mark.parametrize(
+    ("widths", "dtype", "expected"),
+    [
+        ([8], torch.float32, STASH_LIMIT),
+        ([8], torch.float64, STASH_LIMIT // 2),
+        ([20_000], torch.float32, 53),  # (1024 - 600) / 8 bytes, and little more
+        ([20_000], torch.float64, 26),
+        ([64] * 300, torch.float32, 51),  # 850 bytes a layer less
+        ([1] * 500, torch.float32, STASH_LIMIT // 2),
+    ],
+)
+def test_of_wide_layers_fewer_calls_wait_once_they_have_a_window(
+    widths: list[int], dtype: torch.dtype, expected: int
+) -> None:
+    layers, most = nn.ModuleList(nn.BatchNorm1d(width, dtype=dtype) for width in widths), 0
+    with BatchNormTracker(layers) as tracker:
+        for call in range(1 + STASH_LIMIT):
+            for layer in layers:
+                layer(torch.randn(2, layer.num_features, dtype=dtype))
+            if call == 0:
+                tracker.flush()
+            most = max(most, *(len(layer.stash) for layer in tracker._layers))
+    assert most == expected
 
 
 @pytest.mark.parametrize("calls_a_step", [1, 3, 50])
