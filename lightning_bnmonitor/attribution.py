@@ -58,7 +58,7 @@ class Attribution:
     """``eval_loss`` less ``exact_loss``: what running statistics explain. Infinite if only the former is not finite,
     NaN if neither is."""
     gap_stderr: float
-    """Standard error of the gap."""
+    """Standard error of the gap, the rounding of losses included."""
     contributions: tuple[Contribution, ...]
     """Layers in the order in which their statistics were replaced, the largest ``eval_error`` first. Empty if there is
     nothing to explain."""
@@ -164,7 +164,7 @@ def attribute_eval_gap(
     those of validation data, so that it includes what running statistics of training data cannot fit. Two more passes
     tell what no running statistic explains: with BatchNorm normalising by the batch and all else in eval mode, and in
     training mode. Losses are compared batch by batch, or sample by sample, so that standard errors are those of the
-    differences.
+    differences (and of the losses' rounding: one unit in their last place).
 
     All is left as it was, to the bit: buffers, modes, random states. On several ranks each is on its own.
 
@@ -227,7 +227,7 @@ def attribute_eval_gap(
         new = Saved(layers.values())
         exact = passes.losses("eval mode, exact statistics") if layers else as_is
         old.restore()
-        gap, stderr = _difference(as_is, exact)
+        gap, stderr = passes.difference(as_is, exact)
         scale = gap if math.isfinite(gap) else float(exact.mean())
         errors = {name: report.summary()["eval_error"] for name, report in repair.before.items()}
         order = sorted((name for name in reversed(errors) if name not in repair.left_alone), key=errors.__getitem__)
@@ -239,15 +239,15 @@ def attribute_eval_gap(
             name = order.pop()
             new.of([layers[name]]).restore()
             following = passes.losses(f"eval mode, exact in {name}, too") if order else exact
-            contributions.append(Contribution(name, errors[name], *_difference(present, following)))
+            contributions.append(Contribution(name, errors[name], *passes.difference(present, following)))
             present = following
-            left, _ = _difference(present, exact)
+            left, _ = passes.difference(present, exact)
     finally:
         old.restore()
     rest = None
     if contributions and order:
         what = f"{len(order)} other layer{'s' * (len(order) > 1)}"
-        rest = Contribution(what, errors[order[-1]], *_difference(present, exact))
+        rest = Contribution(what, errors[order[-1]], *passes.difference(present, exact))
     return Attribution(
         eval_loss=float(as_is.mean()),
         exact_loss=float(exact.mean()),
@@ -271,6 +271,7 @@ class _Passes:
         self.progress = progress
         self.output: Any = None
         self.num_losses: int | None = None
+        self.rounding = 0.0  # of a loss, relative to it: need not average out
 
     @torch.no_grad()
     def losses(self, label: str, in_training: Iterable[nn.Module] = ()) -> Tensor:
@@ -320,7 +321,18 @@ class _Passes:
             ) from error
         if value.ndim > 1:
             raise ValueError(f"`loss` must return a scalar or one value for each sample, got {tuple(value.shape)}.")
+        if value.is_floating_point():
+            self.rounding = max(self.rounding, torch.finfo(value.dtype).eps)
         return value.detach().reshape(-1).to("cpu", torch.float64)
+
+    def difference(self, one: Tensor, other: Tensor) -> tuple[float, float]:
+        """Mean difference of paired losses, infinite if only one of them is not finite, and its standard error."""
+        finite = bool(torch.isfinite(one).all()), bool(torch.isfinite(other).all())
+        if not all(finite):
+            return (math.nan if not any(finite) else math.inf if finite[1] else -math.inf), math.nan
+        difference = one - other
+        by_chance = float(difference.std()) / math.sqrt(len(difference))
+        return float(difference.mean()), math.hypot(by_chance, self.rounding * float(other.abs().mean()))
 
     @contextmanager
     def same_batches(self) -> Iterator[None]:
@@ -335,12 +347,3 @@ class _Passes:
         finally:
             for generator, state in states:
                 generator.set_state(state)
-
-
-def _difference(one: Tensor, other: Tensor) -> tuple[float, float]:
-    """Mean difference of paired losses and its standard error; infinite if only one of them is not finite."""
-    finite = bool(torch.isfinite(one).all()), bool(torch.isfinite(other).all())
-    if not all(finite):
-        return (math.nan if not any(finite) else math.inf if finite[1] else -math.inf), math.nan
-    difference = one - other
-    return float(difference.mean()), float(difference.std()) / math.sqrt(len(difference))

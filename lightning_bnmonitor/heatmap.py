@@ -109,7 +109,7 @@ class Heatmap:
             canvas = FigureCanvasAgg(fig)
             plot = (left / width, _BOTTOM / height, plot_width / width, plot_height / height)
             ax = fig.add_axes(plot)
-            colors = ListedColormap(_COLORS, bad=_MISSING)
+            colors = ListedColormap(_COLORS).with_extremes(bad=_MISSING)
             norm = BoundaryNorm(_LEVELS, len(_COLORS), extend="max")
             shown = np.ma.masked_invalid(np.where(np.isposinf(self._errors), 1e3, self._errors))
             image = ax.imshow(shown, cmap=colors, norm=norm, aspect="auto", interpolation="nearest")
