@@ -20,6 +20,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from torch import nn
 
 from lightning_bnmonitor import BatchNormTracker, ChannelMoments
+from lightning_bnmonitor.hooks import STASH_LIMIT
 from lightning_bnmonitor.moments import _merge_states
 from lightning_bnmonitor.ranks import Share, together
 from lightning_bnmonitor.segments import Segments
@@ -332,7 +333,7 @@ FLOW = st.lists(
         st.tuples(
             st.just("train"),
             st.lists(st.tuples(st.sampled_from("abc"), st.integers(2, 6)), min_size=1, max_size=4),
-            st.sampled_from([1, 2, 5, 17, 26]),
+            st.sampled_from([1, 2, 5, 17, STASH_LIMIT + 2]),
         ),
         st.tuples(st.sampled_from(["reset", "close", "eval", "write", "copy", "missed", "step"])),
     ),
@@ -700,7 +701,7 @@ class Anything(RuleBasedStateMachine):
     @rule(
         calls=CALLS,
         seed=SEEDS,
-        repeats=st.sampled_from([1, 1, 2, 7, 26]),
+        repeats=st.sampled_from([1, 1, 2, 7, STASH_LIMIT + 2]),
         mode=st.sampled_from(["grad", "grad", "no_grad", "inference"]),
         step=st.booleans(),
     )
@@ -709,7 +710,7 @@ class Anything(RuleBasedStateMachine):
 
     @rule(
         calls=CALLS,
-        repeats=st.sampled_from([0, 1, 5, 26]),
+        repeats=st.sampled_from([0, 1, 5, STASH_LIMIT + 2]),
         action=st.sampled_from(["reset", "reset", "close", "report", "flush", "step", "state_dict"]),
         looks=st.booleans(),
         seed=SEEDS,
