@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bnmonitor.capture import BatchMoments, Path, saves_moments
@@ -55,11 +55,14 @@ class Usual(NamedTuple):
     momentum: float | None = None
     training: bool = False
     updating: bool = False
+    plain: type | None = None
+    """The layer's class if it has PyTorch's own ``forward``, within which nothing intercepts what autograd saves."""
     kind: Any = None
     """The :class:`Kind`."""
 
 
 UNKNOWN = Usual()
+_OWN_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 def kind_of(moments: BatchMoments, module: _BatchNorm, training: bool, updating: bool) -> Kind:
@@ -88,4 +91,5 @@ def usual_of(kind: Kind, limit: int, module: _BatchNorm, x: Tensor, output: obje
         return UNKNOWN
     contiguous = x.is_contiguous() if kind.num_samples != kind.batch_size else None
     modes = kind.eps, kind.momentum, kind.training, kind.updating
-    return Usual(limit, output.shape, type(output.grad_fn), contiguous, kind.nbytes, *modes, kind)
+    plain = type(module) if type(module).forward in _OWN_FORWARDS else None
+    return Usual(limit, output.shape, type(output.grad_fn), contiguous, kind.nbytes, *modes, plain, kind)

@@ -28,8 +28,6 @@ Path = Literal["saved", "traced", "pass"]
 PATHS: tuple[Path, ...] = ("saved", "traced", "pass")
 _FULL_PRECISION = (torch.float32, torch.float64)
 top_saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
-new_tuple = tuple.__new__
-"""Makes a named tuple of all its fields without a call in Python, which takes as long as all the rest."""
 _MAX_SERIAL = 4096  # values per channel that a serial float32 sum may have and still be exact enough
 
 
@@ -83,12 +81,12 @@ def saved_moments(module: _BatchNorm, x: Tensor, output: object) -> BatchMoments
     Returns:
         None if nothing usable was saved: no graph (``no_grad``, or nothing that requires grad), the layer normalised by
         its running statistics, the output is not the kernel's own (a subclass with an activation), the module computes
-        in half precision and saved in it. None also while saved-tensor hooks are active (activation checkpointing,
+        in half precision and saved in it. None also if saved-tensor hooks were active (activation checkpointing,
         ``save_on_cpu``): reading would run them, and under checkpointing a whole recomputation. And None for a large
         batch that the CPU's kernel sums value by value in float32, as it does with one position a sample and if ``x``
         is not contiguous (channels-last, slices): the error grows with the root of the number of values.
     """
-    if top_saved_tensor_hooks(True) is not None or not isinstance(output, Tensor):
+    if not isinstance(output, Tensor) or is_intercepted(output):
         return None
     node: Any = output.grad_fn
     kind = _kind_of(node.__class__)
@@ -103,7 +101,7 @@ def saved_moments(module: _BatchNorm, x: Tensor, output: object) -> BatchMoments
     serial = num_samples == batch_size or not x.is_contiguous()
     if serial and num_samples > _MAX_SERIAL and x.device.type == "cpu":
         return None
-    return new_tuple(BatchMoments, ("saved", num_samples, batch_size, mean, invstd, module.eps, serial, False, 1))
+    return BatchMoments("saved", num_samples, batch_size, mean, invstd, module.eps, serial)
 
 
 def _synchronised_moments(module: _BatchNorm, output: Tensor) -> BatchMoments | None:
@@ -121,9 +119,16 @@ def _synchronised_moments(module: _BatchNorm, output: Tensor) -> BatchMoments | 
     return BatchMoments("saved", num_samples, batch_size, mean, invstd, module.eps, num_ranks=num_ranks)
 
 
-def saved_tensor_hooks_are_active() -> bool:
-    """Whether something intercepts what autograd saves: activation checkpointing, ``save_on_cpu``."""
-    return top_saved_tensor_hooks(True) is not None
+def is_intercepted(output: object) -> bool:
+    """Whether something intercepts what autograd saves, or has for ``output``: checkpointing, ``save_on_cpu``."""
+    if top_saved_tensor_hooks(True) is not None:
+        return True
+    node: Any = getattr(output, "grad_fn", None)
+    kind = _kind_of(node.__class__)
+    if kind is None:
+        return False
+    saved = [node._raw_saved_result1] if kind == "own" else node._raw_saved_tensors
+    return any(tensor.unpack_hook is not None for tensor in saved)
 
 
 def saves_moments(node_type: type) -> bool:

@@ -23,9 +23,9 @@ from torch.optim.optimizer import register_optimizer_step_post_hook
 from lightning_bnmonitor.calls import UNKNOWN, Call, Kind, kind_of, usual_of
 from lightning_bnmonitor.capture import (
     BatchMoments,
+    is_intercepted,
     pass_moments,
     saved_moments,
-    saved_tensor_hooks_are_active,
     top_saved_tensor_hooks,
     traced_moments,
 )
@@ -104,6 +104,7 @@ class LayerHook(_Hook):
         # that it found empty.
         self.traced: tuple[tuple[BatchMoments, bool, bool], ...] = ()
         self.traced_validation: tuple[BatchMoments, ...] = ()
+        self.validation_room = 0  # calls in validation that are still to be looked at
 
     @property
     def limit(self) -> int:
@@ -135,10 +136,10 @@ class LayerHook(_Hook):
         gate = self.gate
         root = gate.root()
         if root is not None and not root.training:
-            if self.gate.validating:
-                self._look_at_validation(module, args[0] if args else next(iter(kwargs.values())))
+            if gate.validating:
+                self._look_at_validation(module, args[0] if args else _by_keyword(kwargs))
             return
-        x = args[0] if args else next(iter(kwargs.values()))
+        x = args[0] if args else _by_keyword(kwargs)
         if is_dynamo_compiling():
             if _has_channels(x, module) and not torch.compiler.is_exporting():
                 updating = module.training and module.track_running_stats and module.running_mean is not None
@@ -150,11 +151,13 @@ class LayerHook(_Hook):
             self.checkpointed = True
             return
         # The same as above: but `module.running_mean` takes as long as the rest, as modules look up their buffers last.
-        has_stats = module.track_running_stats and module._buffers.get("running_mean") is not None
+        has_stats = module.track_running_stats and (
+            module._buffers.get("running_mean") is not None or module.running_mean is not None
+        )
         # What follows finds the processor's caches cold: it takes as long as it touches memory. So a call that is like
         # the last one (the same shape and kernel) makes no function call in Python, and is checked for no more than can
         # have changed since. All others go the long way, which tells the same of it.
-        limit, shape, node_type, contiguous, nbytes, eps, momentum, training, updating, kind = self.usual
+        limit, shape, node_type, contiguous, nbytes, eps, momentum, training, updating, plain, kind = self.usual
         stash = self.stash
         if (
             len(stash) < limit
@@ -169,6 +172,10 @@ class LayerHook(_Hook):
             and (contiguous is None or (x.__class__ is Tensor and x.is_contiguous() is contiguous))
             and top_saved_tensor_hooks(True) is None
             and not _functorch_is_active()
+            and (
+                (module.__class__ is plain and "forward" not in module.__dict__ and not module._forward_pre_hooks)
+                or node._raw_saved_result1.unpack_hook is None  # type: ignore[union-attr]
+            )
         ):
             saved: Any = node
             mean, spread = saved._saved_result1, saved._saved_result2
@@ -189,8 +196,8 @@ class LayerHook(_Hook):
         try:
             moments = None if self.by_pass else saved_moments(module, x, output)
             if moments is None and x.numel():
-                self.checkpointed |= saved_tensor_hooks_are_active()
-                moments, self.is_wide = pass_moments(x), True
+                self.checkpointed |= is_intercepted(output)
+                moments = pass_moments(x)
         except Exception as error:
             self._leave_out(module, error)
             return
@@ -202,7 +209,7 @@ class LayerHook(_Hook):
             if _has_channels(x, module) and not torch.compiler.is_exporting():
                 self.traced_validation += (traced_moments(x),)
                 self.gate.is_traced = True
-        elif not _is_abstract(x) and _has_channels(x, module) and x.numel():
+        elif self.validation_room and not _is_abstract(x) and _has_channels(x, module) and x.numel():
             try:
                 moments = pass_moments(x)
             except Exception as error:
@@ -223,7 +230,9 @@ class LayerHook(_Hook):
             return None
         if self.first_call < 0:
             self.first_call = next(_call_counter)
-            self.is_wide |= moments.mean.dtype is torch.float64
+        if moments.mean.dtype is torch.float64 and not self.is_wide:
+            self.is_wide = True
+            self.look_closer()
         if len(self.stash) >= self.limit:
             self.flush()
         kind = kind_of(moments, module, training, updating)
@@ -231,6 +240,14 @@ class LayerHook(_Hook):
         if len(self.stash) >= self.limit:
             self.gate.is_full = True
         return kind
+
+
+def _by_keyword(kwargs: dict[str, Any]) -> Any:
+    """The input among keyword arguments: by the names that it has as a rule, or else the first."""
+    for name in ("input", "x"):
+        if name in kwargs:
+            return kwargs[name]
+    return next(iter(kwargs.values()), None)
 
 
 def _has_channels(x: object, module: _BatchNorm) -> TypeGuard[Tensor]:

@@ -36,7 +36,7 @@ _SAVED = (
     *("serial", "num_ranks", "interrupted"),
 )
 _SAVED_BUFFERS = ("start", "end", "since")
-_SAVED_OF_HOOK = ("by_pass", "skipped", "checkpointed", "first_call")
+_SAVED_OF_HOOK = ("by_pass", "skipped", "checkpointed")
 _WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
@@ -101,7 +101,7 @@ class TrackedLayer:
         self.tracked_before = num_batches_tracked
         self.tracked_calls = 0
         self.updates_per_call = self.next_updates_per_call
-        self.hook.skipped, self.hook.checkpointed = 0, False
+        self.hook.skipped, self.hook.checkpointed, self.hook.is_wide = 0, False, False
         self.interrupted = False  # whether it was resumed from the middle of a step
         self.start = buffers
         continued = self.end is not None and _same(self.end, buffers)
@@ -111,6 +111,13 @@ class TrackedLayer:
         self.since = self.history_since = None
         if self.history is None and not num_batches_tracked and (buffers is None or _are_initial(buffers)):
             self.history = _FRESH
+
+    def restart(self, buffers: Tensor | None, num_batches_tracked: int | None) -> None:
+        """Count calls from 0 again in the same window, on these buffers, ``(2, C)``, that were updated so often."""
+        self.calls = dict.fromkeys(PATHS, 0)
+        self.training_calls = self.tracked_calls = 0
+        self.tracked_before = num_batches_tracked
+        self.rewritten(buffers, None, window_ended=False)
 
     def history_without_updates(self, buffers: Tensor | None) -> History | None:
         """What the buffers are made of if no batch of the window updated them: something else may have written them."""
@@ -154,11 +161,16 @@ class TrackedLayer:
             self.flush()
             self.tracked_calls += updating
 
+    def start_validation(self) -> None:
+        """Look at what is called in validation from now on."""
+        self.validation, self.hook.validation_room = [], VALIDATION_LIMIT
+
     def validate(self, moments: BatchMoments) -> None:
         """Take the moments of one call in validation."""
         batch = Batch(moments.num_samples, moments.mean, moments.spread, moments.eps, 0.0, moments.batch_size)
         with self.gate.lock:
-            if len(self.validation) < VALIDATION_LIMIT:
+            if self.hook.validation_room:
+                self.hook.validation_room -= 1
                 self.validation.append(batch)
 
     def waiting(self, calls: Sequence[Call]) -> Waiting:
@@ -256,7 +268,9 @@ class TrackedLayer:
         """
         updates = self.updates_per_call
         if momentum is None:  # a cumulative average: its k-th update has weight 1/k
-            return updates / ((self.tracked_before or 0) + (tracked_calls + 1) * updates)
+            if self.tracked_before is None:
+                return 0.0  # without a counter of updates, BatchNorm makes none
+            return updates / (self.tracked_before + (tracked_calls + 1) * updates)
         return momentum if updates == 1 else 1 - (1 - momentum) ** updates
 
 

@@ -29,7 +29,6 @@ MAX_BLOCKS = 16
 _ASIDE = MAX_BLOCKS  # the row of batches that updated no buffer
 _ROWS = MAX_BLOCKS + 1
 _FRESH = (1.0, 0.0)  # A and S of a window that begins
-_MAX_CACHED_GROUPS = 64
 _VALUE, _M2 = range(2)  # what a block keeps per channel, for the mean buffer and for the variance buffer
 
 
@@ -165,7 +164,6 @@ class Window:
         self._first_bad = torch.zeros(0, dtype=torch.float64, device=device)
         self._scalars: FloatArray = np.zeros((0, _ROWS, 6))
         self._momenta: FloatArray = np.zeros((0, 2))
-        self._columns: dict[tuple[int, ...], tuple[Tensor | None, Tensor]] = {}
 
     def add_layers(self, widths: Sequence[int]) -> range:
         """Append layers of so many channels to the flat channel space. Returns their indices."""
@@ -177,7 +175,6 @@ class Window:
         self._first_bad = torch.cat([self._first_bad, self._first_bad.new_full((sum(widths),), torch.inf)])
         self._scalars = np.concatenate([self._scalars, np.zeros((len(widths), _ROWS, 6))])
         self._momenta = np.concatenate([self._momenta, np.tile(_FRESH, (len(widths), 1))])
-        self._columns.clear()
         return range(first, len(self.widths))
 
     def channels(self, layer: int) -> slice:
@@ -196,7 +193,8 @@ class Window:
         """Add consecutive batches of any layers, in one fused update for all layers with equal histories.
 
         A batch with a non-finite mean or variance in a channel makes the population of that channel NaN until the next
-        :meth:`reset`, and that of no other. An interrupt while this computes changes nothing.
+        :meth:`reset`, and that of no other. An interrupt while this computes changes nothing;
+        the writes at its end, which take microseconds, are not safe from one.
 
         Args:
             batches: For each layer's index, what its calls contributed, in the order of time.
@@ -292,7 +290,7 @@ class Window:
         ``table`` and ``members`` are those of :func:`merge_scalars`. All layers of the group have the same number of
         batches.
         """
-        columns, layer_of = self._columns_of(tuple(calls.layer for calls in group))
+        columns, layer_of = self._columns_of([calls.layer for calls in group])
         num_parts, num_added, width = members.shape[1], len(group[0].lead), len(layer_of)
         num_old = num_parts - num_added
 
@@ -337,10 +335,11 @@ class Window:
         def write() -> None:
             if columns is None:
                 self._channels[:, new] = merged
-                self._first_bad = torch.minimum(self._first_bad, first_bad)
+                torch.minimum(self._first_bad, first_bad, out=self._first_bad)
             else:
+                first = torch.minimum(self._first_bad[columns], first_bad)
                 self._channels[:, new].index_copy_(3, columns, merged)
-                self._first_bad[columns] = torch.minimum(self._first_bad[columns], first_bad)
+                self._first_bad.index_copy_(0, columns, first)
 
         return write
 
@@ -350,19 +349,14 @@ class Window:
         except RuntimeError:  # they are on several devices, as the model has been moved meanwhile
             return torch.cat([tensor.to(self.device) for tensor in tensors])
 
-    def _columns_of(self, layers: tuple[int, ...]) -> tuple[Tensor | None, Tensor]:
+    def _columns_of(self, layers: list[int]) -> tuple[Tensor | None, Tensor]:
         """The flat columns of some layers (None: all of them), and for each of these which of the layers it is of."""
-        if layers not in self._columns:
-            if len(self._columns) >= _MAX_CACHED_GROUPS:  # layers skipped at random: every update has groups of its own
-                self._columns.clear()
-            columns = None
-            if len(layers) < len(self.widths):
-                spans = [self.channels(layer) for layer in layers]
-                columns = self._to_device(np.concatenate([np.arange(span.start, span.stop) for span in spans]))
-            widths = [self.widths[layer] for layer in layers]
-            layer_of = self._to_device(np.repeat(np.arange(len(layers)), widths))
-            self._columns[layers] = columns, layer_of
-        return self._columns[layers]
+        widths = np.array([self.widths[layer] for layer in layers])
+        layer_of = np.repeat(np.arange(len(layers)), widths)
+        if len(layers) == len(self.widths):
+            return None, self._to_device(layer_of)
+        shifts = np.array([self._starts[layer] for layer in layers]) - (np.cumsum(widths) - widths)
+        return self._to_device(np.arange(len(layer_of)) + shifts[layer_of]), self._to_device(layer_of)
 
     def _to_device(self, array: NDArray[Any]) -> Tensor:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import contextlib
+import copy
+import functools
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -10,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed._composable import checkpoint as composable_checkpoint
 from torch.nn.functional import batch_norm
 from torch.utils.checkpoint import checkpoint
 
@@ -295,3 +298,155 @@ def test_an_update_is_due_at_the_end_of_the_step_that_filled_a_stash(long_way: l
         assert waiting[-4:] == [{0}, {1}, {2}, {3}]
         assert len(long_way) == 2  # the first calls
         assert {layer.num_batches for layer in tracker.report().values()} == {2 * STASH_LIMIT + 3}
+
+
+class Within(nn.BatchNorm1d):
+    """Something intercepts what autograd saves within its forward alone."""
+
+    how = "checkpoint"
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.how == "checkpoint":
+            return checkpoint(super().forward, x, use_reentrant=False)  # type: ignore[no-any-return]
+        if self.how == "none":
+            return super().forward(x)
+        kept: list[Tensor | None] = []
+
+        def pack(tensor: Tensor) -> int:
+            kept.append(tensor)
+            return len(kept) - 1
+
+        def unpack_once(index: int) -> Tensor | None:
+            tensor, kept[index] = kept[index], None
+            return tensor
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack_once):
+            return super().forward(x)
+
+
+def checkpointed_by_patch(layer: nn.Module) -> None:
+    layer.forward = functools.partial(checkpoint, layer.forward, use_reentrant=False)
+
+
+def checkpointed_by_hooks(layer: nn.Module) -> None:
+    composable_checkpoint(layer)
+
+
+def checkpointed_by_class(layer: nn.Module) -> None:
+    layer.__class__ = Within
+
+
+def offloaded(layer: nn.Module) -> None:
+    layer.__class__ = Within
+    layer.how = "offload"
+
+
+@pytest.mark.parametrize("before", [0, ALIKE], ids=["from the start", "later"])
+@pytest.mark.parametrize("intercept", [checkpointed_by_patch, checkpointed_by_hooks, checkpointed_by_class, offloaded])
+@pytest.mark.parametrize("subclass", [False, True])
+def test_what_the_layers_own_forward_intercepts_is_not_read(
+    intercept: Callable[[nn.Module], None], before: int, subclass: bool
+) -> None:
+    """To read it would recompute the call, update the running statistics once more, or take what comes but once."""
+    layer: nn.BatchNorm1d = Within(C) if subclass else nn.BatchNorm1d(C)
+    layer.how = "none"
+    model = Model(layer)
+    twin = copy.deepcopy(model)
+    received = [batch() for _ in range(before + ALIKE)]
+    with BatchNormTracker(model) as tracker:
+        for index, x in enumerate(received):
+            if index == before:
+                for each in (model, twin):
+                    del each.norm.how
+                    intercept(each.norm)
+            for each in (model, twin):
+                each(x).square().sum().backward()
+        report = tracker.report()["norm"]
+    for own, other in zip(model.state_dict().values(), twin.state_dict().values(), strict=True):
+        torch.testing.assert_close(own, other, rtol=0, atol=0)
+    for own, other in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(own.grad, other.grad, rtol=0, atol=0)
+    mean, _ = reference(received)
+    assert (report.evidence["calls_saved"], report.evidence["calls_pass"]) == (before, ALIKE)
+    np.testing.assert_allclose(report.population_mean.numpy(), mean, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize("how", ["restored", "double", "no_grad"])
+def test_half_as_many_calls_wait_in_float64(how: str) -> None:
+    model = Model(nn.BatchNorm1d(C))
+    with BatchNormTracker(model) as tracker:
+        hook = tracker._layers[0].hook
+        model(batch())
+        if how != "no_grad":
+            model.double()
+        if how == "restored":
+            model(batch().double())
+            tracker.load_state_dict(tracker.state_dict())
+        for _ in range(2 * STASH_LIMIT):
+            with torch.set_grad_enabled(how != "no_grad"):
+                model(batch().to(model.norm.weight.dtype))
+            assert len(hook.stash) <= STASH_LIMIT // 2
+        tracker.reset()
+        model.float()
+        most = 0
+        for _ in range(2 * STASH_LIMIT):
+            model(batch())
+            most = max(most, len(hook.stash))
+        assert most == STASH_LIMIT
+
+
+@pytest.mark.parametrize("kind", ["attribute", "parameter"])
+def test_running_statistics_that_are_no_buffers_are_updated_too(kind: str) -> None:
+    model = Model(nn.BatchNorm1d(C))
+    for name in ("running_mean", "running_var"):
+        values = getattr(model.norm, name)
+        delattr(model.norm, name)
+        setattr(model.norm, name, values if kind == "attribute" else nn.Parameter(values, requires_grad=False))
+    with BatchNormTracker(model) as tracker:
+        for _ in range(60):
+            model(batch())
+        report = tracker.report()["norm"]
+    assert "not-updating" not in report.flags
+    assert report.evidence["updates_per_call"] == 1
+
+
+def test_a_cumulative_average_without_a_counter_is_none() -> None:
+    model = Model(nn.BatchNorm1d(C, momentum=None))
+    model.norm.num_batches_tracked = None
+    with BatchNormTracker(model) as tracker:
+        for _ in range(20):
+            model(batch() + 3)
+        report = tracker.report()["norm"]
+    assert not model.norm.running_mean.any()
+    assert report.verdict == "stale"
+
+
+class Named(nn.BatchNorm1d):
+    """Takes other things, too, or nothing."""
+
+    def forward(self, x: Tensor | None = None, mask: Tensor | None = None) -> Any:
+        return 0 if x is None else super().forward(x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_an_input_by_keyword_is_found_among_others(training: bool) -> None:
+    class Root(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm, self.plain = Named(C).train(training), nn.BatchNorm1d(C).train(training)
+
+        def forward(self, x: Tensor) -> None:
+            self.norm(mask=torch.zeros_like(x), x=x)
+            self.plain(input=x)
+            self.norm()
+
+    model, received = Root(), [batch() for _ in range(ALIKE)]
+    model.norm.train(training)
+    with BatchNormTracker(model) as tracker:
+        for x in received:
+            model(x)
+        report = tracker.report()
+    mean, _ = reference(received)
+    for layer in report.values():
+        np.testing.assert_allclose(layer.population_mean.numpy(), mean, rtol=1e-6, atol=1e-6)
+    assert report["norm"].evidence["calls_skipped"] == ALIKE

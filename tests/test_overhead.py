@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import itertools
 import subprocess
 import sys
@@ -143,6 +144,7 @@ def test_what_the_wrapper_takes_itself_is_what_the_clock_says_between_two_looks(
 
 
 def test_hooks_are_wrapped_where_they_sit_and_no_others() -> None:
+    gc.collect()  # trackers that other tests have dropped while they were attached
     training = overhead.Training(QUICK["narrow MLP"], overhead.OURS)
     theirs = []
     training.module[0].register_forward_hook(lambda *args: theirs.append(1))

@@ -392,9 +392,33 @@ def test_the_state_of_another_rank_is_history_alone():
         state = tracker.state_dict()
         assert state["rank"] == 0
         tracker.load_state_dict(state | {"rank": 1})
-        for _ in range(3):
+        assert tracker.report()["(root)"].verdict == "unused"
+        for _ in range(30):
             layer(torch.randn(8, 3))
-        assert tracker.report()["(root)"].num_samples == 24
+        report = tracker.report()["(root)"]
+        assert (report.num_batches, report.num_samples, report.verdict, report.flags) == (30, 240, "healthy", ())
+        assert report.evidence["updates_per_call"] == 1
+        tracker.reset()
+        layer(torch.randn(8, 3))
+        assert tracker.report()["(root)"].flags == ()
+
+
+def test_of_the_window_that_had_ended_on_another_rank_nothing_counts():
+    torch.manual_seed(0)
+    layer = nn.BatchNorm1d(3)
+    with BatchNormTracker(layer) as tracker:
+        for _ in range(30):
+            layer(torch.randn(8, 3))
+        tracker.close()
+        tracker.load_state_dict(tracker.state_dict() | {"rank": 1})
+        closed = tracker.report()["(root)"]
+        assert (closed.num_batches, closed.num_samples, closed.verdict, closed.flags) == (0, 0, "unused", ())
+        torch.testing.assert_close(closed.running_mean, layer.running_mean.double(), rtol=0, atol=0)
+        tracker.reset()
+        for _ in range(30):
+            layer(torch.randn(8, 3))
+        report = tracker.report()["(root)"]
+        assert (report.num_batches, report.verdict, report.flags) == (30, "healthy", ())
 
 
 def test_a_checkpoint_saved_by_model_checkpoint_while_validating_has_the_window_that_was_validated(tmp_path):

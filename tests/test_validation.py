@@ -14,9 +14,10 @@ from lightning.pytorch.callbacks import ModelCheckpoint
 from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_bnmonitor import BatchNormMonitor, BatchNormTracker, PreciseBatchNorm
+from lightning_bnmonitor import BatchNormMonitor, BatchNormTracker, PreciseBatchNorm, recalibrate
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore:BatchNorm layers need attention"),
@@ -194,6 +195,60 @@ def test_in_an_open_window_it_is_against_the_window_so_far_and_training_goes_on_
     assert (layer.num_batches, layer.validation) == (120, None)
     np.testing.assert_allclose(layer.population_mean, mean, rtol=1e-6)
     np.testing.assert_allclose(layer.population_var, var, rtol=1e-5)
+
+
+@pytest.mark.parametrize("how", ["paused", "recalibrate"])
+def test_what_is_not_to_count_does_not_count_in_validation_either(how):
+    net, batches = network(), data(80, 1)
+    tracker, _ = trained(net, batches)
+    net.eval()
+    tracker.start_validation()
+    net(batches[0])
+    others = data(10, 2, shift=30.0)
+    if how == "recalibrate":
+        recalibrate(net, others)
+    else:
+        with tracker.paused():
+            for x in others:
+                net(x)
+    net(batches[1])
+    report = tracker.validation_report()
+    mean, var = moments(batches[:2])
+    assert report["0"].evidence["val_batches"] == 2
+    np.testing.assert_allclose(report["0"].validation[0], mean, rtol=1e-6)
+    np.testing.assert_allclose(report["0"].validation[1], var, rtol=1e-5)
+
+
+class Operations(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.num = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.num += 1
+        return func(*args, **(kwargs or {}))
+
+
+def test_beyond_the_limit_nothing_is_computed():
+    net, x = network(), data(1, 1)[0]
+
+    def operations():
+        with torch.no_grad(), Operations() as operations:
+            net(x)
+        return operations.num
+
+    net(x)
+    net.eval()
+    alone = operations()
+    net.train()
+    tracker, _ = trained(net, data(20, 2))
+    net.eval()
+    for _ in range(2):
+        tracker.start_validation()
+        looked = [operations() for _ in range(70)]
+        assert all(num > alone for num in looked[:64])
+        assert looked[64:] == [alone] * 6
+        assert tracker.validation_report()["0"].evidence["val_batches"] == 64
 
 
 # ------------------------------------------------------------------------------------------------------------- Trainer
