@@ -39,12 +39,13 @@ _call_counter = itertools.count()
 
 
 class Gate:
-    """Whether calls count: while the root module is in training mode and nobody has paused."""
+    """Whether calls count: while the root module is in training mode, nobody has paused, and the window is open."""
 
     def __init__(self, root: nn.Module) -> None:
         self.validating = False  # whether calls in eval mode are looked at
         self.root = weakref.ref(getattr(root, "_orig_mod", root))  # a compiled module has no mode of its own
-        self.paused = 0
+        self.paused = 0  # pauses that are in force
+        self.is_closed = False  # whether the window has ended
         self.steps = 0  # training steps that have ended
         self.is_full = False  # whether as many calls of a layer wait as may
         self.is_traced = False  # whether compiled graphs may have left anything behind
@@ -136,7 +137,7 @@ class LayerHook(_Hook):
         gate = self.gate
         root = gate.root()
         if root is not None and not root.training:
-            if gate.validating:
+            if gate.validating and not gate.paused:
                 self._look_at_validation(module, args[0] if args else _by_keyword(kwargs))
             return
         x = args[0] if args else _by_keyword(kwargs)
@@ -188,7 +189,7 @@ class LayerHook(_Hook):
 
     def _take(self, module: _BatchNorm, x: object, output: object, updating: bool) -> None:
         """A call that is not like the last one."""
-        if self.gate.paused or torch.compiler.is_exporting():
+        if self.gate.paused or self.gate.is_closed or torch.compiler.is_exporting():
             return
         if _is_abstract(x) or not _has_channels(x, module):
             self.skipped += 1

@@ -165,14 +165,13 @@ class BatchNormTracker:
     def paused(self) -> Iterator[None]:
         """A context in which no call counts."""
         self._drain()
-        self._pause()
-        validating, self._gate.validating = self._gate.validating, False
+        self._gate.paused += 1
+        self._look_closer()
         try:
             yield
         finally:
             self._drain()
             self._gate.paused -= 1
-            self._gate.validating = validating
 
     @torch.inference_mode(False)
     def flush(self) -> None:
@@ -200,7 +199,7 @@ class BatchNormTracker:
         """
         if self._closed is None:
             self._closed = self._assess(ends=True, all_ranks=all_ranks and ranks.num_ranks() > 1)
-            self._pause()
+            self._stop_counting()
         return self._closed
 
     @torch.inference_mode(False)
@@ -306,8 +305,11 @@ class BatchNormTracker:
             end_windows(endings, self._always_pass)
         return report
 
-    def _pause(self) -> None:
-        self._gate.paused += 1
+    def _stop_counting(self) -> None:
+        self._gate.is_closed = True
+        self._look_closer()
+
+    def _look_closer(self) -> None:
         for layer in self._layers:
             layer.hook.look_closer()  # what goes the short way does not ask
 
@@ -315,7 +317,7 @@ class BatchNormTracker:
         if self._closed is not None:
             self._drain()  # of what was called since, which does not count
             self._closed = None
-            self._gate.paused -= 1
+            self._gate.is_closed = False
 
     def _new_layer(self, name: str, module: _BatchNorm) -> TrackedLayer:
         layer = TrackedLayer(name, module, self._gate, self.flush)
@@ -337,12 +339,12 @@ class BatchNormTracker:
             hook = layer.hook
             if hook.traced_validation:
                 traced_validation, hook.traced_validation = hook.traced_validation, ()
-                for batch in traced_validation if self._gate.validating else ():
+                for batch in traced_validation if self._gate.validating and not self._gate.paused else ():
                     if batch.num_samples:
                         layer.validate(owned(batch))
             if hook.traced:
                 traced, hook.traced = hook.traced, ()
-                for moments, training, updating in traced if not self._gate.paused else ():
+                for moments, training, updating in traced if not (self._gate.paused or self._gate.is_closed) else ():
                     moments_or_none = owned(moments) if moments.num_samples else None
                     hook.receive(layer.module, moments_or_none, training, updating)
 
@@ -361,7 +363,7 @@ class BatchNormTracker:
                 layer.restart(*((layer.end, layer.tracked_end) if state["closed"] else (buffers, tracked)))
         if state["closed"]:
             self._closed = self._assess(ended=True)
-            self._pause()
+            self._stop_counting()
         new = [name for name in by_name if name not in known]
         changes = [
             f"{what}: {', '.join(names)}"

@@ -193,8 +193,8 @@ class Window:
         """Add consecutive batches of any layers, in one fused update for all layers with equal histories.
 
         A batch with a non-finite mean or variance in a channel makes the population of that channel NaN until the next
-        :meth:`reset`, and that of no other. An interrupt while this computes changes nothing;
-        the writes at its end, which take microseconds, are not safe from one.
+        :meth:`reset`, and that of no other. An interrupt while this computes changes nothing; the writes at its end,
+        which take microseconds, are not safe from one.
 
         Args:
             batches: For each layer's index, what its calls contributed, in the order of time.

@@ -219,6 +219,23 @@ def test_what_is_not_to_count_does_not_count_in_validation_either(how):
     np.testing.assert_allclose(report["0"].validation[1], var, rtol=1e-5)
 
 
+def test_a_validation_that_begins_or_ends_within_a_pause_has_begun_or_ended_after_it():
+    net, batches = network(), data(80, 1)
+    tracker, _ = trained(net, batches)
+    net.eval()
+    with tracker.paused():
+        tracker.start_validation()
+        net(batches[0])
+    for x in batches[1:3]:
+        net(x)
+    with tracker.paused():
+        report = tracker.validation_report()
+    net(batches[3])
+    assert report["0"].evidence["val_batches"] == 2
+    np.testing.assert_allclose(report["0"].validation[0], moments(batches[1:3])[0], rtol=1e-6)
+    assert [layer.validation for layer in tracker._layers] == [[], []]  # nothing that came after the end
+
+
 class Operations(TorchDispatchMode):
     def __init__(self):
         super().__init__()
