@@ -20,7 +20,7 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from lightning_bnmonitor import BatchNormTracker, LayerReport
-from lightning_bnmonitor.divergence import act_rmse
+from lightning_bnmonitor.statistics.divergence import act_rmse
 
 NUM_IMAGES, SIZE, CLASSES = 2048, 12, 4
 HEALTHY, SICK = 0.05, 0.15  # half and one and a half of what is worth a warning

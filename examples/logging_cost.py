@@ -46,7 +46,9 @@ from tensorboard.compat.proto.event_pb2 import Event
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_bnmonitor import BatchNormMonitor, BatchNormTracker, callback, dashboard
+from lightning_bnmonitor import BatchNormMonitor, BatchNormTracker
+from lightning_bnmonitor.callbacks import dashboard
+from lightning_bnmonitor.callbacks import monitor as monitor_module
 
 MEGABYTE = 1e6
 MAX_EVENTS, MAX_GROWTH = 20 * MEGABYTE, 4 * MEGABYTE  # bytes
@@ -173,7 +175,7 @@ class Stopwatch:
     def attach(self, logger: TensorBoardLogger) -> None:
         """Replace functions by those that are measured, for the rest of the process."""
         for owner, name, part in (
-            (callback, "log_scalars", "scalars"),
+            (monitor_module, "log_scalars", "scalars"),
             (dashboard.Dashboard, "show", "report"),
             (dashboard.Dashboard, "finish", "heatmap"),
             (BatchNormMonitor, "_end_window", "rest"),

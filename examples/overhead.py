@@ -45,7 +45,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from lightning_bnmonitor import BatchNormTracker
-from lightning_bnmonitor.hooks import STASH_LIMIT
+from lightning_bnmonitor.capture.layer_hook import STASH_LIMIT
 
 NONE, AGAIN, EMPTY, OURS = "no monitor", "no monitor, again", "empty hook", "ours"
 UPDATE_STEPS = STASH_LIMIT  # after so many there has been an update of everything, at the latest

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lightning_bnmonitor import BatchNormTracker, LayerReport, Report, recalibrate
-from lightning_bnmonitor.dashboard import Dashboard
+from lightning_bnmonitor.callbacks.dashboard import Dashboard
 
 FEATURES, CLASSES, GROUPS = 16, 8, 64
 NUM_TRAIN, NUM_EVAL = 2048, 1024

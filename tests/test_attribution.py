@@ -21,7 +21,7 @@ from torch import nn
 from torch.utils.data import BatchSampler, DataLoader, Dataset, IterableDataset, RandomSampler, TensorDataset
 
 from lightning_bnmonitor import Attribution, BatchNormMonitor, BatchNormTracker, attribute_eval_gap
-from lightning_bnmonitor.attribution import Contribution
+from lightning_bnmonitor.repair.attribution import Contribution
 
 NAN, INF = math.nan, math.inf
 LAYERS = ["stem", "blocks.0.norm", "blocks.1.norm", "head"]

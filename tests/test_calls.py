@@ -17,7 +17,7 @@ from torch.nn.functional import batch_norm
 from torch.utils.checkpoint import checkpoint
 
 from lightning_bnmonitor import BatchNormTracker
-from lightning_bnmonitor.hooks import STASH_LIMIT, LayerHook
+from lightning_bnmonitor.capture.layer_hook import STASH_LIMIT, LayerHook
 
 C, ALIKE = 4, 5
 

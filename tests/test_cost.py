@@ -15,7 +15,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lightning_bnmonitor import BatchNormTracker
-from lightning_bnmonitor.hooks import STASH_LIMIT
+from lightning_bnmonitor.capture.layer_hook import STASH_LIMIT
 
 STEPS = 80
 C = 8
@@ -98,7 +98,7 @@ def test_a_value_that_is_read_would_be_noticed() -> None:
 
 @pytest.mark.parametrize("capture", ["auto", "pass"])
 def test_training_steps_do_without_the_values_on_the_device(capture: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("lightning_bnmonitor.hooks._is_abstract", lambda x: False)  # that would skip them
+    monkeypatch.setattr("lightning_bnmonitor.capture.layer_hook._is_abstract", lambda x: False)  # that would skip them
     model = chain(3)
     with BatchNormTracker(model, capture=capture) as tracker:
         model.to("meta")  # a device that raises if a value is copied from it

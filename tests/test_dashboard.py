@@ -42,7 +42,7 @@ from torch.utils.data import DataLoader, TensorDataset
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_bnmonitor import BatchNormMonitor
-from lightning_bnmonitor.heatmap import Heatmap
+from lightning_bnmonitor.report.heatmap import Heatmap
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),

@@ -18,8 +18,16 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import update_bn
 from torch.utils.checkpoint import checkpoint
 
-from lightning_bnmonitor import BatchNormTracker, LayerReport, divergence
-from lightning_bnmonitor.diagnosis import EVIDENCE, FLAGS, VERDICTS, Circumstances, Diagnosis, diagnose
+from lightning_bnmonitor import BatchNormTracker, LayerReport
+from lightning_bnmonitor.diagnosis.diagnosis import (
+    EVIDENCE,
+    FLAGS,
+    VERDICTS,
+    Circumstances,
+    Diagnosis,
+    diagnose,
+)
+from lightning_bnmonitor.statistics import divergence
 
 NAN, INF = math.nan, math.inf
 BELOW, ABOVE = -INF, INF  # neighbours of a threshold, towards these

@@ -11,7 +11,7 @@ import torch
 from hypothesis import assume, example, given, settings
 from hypothesis import strategies as st
 
-from lightning_bnmonitor.divergence import act_rmse, is_dead, kl, log_var_ratio, mean_shift
+from lightning_bnmonitor.statistics.divergence import act_rmse, is_dead, kl, log_var_ratio, mean_shift
 
 mp.mp.dps = 50
 

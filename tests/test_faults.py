@@ -31,7 +31,7 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import lightning_bnmonitor
 from lightning_bnmonitor import BatchNormMonitor, BatchNormTracker
-from lightning_bnmonitor.hooks import STASH_LIMIT, _CompilerSettings
+from lightning_bnmonitor.capture.layer_hook import STASH_LIMIT, _CompilerSettings
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
@@ -378,7 +378,7 @@ def raising_once(function, error, monkeypatch, module):
 
 
 def test_a_keyboard_interrupt_while_calls_are_merged_loses_and_doubles_nothing(monkeypatch):
-    window = lightning_bnmonitor.window
+    window = lightning_bnmonitor.statistics.window
     raising_once(window.merge_moments, KeyboardInterrupt(), monkeypatch, window)
     model, batches = single(), []
     with contextlib.suppress(KeyboardInterrupt), BatchNormTracker(model) as tracker:
@@ -393,7 +393,7 @@ def test_a_keyboard_interrupt_while_calls_are_merged_loses_and_doubles_nothing(m
 
 
 def test_a_pass_that_runs_out_of_memory_does_not_end_the_run(monkeypatch):
-    hooks = lightning_bnmonitor.hooks
+    hooks = lightning_bnmonitor.capture.layer_hook
     raising_once(hooks.pass_moments, torch.OutOfMemoryError("out of memory"), monkeypatch, hooks)
     model = single()
     with warnings.catch_warnings(), BatchNormTracker(model, capture="pass") as tracker:
@@ -1178,7 +1178,7 @@ def test_calls_from_threads_in_turn_all_count(copied):
 
 @pytest.mark.parametrize("waiting", [5, STASH_LIMIT])
 def test_a_call_from_another_thread_while_calls_are_merged_counts(monkeypatch, waiting):
-    window = lightning_bnmonitor.window
+    window = lightning_bnmonitor.statistics.window
     merge, model, late, threads = window.merge_moments, single(), torch.randn(8, C), []
 
     def merge_meanwhile(*args):

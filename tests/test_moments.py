@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 from torchmetrics import MetricCollection
 
 from lightning_bnmonitor import ChannelMoments, Moments
-from lightning_bnmonitor.moments import merge_moments
+from lightning_bnmonitor.statistics.moments import merge_moments
 
 LAW = settings(max_examples=200, deadline=None)
 NO_DATA = "was called before the ``update`` method"

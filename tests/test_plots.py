@@ -16,7 +16,7 @@ from test_report import layer, stateless, unused, with_error
 from torch import nn
 
 from lightning_bnmonitor import BatchNormTracker, Report
-from lightning_bnmonitor.diagnosis import VERDICTS
+from lightning_bnmonitor.diagnosis.diagnosis import VERDICTS
 
 NAN, INF = math.nan, math.inf
 

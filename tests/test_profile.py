@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_bnmonitor.profile import Buffers, Profile, evaluate
-from lightning_bnmonitor.window import Batch, Window
+from lightning_bnmonitor.statistics.analysis import Buffers, Profile, evaluate
+from lightning_bnmonitor.statistics.window import Batch, Window
 
 LENGTHS = [2, 3, 7, 8, 9, 15, 16, 17, 18, 31, 32, 33, 64, 100, 257]
 MOMENTA = {

@@ -20,10 +20,10 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition,
 from torch import nn
 
 from lightning_bnmonitor import BatchNormTracker, ChannelMoments
-from lightning_bnmonitor.hooks import STASH_LIMIT
-from lightning_bnmonitor.moments import _merge_states
-from lightning_bnmonitor.ranks import Share, together
-from lightning_bnmonitor.segments import Segments
+from lightning_bnmonitor.capture.layer_hook import STASH_LIMIT
+from lightning_bnmonitor.statistics.moments import _merge_states
+from lightning_bnmonitor.statistics.segments import Segments
+from lightning_bnmonitor.tracking.collectives import Share, together
 
 LAW = settings(max_examples=200, deadline=None)
 SHAPES = {"a": (3,), "b": (2, 3), "c": (2, 2, 2)}  # of a sample

@@ -16,7 +16,7 @@ from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from lightning_bnmonitor import BatchNormTracker, Report
-from lightning_bnmonitor.layers import TrackedLayer
+from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 
 EPS = 1e-5
 

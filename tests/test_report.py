@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from lightning_bnmonitor import BatchNormTracker, LayerReport, Report
-from lightning_bnmonitor.diagnosis import Diagnosis
+from lightning_bnmonitor.diagnosis.diagnosis import Diagnosis
 
 NAN, INF = math.nan, math.inf
 METRICS = ("eval_error", "act_rmse", "mean_shift", "log_var_ratio")

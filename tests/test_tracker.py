@@ -27,7 +27,7 @@ from torch.optim import optimizer as torch_optimizer
 from torch.utils.checkpoint import checkpoint
 
 from lightning_bnmonitor import BatchNormTracker, LayerReport, Report
-from lightning_bnmonitor.hooks import STASH_LIMIT
+from lightning_bnmonitor.capture.layer_hook import STASH_LIMIT
 
 LAW = settings(max_examples=200, deadline=None)
 C = 3

@@ -13,8 +13,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_bnmonitor.profile import Buffers, evaluate
-from lightning_bnmonitor.window import MAX_BLOCKS, Batch, Blocks, Window, block_size, paired
+from lightning_bnmonitor.statistics.analysis import Buffers, evaluate
+from lightning_bnmonitor.statistics.window import MAX_BLOCKS, Batch, Blocks, Window, block_size, paired
 
 LAW = settings(max_examples=200, deadline=None)
 CPU = torch.device("cpu")

@@ -10,9 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_bnmonitor import divergence
-from lightning_bnmonitor.diagnosis import METRICS, Diagnosis
-from lightning_bnmonitor.plots import plot_channels
+from lightning_bnmonitor.diagnosis.diagnosis import METRICS, Diagnosis
+from lightning_bnmonitor.report.figures import plot_channels
+from lightning_bnmonitor.statistics import divergence
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure

@@ -22,8 +22,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_bnmonitor.moments import merge_moments
-from lightning_bnmonitor.segments import QV, A, B, Calls, FloatArray, K, N, Q, S, Table, W, merge_scalars
+from lightning_bnmonitor.statistics.moments import merge_moments
+from lightning_bnmonitor.statistics.segments import QV, A, B, Calls, FloatArray, K, N, Q, S, Table, W, merge_scalars
 
 MAX_BLOCKS = 16
 _ASIDE = MAX_BLOCKS  # the row of batches that updated no buffer

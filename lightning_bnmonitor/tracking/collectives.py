@@ -15,9 +15,9 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_bnmonitor.moments import merge_moments
-from lightning_bnmonitor.profile import ROUNDING, Profile, gates
-from lightning_bnmonitor.segments import FloatArray, Segments, student_score
+from lightning_bnmonitor.statistics.analysis import ROUNDING, Profile, gates
+from lightning_bnmonitor.statistics.moments import merge_moments
+from lightning_bnmonitor.statistics.segments import FloatArray, Segments, student_score
 
 _MEAN, _VAR = 0, 1
 

@@ -16,10 +16,10 @@ from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from lightning_bnmonitor.layers import find_layers
-from lightning_bnmonitor.passes import Forward, Saved, forward_of, run, training_only
-from lightning_bnmonitor.plots import plot_contributions
-from lightning_bnmonitor.recalibration import recalibrate_layers, why_left_alone
+from lightning_bnmonitor.repair.passes import Forward, Saved, forward_of, run, training_only
+from lightning_bnmonitor.repair.recalibration import recalibrate_layers, why_left_alone
+from lightning_bnmonitor.report.figures import plot_contributions
+from lightning_bnmonitor.tracking.tracked_layer import find_layers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

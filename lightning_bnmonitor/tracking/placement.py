@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from lightning_bnmonitor.hooks import STASH_LIMIT
-from lightning_bnmonitor.layers import TrackedLayer, device_of
-from lightning_bnmonitor.window import Window
+from lightning_bnmonitor.capture.layer_hook import STASH_LIMIT
+from lightning_bnmonitor.statistics.window import Window
+from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer, device_of
 
 _BUFFER_ROWS = 6  # per channel: the running statistics when the window began, when the last one ended, and since
 _CHANNEL_BYTES = 8 * (Window.CHANNEL_ROWS + _BUFFER_ROWS)

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bnmonitor import ranks
-from lightning_bnmonitor.assessment import assess, end_windows
-from lightning_bnmonitor.capture import CaptureMode, check_capture, owned
-from lightning_bnmonitor.hooks import Attachment, Gate
-from lightning_bnmonitor.layers import (
+from lightning_bnmonitor.capture.batch_moments import CaptureMode, check_capture, owned
+from lightning_bnmonitor.capture.layer_hook import Attachment, Gate
+from lightning_bnmonitor.report.report import Report
+from lightning_bnmonitor.tracking import collectives as ranks
+from lightning_bnmonitor.tracking.assessment import assess, end_windows
+from lightning_bnmonitor.tracking.placement import Placement
+from lightning_bnmonitor.tracking.tracked_layer import (
     History,
     TrackedLayer,
     as_patterns,
@@ -24,9 +26,7 @@ from lightning_bnmonitor.layers import (
     num_batches_tracked,
     running_stats,
 )
-from lightning_bnmonitor.placement import Placement
-from lightning_bnmonitor.report import Report
-from lightning_bnmonitor.validation import with_validation
+from lightning_bnmonitor.tracking.validation import with_validation
 
 _STATE_VERSION = 6
 _NO_MODEL = "The model of this BatchNormTracker no longer exists. Make a new tracker."

@@ -10,13 +10,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_bnmonitor.diagnosis import ALERT, WARNING
+from lightning_bnmonitor.diagnosis.diagnosis import ALERT, WARNING
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
-    from lightning_bnmonitor.layer_report import LayerReport
+    from lightning_bnmonitor.report.layer_report import LayerReport
 
 _MAX_LABELS = 60  # layers that are named, channels that are drawn
 _FLOOR, _CEILING = 1e-3, 10.0  # errors outside are drawn at these

@@ -6,8 +6,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lightning_bnmonitor.segments import FloatArray
-from lightning_bnmonitor.window import Blocks
+from lightning_bnmonitor.statistics.segments import FloatArray
+from lightning_bnmonitor.statistics.window import Blocks
 
 Part = Literal["none", "average"]
 """What the batches are in the running statistics: nothing, or all there is, as the plain average."""

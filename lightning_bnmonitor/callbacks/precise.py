@@ -15,9 +15,9 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
-from lightning_bnmonitor.layers import find_layers
-from lightning_bnmonitor.passes import Forward, forward_of
-from lightning_bnmonitor.recalibration import Recalibration, recalibrate_layers, why_left_alone
+from lightning_bnmonitor.repair.passes import Forward, forward_of
+from lightning_bnmonitor.repair.recalibration import Recalibration, recalibrate_layers, why_left_alone
+from lightning_bnmonitor.tracking.tracked_layer import find_layers
 
 _STATS = ("running_mean", "running_var")
 

@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lightning_bnmonitor.diagnosis import ALERT, VERDICTS, WARNING
-from lightning_bnmonitor.plots import STYLES, shortened
-from lightning_bnmonitor.report import Report
+from lightning_bnmonitor.diagnosis.diagnosis import ALERT, VERDICTS, WARNING
+from lightning_bnmonitor.report.figures import STYLES, shortened
+from lightning_bnmonitor.report.report import Report
 
 MAX_ROWS, MAX_COLUMNS = 60, 60
 _LEVELS = (0.0, 0.03, WARNING, ALERT, 0.6, 1.5)  # the last is open above

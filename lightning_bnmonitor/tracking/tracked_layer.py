@@ -19,10 +19,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from lightning_bnmonitor.calls import Call, Kind
-from lightning_bnmonitor.capture import PATHS, BatchMoments, Path
-from lightning_bnmonitor.hooks import Gate, LayerHook
-from lightning_bnmonitor.window import Batch, Batches, Window
+from lightning_bnmonitor.capture.batch_moments import PATHS, BatchMoments, Path
+from lightning_bnmonitor.capture.calls import Call, Kind
+from lightning_bnmonitor.capture.layer_hook import Gate, LayerHook
+from lightning_bnmonitor.statistics.window import Batch, Batches, Window
 
 log = logging.getLogger(__name__)
 

@@ -7,8 +7,8 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
-from lightning_bnmonitor.layer_report import LayerReport
-from lightning_bnmonitor.report import Report
+from lightning_bnmonitor.report.layer_report import LayerReport
+from lightning_bnmonitor.report.report import Report
 
 OnUnhealthy = Literal["warn", "ignore", "raise"]
 _MAX_LAYERS_WARNED_OF = 5

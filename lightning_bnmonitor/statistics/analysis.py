@@ -17,8 +17,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from lightning_bnmonitor.segments import BoolArray, FloatArray, Segments, student_score
-from lightning_bnmonitor.window import MAX_BLOCKS, Blocks, paired
+from lightning_bnmonitor.statistics.segments import BoolArray, FloatArray, Segments, student_score
+from lightning_bnmonitor.statistics.window import MAX_BLOCKS, Blocks, paired
 
 _INITIAL = np.array([[0.0], [1.0]])  # what PyTorch initialises the buffers to
 _NEGLIGIBLE = 1e-9  # relative size of a sum of squares that is rounding

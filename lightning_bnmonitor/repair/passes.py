@@ -16,7 +16,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parallel import DistributedDataParallel
 from torch.nn.parameter import is_lazy
 
-from lightning_bnmonitor.tracker import trackers_of
+from lightning_bnmonitor.tracking.tracker import trackers_of
 
 Forward = Callable[[nn.Module, Any], Any]
 _BUFFERS = ("running_mean", "running_var", "num_batches_tracked")

@@ -13,9 +13,9 @@ import numpy as np
 from lightning.pytorch.loggers import Logger
 from numpy.typing import NDArray
 
-from lightning_bnmonitor.diagnosis import METRICS
-from lightning_bnmonitor.heatmap import Heatmap
-from lightning_bnmonitor.report import Report
+from lightning_bnmonitor.diagnosis.diagnosis import METRICS
+from lightning_bnmonitor.report.heatmap import Heatmap
+from lightning_bnmonitor.report.report import Report
 
 _SHARE = 0.01  # of the time since the beginning that may go into drawing
 _NUM_LAYERS = 10  # in a text

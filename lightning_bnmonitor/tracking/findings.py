@@ -9,7 +9,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_bnmonitor.diagnosis import EVIDENCE, FLAGS, VERDICTS, Diagnosis
+from lightning_bnmonitor.diagnosis.diagnosis import EVIDENCE, FLAGS, VERDICTS, Diagnosis
 
 _ROWS = 10  # of numbers of each channel
 _OTHERS = ("position", "num_batches", "num_samples", "has_running_stats", "verdict", "flags", "needs_attention")

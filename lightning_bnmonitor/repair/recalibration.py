@@ -13,15 +13,15 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.parameter import is_lazy
 
-from lightning_bnmonitor import ranks
-from lightning_bnmonitor.assessment import assess
-from lightning_bnmonitor.hooks import Gate
-from lightning_bnmonitor.layer_report import LayerReport
-from lightning_bnmonitor.layers import History, as_patterns, find_layers
-from lightning_bnmonitor.passes import Forward, Saved, forward_of, run, training_only
-from lightning_bnmonitor.report import Report
-from lightning_bnmonitor.stationary import Part
-from lightning_bnmonitor.tracker import BatchNormTracker, trackers_of
+from lightning_bnmonitor.capture.layer_hook import Gate
+from lightning_bnmonitor.repair.passes import Forward, Saved, forward_of, run, training_only
+from lightning_bnmonitor.report.layer_report import LayerReport
+from lightning_bnmonitor.report.report import Report
+from lightning_bnmonitor.statistics.stationary import Part
+from lightning_bnmonitor.tracking import collectives as ranks
+from lightning_bnmonitor.tracking.assessment import assess
+from lightning_bnmonitor.tracking.tracked_layer import History, as_patterns, find_layers
+from lightning_bnmonitor.tracking.tracker import BatchNormTracker, trackers_of
 
 _FROZEN, _NO_STATS, _UNUSED = "frozen", "no running statistics", "unused"
 

@@ -9,13 +9,13 @@ from dataclasses import replace
 import numpy as np
 import torch
 
-from lightning_bnmonitor import ranks
-from lightning_bnmonitor.diagnosis import FLAGS, WARNING
-from lightning_bnmonitor.layer_report import LayerReport
-from lightning_bnmonitor.layers import TrackedLayer
-from lightning_bnmonitor.report import Report
-from lightning_bnmonitor.segments import FloatArray, Segments
-from lightning_bnmonitor.window import Window
+from lightning_bnmonitor.diagnosis.diagnosis import FLAGS, WARNING
+from lightning_bnmonitor.report.layer_report import LayerReport
+from lightning_bnmonitor.report.report import Report
+from lightning_bnmonitor.statistics.segments import FloatArray, Segments
+from lightning_bnmonitor.statistics.window import Window
+from lightning_bnmonitor.tracking import collectives as ranks
+from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 
 _MIN_BATCHES = 4
 _CHANCE = 3  # times its noise floor that a shift must exceed

@@ -20,8 +20,7 @@ from torch.compiler import is_dynamo_compiling
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lightning_bnmonitor.calls import UNKNOWN, Call, Kind, kind_of, usual_of
-from lightning_bnmonitor.capture import (
+from lightning_bnmonitor.capture.batch_moments import (
     BatchMoments,
     is_intercepted,
     pass_moments,
@@ -29,6 +28,7 @@ from lightning_bnmonitor.capture import (
     top_saved_tensor_hooks,
     traced_moments,
 )
+from lightning_bnmonitor.capture.calls import UNKNOWN, Call, Kind, kind_of, usual_of
 
 STASH_LIMIT = 72
 """Most calls of a layer that may wait for the next update."""

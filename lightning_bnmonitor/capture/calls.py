@@ -8,14 +8,14 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from lightning_bnmonitor.capture import BatchMoments, Path, saves_moments
+from lightning_bnmonitor.capture.batch_moments import BatchMoments, Path, saves_moments
 
 
 class Kind(NamedTuple):
     """All of a call but its moments: usually that of a layer's last call, too."""
 
     path: Path
-    """As in :class:`~lightning_bnmonitor.capture.BatchMoments`, like all that follow up to ``eps``."""
+    """As in :class:`~lightning_bnmonitor.capture.batch_moments.BatchMoments`, like all that follow up to ``eps``."""
     num_samples: int
     batch_size: int
     serial: bool
@@ -35,7 +35,7 @@ class Kind(NamedTuple):
 
 Call = tuple[Tensor, Tensor, int, Kind]
 """One call of a layer that waits for the next update: ``mean`` and ``spread`` as in
-:class:`~lightning_bnmonitor.capture.BatchMoments`, training steps that had ended before, and all else."""
+:class:`~lightning_bnmonitor.capture.batch_moments.BatchMoments`, training steps that had ended before, and all else."""
 
 
 class Usual(NamedTuple):

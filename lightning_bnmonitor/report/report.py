@@ -13,9 +13,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from tabulate import tabulate
 
-from lightning_bnmonitor.diagnosis import METRICS
-from lightning_bnmonitor.layer_report import LayerReport, jsonable
-from lightning_bnmonitor.plots import STYLES, plot_layers
+from lightning_bnmonitor.diagnosis.diagnosis import METRICS
+from lightning_bnmonitor.report.figures import STYLES, plot_layers
+from lightning_bnmonitor.report.layer_report import LayerReport, jsonable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -11,18 +11,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_bnmonitor import ranks
-from lightning_bnmonitor.capture import PATHS
-from lightning_bnmonitor.diagnosis import METRICS, Circumstances, diagnose, distances, observations
-from lightning_bnmonitor.findings import Finding, pack, packed_size, unpack
-from lightning_bnmonitor.layer_report import LayerReport
-from lightning_bnmonitor.layers import History, TrackedLayer, num_batches_tracked, running_stats
-from lightning_bnmonitor.placement import Placement
-from lightning_bnmonitor.profile import Buffers, Profile, evaluate
-from lightning_bnmonitor.report import Report
-from lightning_bnmonitor.segments import FloatArray, Segments
-from lightning_bnmonitor.stationary import Part, as_one_block
-from lightning_bnmonitor.window import Blocks, Window
+from lightning_bnmonitor.capture.batch_moments import PATHS
+from lightning_bnmonitor.diagnosis.diagnosis import METRICS, Circumstances, diagnose, distances, observations
+from lightning_bnmonitor.report.layer_report import LayerReport
+from lightning_bnmonitor.report.report import Report
+from lightning_bnmonitor.statistics.analysis import Buffers, Profile, evaluate
+from lightning_bnmonitor.statistics.segments import FloatArray, Segments
+from lightning_bnmonitor.statistics.stationary import Part, as_one_block
+from lightning_bnmonitor.statistics.window import Blocks, Window
+from lightning_bnmonitor.tracking import collectives as ranks
+from lightning_bnmonitor.tracking.findings import Finding, pack, packed_size, unpack
+from lightning_bnmonitor.tracking.placement import Placement
+from lightning_bnmonitor.tracking.tracked_layer import History, TrackedLayer, num_batches_tracked, running_stats
 
 # |mean| / sqrt(var + eps) above which what a kernel saved is not exact enough:
 _MAX_RATIO, _MAX_RATIO_SERIAL = 100.0, 10.0

@@ -14,10 +14,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_bnmonitor import divergence
-from lightning_bnmonitor.profile import Profile
-from lightning_bnmonitor.segments import BoolArray, FloatArray, Segments
-from lightning_bnmonitor.wording import explain, prescribe
+from lightning_bnmonitor.diagnosis.wording import explain, prescribe
+from lightning_bnmonitor.statistics import divergence
+from lightning_bnmonitor.statistics.analysis import Profile
+from lightning_bnmonitor.statistics.segments import BoolArray, FloatArray, Segments
 
 WARNING = 0.1
 """The error of the normalised activation in ``eval()`` from which on it is worth a warning."""

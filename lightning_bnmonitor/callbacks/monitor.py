@@ -11,13 +11,13 @@ import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from lightning_bnmonitor import ranks
-from lightning_bnmonitor.alarm import Alarm, OnUnhealthy
-from lightning_bnmonitor.capture import CaptureMode, check_capture
-from lightning_bnmonitor.dashboard import Dashboard, log_scalars
-from lightning_bnmonitor.layers import as_patterns
-from lightning_bnmonitor.report import Report
-from lightning_bnmonitor.tracker import BatchNormTracker
+from lightning_bnmonitor.callbacks.dashboard import Dashboard, log_scalars
+from lightning_bnmonitor.callbacks.unhealthy import Alarm, OnUnhealthy
+from lightning_bnmonitor.capture.batch_moments import CaptureMode, check_capture
+from lightning_bnmonitor.report.report import Report
+from lightning_bnmonitor.tracking import collectives as ranks
+from lightning_bnmonitor.tracking.tracked_layer import as_patterns
+from lightning_bnmonitor.tracking.tracker import BatchNormTracker
 
 _MAX_LAYERS_LOGGED = 100
 
