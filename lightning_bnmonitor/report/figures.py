@@ -3,58 +3,31 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any, NamedTuple
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_bnmonitor.diagnosis.diagnosis import ALERT, WARNING
+from lightning_bnmonitor.diagnosis.evidence import ALERT, WARNING
+from lightning_bnmonitor.diagnosis.verdicts import VERDICTS
+from lightning_bnmonitor.report.layer_values import LayerValues
 
 if TYPE_CHECKING:  # matplotlib takes half a second to import
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-    from lightning_bnmonitor.report.layer_report import LayerReport
 
 _MAX_LABELS = 60  # layers that are named, channels that are drawn
 _FLOOR, _CEILING = 1e-3, 10.0  # errors outside are drawn at these
 _EXACT, _NOISE = "#333333", "#bbbbbb"
 
 
-class Style(NamedTuple):
-    """How a verdict is drawn."""
-
-    color: str
-    """Colours that are told apart with any colour vision, in most cases; the letter says the same."""
-    letter: str
-
-
-STYLES: Mapping[str, Style] = {
-    "non-finite": Style("#000000", "X"),
-    "unused": Style("#999999", "U"),
-    "no-running-stats": Style("#999999", "B"),
-    "stale": Style("#661100", "S"),
-    "frozen": Style("#44AA99", "F"),
-    "insufficient-data": Style("#999999", "?"),
-    "tiny-batch": Style("#882255", "T"),
-    "ordered-batches": Style("#117733", "O"),
-    "grouped-batches": Style("#999933", "G"),
-    "warming-up": Style("#E69F00", "W"),
-    "lagging": Style("#D55E00", "L"),
-    "noisy": Style("#CC79A7", "N"),
-    "drifting": Style("#56B4E9", "D"),
-    "healthy": Style("#0072B2", "H"),
-}
-
-
-def plot_layers(layers: Sequence[LayerReport], errors: Sequence[float], ax: Axes | None = None) -> tuple[Figure, Axes]:
+def plot_layers(layers: Sequence[LayerValues], ax: Axes | None = None) -> tuple[Figure, Axes]:
     """The layers' ``eval_error`` in their order, by verdict, over their noise floors; see :meth:`Report.plot`.
 
     Args:
         layers: The layers.
-        errors: The ``eval_error`` of each.
         ax: Where to draw; None makes a figure.
     """
     if ax is None:
@@ -65,12 +38,14 @@ def plot_layers(layers: Sequence[LayerReport], errors: Sequence[float], ax: Axes
         fig, ax = plt.subplots(figsize=(width, height), layout="constrained")
     else:
         fig = _figure(ax)
-    floors = [layer.evidence.get("noise_error", math.nan) for layer in layers]
+    errors, floors = (
+        [layer.diagnosis.evidence.get(name, math.nan) for layer in layers] for name in ("eval_error", "noise_error")
+    )
     position = np.arange(len(layers))
     ax.bar(position, np.nan_to_num(floors), width=0.7, color=_NOISE, alpha=0.6, label="sampling noise explains")
     shown = np.clip(np.nan_to_num(errors, nan=math.nan, posinf=_CEILING), _FLOOR, _CEILING)
-    verdicts = np.array([layer.verdict for layer in layers])
-    for verdict, style in STYLES.items():
+    verdicts = np.array([layer.diagnosis.verdict for layer in layers])
+    for verdict, style in VERDICTS.items():
         its = (verdicts == verdict) & ~np.isnan(shown)
         if its.any():
             ax.scatter(position[its], shown[its], s=90, color=style.color, zorder=3, edgecolors="white", linewidths=0.8)
@@ -93,7 +68,7 @@ def plot_layers(layers: Sequence[LayerReport], errors: Sequence[float], ax: Axes
     return fig, ax
 
 
-def plot_channels(layer: LayerReport, ax: Any = None) -> tuple[Figure, Any]:
+def plot_channels(layer: LayerValues, ax: Any = None) -> tuple[Figure, Any]:
     """One layer, channel by channel and over the window; see :meth:`LayerReport.plot`.
 
     Args:
@@ -107,23 +82,19 @@ def plot_channels(layer: LayerReport, ax: Any = None) -> tuple[Figure, Any]:
         import matplotlib.pyplot as plt
 
         fig, ax = plt.subplots(2, 2, figsize=(11, 6.5), layout="constrained")
-        fig.suptitle(f"{layer.name}: {layer.verdict}", x=0.01, ha="left", parse_math=False)
+        fig.suptitle(f"{layer.name}: {layer.diagnosis.verdict}", x=0.01, ha="left", parse_math=False)
     elif np.size(ax) != 4:
         raise ValueError(f"`ax` must be four axes, got {np.size(ax)}.")
     else:
         fig = _figure(np.ravel(ax)[0])
     of_means, of_stds, mean_course, std_course = np.ravel(ax)
-    error = torch.nan_to_num(layer.eval_error, nan=-1.0)
-    worst = int(error.argmax()) if len(error) else 0
-    chosen = error.argsort(descending=True, stable=True)[:_MAX_LABELS].sort().values
-    color = STYLES[layer.verdict].color
-
     std, running_std = _std(layer.population_var), _std(layer.running_var)
-    running_std_error = layer.running_var_stderr / (2 * running_std)
-    position = np.arange(len(chosen))
-    few = f"the {len(chosen)} worst of {layer.num_features} channels" if len(chosen) < layer.num_features else "channel"
+    means = layer.population_mean, layer.running_mean, layer.running_mean_stderr
+    stds = std, running_std, layer.running_var_stderr / (2 * running_std)
+    error = torch.nan_to_num(layer.eval_error, nan=-1.0)
+    chosen = error.argsort(descending=True, stable=True)[:_MAX_LABELS].sort().values
     of_means.bar(
-        position,
+        np.arange(len(chosen)),
         2 * _at(std, chosen),
         bottom=_at(layer.population_mean - std, chosen),
         color=_NOISE,
@@ -131,46 +102,54 @@ def plot_channels(layer: LayerReport, ax: Any = None) -> tuple[Figure, Any]:
         width=0.8,
         label="exact ± std",
     )
-    rows = (
-        (of_means, layer.population_mean, layer.running_mean, layer.running_mean_stderr, "mean"),
-        (of_stds, std, running_std, running_std_error, "std"),
-    )
     of_means.use_sticky_edges = False
-    for axes, exact, running, stderr, name in rows:
-        axes.plot(position, _at(exact, chosen), "_", color=_EXACT, markersize=9, label="exact")
-        bars = np.nan_to_num(2 * _at(stderr, chosen))
-        axes.errorbar(
-            position,
-            _at(running, chosen),
-            bars,
-            fmt="o",
-            color=color,
-            markersize=4,
-            capsize=2,
-            label="running ± 2 standard errors",
-        )
-        axes.set_ylabel(name)
-        axes.set_xlabel(few)
-        every = -(-len(chosen) // 16) or 1
-        axes.set_xticks(position[::every], chosen.tolist()[::every], fontsize=8)
-        _legend_above(axes, 3)
-
-    course = layer.course
+    few = f"the {len(chosen)} worst of {layer.num_features} channels" if len(chosen) < layer.num_features else "channel"
+    color, course = VERDICTS[layer.diagnosis.verdict].color, layer.course
+    for axes, values, name in ((of_means, means, "mean"), (of_stds, stds, "std")):
+        _draw_channels(axes, values, chosen, color)
+        axes.set(ylabel=name, xlabel=few)
+    worst = int(error.argmax()) if len(error) else 0
     middle = course.num_batches.cumsum(0) - course.num_batches / 2
-    courses = (
-        (mean_course, course.mean, layer.population_mean, layer.running_mean, layer.running_mean_stderr, "mean"),
-        (std_course, _std(course.var), std, running_std, running_std_error, "std"),
-    )
-    for axes, values, exact, running, stderr, name in courses:
-        axes.plot(middle.numpy(), _at(values, worst), "o-", color=_EXACT, markersize=4, label="batches")
-        axes.axhline(float(_at(exact, worst)), color=_EXACT, linewidth=0.8, linestyle=":", label="exact")
-        level, half = float(_at(running, worst)), 2 * float(np.nan_to_num(_at(stderr, worst)))
-        axes.axhline(level, color=color, linewidth=1.5, linestyle="--", label="running ± 2 standard errors")
-        axes.axhspan(level - half, level + half, color=color, alpha=0.2, linewidth=0)
-        axes.set_xlabel(f"batch in the window (channel {worst})")
-        axes.set_ylabel(name)
-        _legend_above(axes, 3)
+    for axes, batches, values, name in (
+        (mean_course, course.mean, means, "mean"),
+        (std_course, _std(course.var), stds, "std"),
+    ):
+        _draw_course(axes, middle, batches, values, worst, color)
+        axes.set(ylabel=name, xlabel=f"batch in the window (channel {worst})")
     return fig, ax
+
+
+def _draw_channels(axes: Axes, values: tuple[Tensor, Tensor, Tensor], channels: Tensor, color: str) -> None:
+    """Exact and running values of channels, with two of the latter's standard errors."""
+    exact, running, stderr = values
+    position = np.arange(len(channels))
+    axes.plot(position, _at(exact, channels), "_", color=_EXACT, markersize=9, label="exact")
+    axes.errorbar(
+        position,
+        _at(running, channels),
+        np.nan_to_num(2 * _at(stderr, channels)),
+        fmt="o",
+        color=color,
+        markersize=4,
+        capsize=2,
+        label="running ± 2 standard errors",
+    )
+    every = -(-len(channels) // 16) or 1
+    axes.set_xticks(position[::every], channels.tolist()[::every], fontsize=8)
+    _legend_above(axes, 3)
+
+
+def _draw_course(
+    axes: Axes, time: Tensor, batches: Tensor, values: tuple[Tensor, Tensor, Tensor], channel: int, color: str
+) -> None:
+    """Values of a channel over the window, beside its exact and its running value."""
+    exact, running, stderr = values
+    axes.plot(time.numpy(), _at(batches, channel), "o-", color=_EXACT, markersize=4, label="batches")
+    axes.axhline(float(_at(exact, channel)), color=_EXACT, linewidth=0.8, linestyle=":", label="exact")
+    level, half = float(_at(running, channel)), 2 * float(np.nan_to_num(_at(stderr, channel)))
+    axes.axhline(level, color=color, linewidth=1.5, linestyle="--", label="running ± 2 standard errors")
+    axes.axhspan(level - half, level + half, color=color, alpha=0.2, linewidth=0)
+    _legend_above(axes, 3)
 
 
 def plot_contributions(
@@ -192,7 +171,7 @@ def plot_contributions(
             if not math.isfinite(start):  # then from below
                 start = states[index + 1][1] + sum(reduction for _, reduction in here[number:])
             text = "nan" if math.isnan(reduction) else f"{-reduction:+.4g}"
-            rows.append((step, start, start - reduction, STYLES["healthy" if index else "lagging"].color, text))
+            rows.append((step, start, start - reduction, VERDICTS["healthy" if index else "lagging"].color, text))
     if ax is None:
         import matplotlib.pyplot as plt
 

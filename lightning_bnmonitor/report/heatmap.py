@@ -13,8 +13,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from lightning_bnmonitor.diagnosis.diagnosis import ALERT, VERDICTS, WARNING
-from lightning_bnmonitor.report.figures import STYLES, shortened
+from lightning_bnmonitor.diagnosis.evidence import ALERT, WARNING
+from lightning_bnmonitor.diagnosis.verdicts import VERDICTS
+from lightning_bnmonitor.report.figures import shortened
 from lightning_bnmonitor.report.report import Report
 
 MAX_ROWS, MAX_COLUMNS = 60, 60
@@ -26,7 +27,8 @@ _DPI = 100
 _CELL_HEIGHT, _CELL_WIDTH, _MIN_WIDTH, _MAX_WIDTH = 19, 28, 320, 600
 _TOP, _LINE, _BOTTOM, _RIGHT = 40, 18, 98, 24
 _CHARACTER = 8.4  # width in pixels
-_NO_VERDICT = len(VERDICTS)
+_NAMES = list(VERDICTS)  # what is remembered is the index of a name
+_NO_VERDICT = len(_NAMES)
 
 
 class Heatmap:
@@ -150,7 +152,7 @@ class Heatmap:
                 continue
             its = self._verdicts == index
             begins = its & (previous != index)
-            for marks, marker, size in ((begins, f"${STYLES[verdict].letter}$", 60), (its & ~begins, ".", 12)):
+            for marks, marker, size in ((begins, f"${VERDICTS[verdict].letter}$", 60), (its & ~begins, ".", 12)):
                 for where, color in ((marks & light, "black"), (marks & ~light, "white")):
                     if where.any():
                         row, column = where.nonzero()
@@ -158,7 +160,7 @@ class Heatmap:
 
     def _legend(self) -> str:
         present = [verdict for index, verdict in enumerate(VERDICTS) if (self._verdicts == index).any()]
-        marks = [f"{STYLES[verdict].letter}={verdict}" for verdict in present if verdict != "healthy"]
+        marks = [f"{VERDICTS[verdict].letter}={verdict}" for verdict in present if verdict != "healthy"]
         return "  ".join(marks) if marks else "all layers are healthy"
 
     def _place(self, report: Report) -> tuple[NDArray[np.float32], NDArray[np.uint8]]:
@@ -181,7 +183,7 @@ class Heatmap:
         for layer in reversed(report.worst()):
             index = position[self._row_of[layer.name]]
             new_errors[index] = np.fmax(new_errors[index], summaries[layer.name]["eval_error"])
-            new_verdicts[index] = VERDICTS.index(layer.verdict)
+            new_verdicts[index] = _NAMES.index(layer.verdict)
         return new_errors, new_verdicts
 
 

@@ -7,14 +7,20 @@ A batch enters as (n, mean, unbiased variance) per channel. Consecutive batches 
 merged into at most 16 blocks of equal length (the last may be shorter); when a 17th would begin, neighbours are merged
 in pairs. Batches that updated no running statistics (frozen layers, ``momentum=0``, layers without buffers) count in
 the population alone and are merged into one further block beside them.
+
+**Weights.** With momentum m (0 if the call updated nothing), a batch of n values multiplies what stood before by
+q = 1 - m: the decay A and the sum of decays S become qA and qS + 1, and of every block the sum of weights W becomes qW
+and the sum of squared weights over n (over n - 1) becomes q^2 Q. The batch itself enters with W = m and Q = m^2 / n.
 """
 
 from __future__ import annotations
 
 import math
-from collections import defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections import defaultdict, deque
+from collections.abc import Iterable, Mapping, Sequence
+from functools import partial
 from itertools import chain, compress
+from operator import setitem
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -22,128 +28,75 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_bnmonitor.statistics.blocks import MAX_BLOCKS, Blocks, PooledBatches, block_size
+from lightning_bnmonitor.statistics.channel_layout import FloatArray
 from lightning_bnmonitor.statistics.moments import merge_moments
-from lightning_bnmonitor.statistics.segments import QV, A, B, Calls, FloatArray, K, N, Q, S, Table, W, merge_scalars
 
-MAX_BLOCKS = 16
-_ASIDE = MAX_BLOCKS  # the row of batches that updated no buffer
+_BESIDE = MAX_BLOCKS  # the row of batches that updated no running statistics
 _ROWS = MAX_BLOCKS + 1
-_FRESH = (1.0, 0.0)  # A and S of a window that begins
-_VALUE, _M2 = range(2)  # what a block keeps per channel, for the mean buffer and for the variance buffer
-
-
-class Batch(NamedTuple):
-    """What one call of a layer contributes."""
-
-    num_samples: int
-    """Values per channel, n."""
-    mean: Tensor
-    """Batch mean, ``(C,)``."""
-    spread: Tensor
-    """Biased batch variance, ``(C,)``; if ``eps`` is given, the inverse standard deviation (var + eps)^-1/2 instead."""
-    eps: float | None
-    """The layer's ``eps`` where ``spread`` is an inverse standard deviation."""
-    momentum: float
-    """Weight of this batch in the running statistics right after the call; 0 if it updated none."""
-    batch_size: int
-    """Samples (``x.shape[0]``), each of which has ``num_samples / batch_size`` positions."""
+_VALUE, _M2 = range(2)  # what a row keeps per channel, for the running mean and for the running variance
+# What a row sums per layer: K, n, W, Q of both buffers, samples.
+_NUM_BATCHES, _NUM_SAMPLES, _WEIGHT, _NOISE_OF_MEAN, _NOISE_OF_VAR, _BATCH_SIZE = range(6)
+_NOISE = slice(_NOISE_OF_MEAN, _NOISE_OF_VAR + 1)
+_DECAY, _ROUNDING = range(2)  # what a layer keeps besides: A and S
+_FRESH = (1.0, 0.0)  # of a window that begins
 
 
 class Batches(NamedTuple):
-    """Consecutive batches of a layer, field by field as in :class:`Batch`."""
+    """What consecutive calls of a layer contribute, field by field: one entry for each call."""
 
     num_samples: tuple[int, ...]
+    """Values per channel, n."""
     mean: tuple[Tensor, ...]
+    """Batch means, ``(C,)`` each."""
     spread: tuple[Tensor, ...]
+    """Biased batch variances, ``(C,)`` each; where ``eps`` is given, (var + eps)^-1/2 instead."""
     eps: tuple[float | None, ...]
+    """The layer's ``eps`` where ``spread`` is an inverse standard deviation."""
     momentum: tuple[float, ...]
+    """Weight of the batch in the running statistics right after the call; 0 if it updated none."""
     batch_size: tuple[int, ...]
+    """Samples (``x.shape[0]``), each of which has ``num_samples / batch_size`` positions."""
 
 
-class Blocks(NamedTuple):
-    """The blocks of all layers in the order of time, on the host in float64.
+Write = partial[Any]
+"""A write that waits for :func:`commit`: a function written in C, and what it is called with."""
 
-    There are 16 for every layer; those that a window is too short for come last and are 0 throughout. What is kept per
-    channel is flat over all layers' channels, for the means at index 0 of the axis of 2, for the variances at index 1.
+
+def commit(writes: Iterable[Write]) -> None:
+    """Make all these writes in one step: an interrupt comes before them or after, and never in between.
+
+    Python looks for signals between its own instructions only, and here are none: ``deque``, ``map`` and what they call
+    are written in C.
+    """
+    deque(map(partial.__call__, writes), maxlen=0)
+
+
+class _LayerBatches(NamedTuple):
+    """Batches of one layer that go into the same kind of row."""
+
+    layer: int
+    batches: Batches
+    lead: tuple[int, ...]
+    """The number that each batch has in the window, less its number among these."""
+
+
+class _Weights(NamedTuple):
+    """What the merge of a group's channels needs per layer, ``(rows, layers)``.
+
+    There is a row for each batch, or one if these are all alike.
     """
 
-    widths: NDArray[np.int64]
-    """Channels of each layer, ``(layers,)``."""
-    num_batches: FloatArray
-    """K: batches in each block, ``(layers, 16)``."""
-    num_samples: FloatArray
-    """n: values per channel, ``(layers, 16)``."""
-    batch_size: FloatArray
-    """Samples, ``(layers, 16)``: the sum over the batches."""
-    weight: FloatArray
-    """W: the sum of the weights that the batches have in the running statistics now, ``(layers, 16)``."""
-    noise: FloatArray
-    """Q: the sum of squared weights over n (mean) and over n - 1 (variance) of each batch, ``(2, layers, 16)``."""
-    value: FloatArray
-    """Mean of the batch means, weighted by n, and of the unbiased batch variances, by n - 1, ``(16, 2, channels)``."""
-    m2: FloatArray
-    """The weighted sum of their squared deviations from it, ``(16, 2, channels)``."""
-    decay: FloatArray
-    """A: the weight that the buffers at the window's start still have in those of now, ``(layers,)``."""
-    rounding: FloatArray
-    """S: the sum of the decays that each update's float32 rounding has undergone since, ``(layers,)``."""
-    first_bad: FloatArray
-    """The first call in the window with a value that is not finite, counted from 1, ``(channels,)``; inf if none."""
-    aside_batches: FloatArray
-    """Batches that updated no running statistics, ``(layers,)``; they are in none of the above but ``first_bad``."""
-    aside_samples: FloatArray
-    """Their values per channel, ``(layers,)``."""
-    aside_size: FloatArray
-    """Their samples, ``(layers,)``: the sum over the batches."""
-    aside_value: FloatArray
-    """Of them, what ``value`` is of a block, ``(2, channels)``."""
-    aside_m2: FloatArray
-    """Of them, what ``m2`` is of a block, ``(2, channels)``."""
-
-
-def block_size(num_batches: int) -> int:
-    """Batches in a full block of a window of ``num_batches``: the smallest power of 2 that makes 16 blocks suffice."""
-    size = 1
-    while num_batches > size * MAX_BLOCKS:
-        size *= 2
-    return size
-
-
-def paired(blocks: Blocks) -> Blocks:
-    """Blocks of single batches merged in pairs, so that there is a variance within."""
-    single = (blocks.num_batches.max(axis=1, initial=0) == 1).nonzero()[0]
-    if not len(single):
-        return blocks
-    ends = np.cumsum(blocks.widths)
-    weights = np.stack([blocks.num_samples, blocks.num_samples - blocks.num_batches]).transpose(1, 2, 0)  # (L, 16, 2)
-    one, other = weights[single, 0::2, :, None], weights[single, 1::2, :, None]
-    share = np.divide(other, one + other, out=np.zeros_like(one), where=other > 0)
-    everything = len(single) == len(ends)
-    value, m2 = (np.zeros_like(part) if everything else part.copy() for part in (blocks.value, blocks.m2))
-    for layer, of_other, weight in zip(single, share, share * one, strict=True):
-        own = slice(ends[layer] - blocks.widths[layer], ends[layer])
-        first, merged = blocks.value[0::2, :, own], value[: MAX_BLOCKS // 2, :, own]
-        step = blocks.value[1::2, :, own] - first
-        np.multiply(step, of_other, out=merged)
-        merged += first
-        np.multiply(np.square(step, out=step), weight, out=m2[: MAX_BLOCKS // 2, :, own])
-        value[MAX_BLOCKS // 2 :, :, own] = m2[MAX_BLOCKS // 2 :, :, own] = 0
-
-    def halved(scalars: FloatArray) -> FloatArray:
-        scalars = scalars.copy()
-        scalars[..., single, : MAX_BLOCKS // 2] = scalars[..., single, 0::2] + scalars[..., single, 1::2]
-        scalars[..., single, MAX_BLOCKS // 2 :] = 0
-        return scalars
-
-    return blocks._replace(
-        num_batches=halved(blocks.num_batches),
-        num_samples=halved(blocks.num_samples),
-        batch_size=halved(blocks.batch_size),
-        weight=halved(blocks.weight),
-        noise=halved(blocks.noise),
-        value=value,
-        m2=m2,
-    )
+    of_parts: FloatArray
+    """n and n - K in turn, old rows first; of the batches one for all if they are alike."""
+    of_unions: FloatArray
+    """The same of each of the new rows."""
+    bessel: FloatArray
+    """n / (n - 1)."""
+    eps: FloatArray
+    """NaN where the spread is a variance."""
+    lead: FloatArray
+    """Those of :class:`_LayerBatches`."""
 
 
 class Window:
@@ -162,8 +115,8 @@ class Window:
         self._starts = [0]
         self._channels = torch.zeros(*self.CHANNEL_SHAPE, 0, dtype=torch.float64, device=device)
         self._first_bad = torch.zeros(0, dtype=torch.float64, device=device)
-        self._scalars: FloatArray = np.zeros((0, _ROWS, 6))
-        self._momenta: FloatArray = np.zeros((0, 2))
+        self._sums: FloatArray = np.zeros((0, _ROWS, 6))
+        self._decays: FloatArray = np.zeros((0, 2))
 
     def add_layers(self, widths: Sequence[int]) -> range:
         """Append layers of so many channels to the flat channel space. Returns their indices."""
@@ -173,8 +126,8 @@ class Window:
             self._starts.append(self._starts[-1] + width)
         self._channels = torch.cat([self._channels, self._channels.new_zeros(*self.CHANNEL_SHAPE, sum(widths))], dim=-1)
         self._first_bad = torch.cat([self._first_bad, self._first_bad.new_full((sum(widths),), torch.inf)])
-        self._scalars = np.concatenate([self._scalars, np.zeros((len(widths), _ROWS, 6))])
-        self._momenta = np.concatenate([self._momenta, np.tile(_FRESH, (len(widths), 1))])
+        self._sums = np.concatenate([self._sums, np.zeros((len(widths), _ROWS, 6))])
+        self._decays = np.concatenate([self._decays, np.tile(_FRESH, (len(widths), 1))])
         return range(first, len(self.widths))
 
     def channels(self, layer: int) -> slice:
@@ -185,80 +138,65 @@ class Window:
         """Forget all batches, keep the layers."""
         self._channels = torch.zeros_like(self._channels)
         self._first_bad = torch.full_like(self._first_bad, torch.inf)
-        self._scalars[:] = 0
-        self._momenta[:] = _FRESH
+        self._sums[:] = 0
+        self._decays[:] = _FRESH
+
+    def update(self, batches: Mapping[int, Batches]) -> None:
+        """Add consecutive batches of layers, by index, in the order of time: see :meth:`merged`."""
+        commit(self.merged(batches))
 
     @torch.no_grad()
-    def update(self, batches: Mapping[int, Sequence[Batch] | Batches]) -> None:
-        """Add consecutive batches of any layers, in one fused update for all layers with equal histories.
+    def merged(self, batches: Mapping[int, Batches]) -> list[Write]:
+        """What is to be written to add consecutive batches of layers, all with equal histories in one fused merge.
 
         A batch with a non-finite mean or variance in a channel makes the population of that channel NaN until the next
-        :meth:`reset`, and that of no other. An interrupt while this computes changes nothing; the writes at its end,
-        which take microseconds, are not safe from one.
+        :meth:`reset`, and that of no other. Nothing changes before the writes are committed.
 
         Args:
             batches: For each layer's index, what its calls contributed, in the order of time.
         """
-        profiled: dict[tuple[int, int], list[Calls]] = defaultdict(list)
-        aside: dict[int, list[Calls]] = defaultdict(list)
-        counts = self._scalars[..., K]
-        history, counted = [np.add.reduce(counts[:, :n], axis=1).tolist() for n in (MAX_BLOCKS, _ROWS)]
-        for layer in sorted(batches):
-            its, before = batches[layer], int(counted[layer])
-            fields = its if isinstance(its, Batches) else _by_field(its)
-            if fields is None:
-                continue
-            num_calls = len(fields.momentum)
-            if all(fields.momentum):
-                profiled[int(history[layer]), num_calls].append(Calls(layer, fields, (before + 1,) * num_calls))
-                continue
-            for is_updating in (True, False):
-                chosen = [bool(momentum) is is_updating for momentum in fields.momentum]
-                if num := sum(chosen):
-                    group = profiled[int(history[layer]), num] if is_updating else aside[num]
-                    numbers = compress(range(before + 1, before + 1 + num_calls), chosen)
-                    lead = tuple(number - index for index, number in enumerate(numbers))
-                    group.append(Calls(layer, Batches._make(tuple(compress(field, chosen)) for field in fields), lead))
-        scalars, momenta = self._scalars.copy(), self._momenta.copy()
-        writes: list[Callable[[], None]] = []
-        for (before, added), group in profiled.items():
+        sums, decays = self._sums.copy(), self._decays.copy()
+        writes: list[Write] = []
+        in_blocks, beside = self._grouped(batches)
+        for (before, added), group in in_blocks.items():
             size, old_size = block_size(before + added), block_size(before)
             old_blocks = -(-before // old_size)
             first = before // size if size == old_size else 0  # blocks before it stay as they are
             blocks = np.arange(first, old_blocks) * old_size // size, np.arange(before, before + added) // size
             union = np.concatenate(blocks) - first
             rows = slice(first, old_blocks), slice(first, first + int(union[-1]) + 1)
-            table, members = merge_scalars(group, *rows, union, scalars, momenta)
-            writes.append(self._merge(group, *rows, table, members))
-        for added, group in aside.items():
-            rows = slice(_ASIDE, _ROWS), slice(_ASIDE, _ROWS)
-            table, members = merge_scalars(group, *rows, np.zeros(1 + added, dtype=int), scalars, momenta)
-            writes.append(self._merge(group, *rows, table, members))
-        for write in writes:
-            write()
-        self._scalars, self._momenta = scalars, momenta
+            weights, members = _merge_sums(group, *rows, union, sums, decays)
+            writes += self._merge_channels(group, *rows, weights, members)
+        for added, group in beside.items():
+            rows = slice(_BESIDE, _ROWS), slice(_BESIDE, _ROWS)
+            weights, members = _merge_sums(group, *rows, np.zeros(1 + added, dtype=int), sums, decays)
+            writes += self._merge_channels(group, *rows, weights, members)
+        state = vars(self)
+        return [*writes, partial(setitem, state, "_sums", sums), partial(setitem, state, "_decays", decays)]
 
     def blocks(self) -> Blocks:
         """All that the window holds, block by block. On the CPU, valid until the next update."""
-        scalars, aside = self._scalars[:, :MAX_BLOCKS].copy(), self._scalars[:, _ASIDE]
+        sums, beside = self._sums[:, :MAX_BLOCKS].copy(), self._sums[:, _BESIDE].copy()
         channels = self._channels.cpu().numpy()
         return Blocks(
             widths=np.array(self.widths, dtype=np.int64),
-            num_batches=scalars[..., K],
-            num_samples=scalars[..., N],
-            batch_size=scalars[..., B],
-            weight=scalars[..., W],
-            noise=np.stack([scalars[..., Q], scalars[..., QV]]),
+            num_batches=sums[..., _NUM_BATCHES],
+            num_samples=sums[..., _NUM_SAMPLES],
+            batch_size=sums[..., _BATCH_SIZE],
+            weight=sums[..., _WEIGHT],
+            noise=np.stack([sums[..., _NOISE_OF_MEAN], sums[..., _NOISE_OF_VAR]]),
             value=channels[_VALUE, :MAX_BLOCKS],
             m2=channels[_M2, :MAX_BLOCKS],
-            decay=self._momenta[:, A].copy(),
-            rounding=self._momenta[:, S].copy(),
+            decay=self._decays[:, _DECAY].copy(),
+            rounding=self._decays[:, _ROUNDING].copy(),
             first_bad=self._first_bad.cpu().numpy(),
-            aside_batches=aside[:, K].copy(),
-            aside_samples=aside[:, N].copy(),
-            aside_size=aside[:, B].copy(),
-            aside_value=channels[_VALUE, _ASIDE],
-            aside_m2=channels[_M2, _ASIDE],
+            beside=PooledBatches(
+                num_batches=beside[:, _NUM_BATCHES],
+                num_samples=beside[:, _NUM_SAMPLES],
+                batch_size=beside[:, _BATCH_SIZE],
+                value=channels[_VALUE, _BESIDE],
+                m2=channels[_M2, _BESIDE],
+            ),
         )
 
     def channel_state(self) -> Tensor:
@@ -267,43 +205,73 @@ class Window:
 
     def layer_state(self, layer: int) -> dict[str, list[Any]]:
         """What is kept per layer, in primitives: see :meth:`restore`."""
-        return {"scalars": self._scalars[layer].tolist(), "momenta": self._momenta[layer].tolist()}
+        return {"scalars": self._sums[layer].tolist(), "momenta": self._decays[layer].tolist()}
 
     def forget_weights(self, layer: int) -> None:
         """The running statistics have just been written: no batch so far is in them."""
-        self._scalars[layer, :, [W, Q, QV]] = 0
-        self._momenta[layer] = _FRESH
+        self._sums[layer, :, [_WEIGHT, _NOISE_OF_MEAN, _NOISE_OF_VAR]] = 0
+        self._decays[layer] = _FRESH
 
     def restore(self, layer: int, channels: Tensor, state: Mapping[str, Any]) -> None:
         """Give a layer the state that another window had for it: its channels' part and its own."""
         own = self.channels(layer)
         self._channels[..., own] = channels[:-1].view(*self.CHANNEL_SHAPE, -1).to(self.device)
         self._first_bad[own] = channels[-1].to(self.device)
-        self._scalars[layer] = state["scalars"]
-        self._momenta[layer] = state["momenta"]
+        self._sums[layer] = state["scalars"]
+        self._decays[layer] = state["momenta"]
 
-    def _merge(
-        self, group: list[Calls], old: slice, new: slice, table: Table, members: FloatArray
-    ) -> Callable[[], None]:
+    def _grouped(
+        self, batches: Mapping[int, Batches]
+    ) -> tuple[dict[tuple[int, int], list[_LayerBatches]], dict[int, list[_LayerBatches]]]:
+        """Layers that can be merged together: by batches in their blocks and new ones; those that go beside, by number.
+
+        A layer whose calls updated running statistics only in part is in both.
+        """
+        in_blocks: dict[tuple[int, int], list[_LayerBatches]] = defaultdict(list)
+        beside: dict[int, list[_LayerBatches]] = defaultdict(list)
+        counts = self._sums[..., _NUM_BATCHES]
+        history, counted = [np.add.reduce(counts[:, :n], axis=1).tolist() for n in (MAX_BLOCKS, _ROWS)]
+        for layer in sorted(batches):
+            its, before = batches[layer], int(counted[layer])
+            num_calls = len(its.momentum)
+            if all(its.momentum):
+                if num_calls:
+                    in_blocks[int(history[layer]), num_calls].append(
+                        _LayerBatches(layer, its, (before + 1,) * num_calls)
+                    )
+                continue
+            for is_updating in (True, False):
+                chosen = [bool(momentum) is is_updating for momentum in its.momentum]
+                if num := sum(chosen):
+                    group = in_blocks[int(history[layer]), num] if is_updating else beside[num]
+                    numbers = compress(range(before + 1, before + 1 + num_calls), chosen)
+                    lead = tuple(number - index for index, number in enumerate(numbers))
+                    group.append(
+                        _LayerBatches(layer, Batches._make(tuple(compress(field, chosen)) for field in its), lead)
+                    )
+        return in_blocks, beside
+
+    def _merge_channels(
+        self, group: list[_LayerBatches], old: slice, new: slice, weights: _Weights, members: FloatArray
+    ) -> list[Write]:
         """Merge the ``old`` rows and the batches of a group of layers into the ``new`` rows: returns what writes them.
 
-        ``table`` and ``members`` are those of :func:`merge_scalars`. All layers of the group have the same number of
-        batches.
+        ``weights`` and ``members`` are those of :func:`_merge_sums`. All layers have the same number of batches.
         """
-        columns, layer_of = self._columns_of([calls.layer for calls in group])
+        columns, layer_of = self._columns_of([its.layer for its in group])
         num_parts, num_added, width = members.shape[1], len(group[0].lead), len(layer_of)
         num_old = num_parts - num_added
+        expanded = self._to_device(np.concatenate(weights)).index_select(1, layer_of)
+        of_parts, of_unions, bessel, eps, lead = expanded.split_with_sizes([len(rows) for rows in weights])
 
-        expanded = self._to_device(np.concatenate(table)).index_select(1, layer_of)
-        weight, total, bessel, eps, lead = expanded.split_with_sizes([len(rows) for rows in table])
-        fields = [calls.fields for calls in group]
-        stashed = chain.from_iterable(zip(*(f.mean for f in fields), *(f.spread for f in fields), strict=True))
         rows = self._channels[:, old] if columns is None else self._channels[:, old].index_select(3, columns)
         parts = rows.new_empty(num_parts, 2, width)
         parts[:num_old] = rows[_VALUE]
-        parts[num_old:] = self._side_by_side(tuple(stashed)).view(num_added, 2, width)
+        fields = [its.batches for its in group]
+        waiting = chain.from_iterable(zip(*(f.mean for f in fields), *(f.spread for f in fields), strict=True))
+        parts[num_old:] = self._side_by_side(tuple(waiting)).view(num_added, 2, width)
         mean, var = parts[num_old:].unbind(1)
-        is_variance = np.isnan(table.eps)
+        is_variance = np.isnan(weights.eps)
         if not is_variance.all():
             if is_variance.any():
                 var.copy_(torch.where(torch.isnan(eps), var, var.pow(-2).sub_(eps)))
@@ -311,37 +279,41 @@ class Window:
                 var.pow_(-2).sub_(eps)
         var.clamp_min_(0).mul_(bessel)
 
-        old_m2 = rows[_M2].reshape(num_old, 2 * width)
         _, value, m2 = merge_moments(
-            weight.reshape(-1, 2 * width),
+            of_parts.reshape(-1, 2 * width),
             parts.view(num_parts, 2 * width),
-            old_m2,
+            rows[_M2].reshape(num_old, 2 * width),
             self._to_device(members),
-            total.reshape(-1, 2 * width),
+            of_unions.reshape(-1, 2 * width),
         )
         merged = torch.stack([value, m2]).view(2, -1, 2, width)
-
-        # On the CPU one sum tells that all are finite, in the usual case; elsewhere to ask would mean to wait.
-        if self.device.type == "cpu" and np.isfinite(merged.numpy().sum()):
-            first_bad = self._first_bad.new_full((width,), math.inf)
-        else:
-            nothing = (mean + var).mul_(0)  # or NaN
-            index = torch.arange(num_added, dtype=torch.float64, device=self.device)[:, None]
-            first_bad = torch.where(nothing == 0, torch.inf, index).add_(lead).amin(dim=0)
+        bad = self._first_not_finite(merged, mean, var, lead)
         if old.stop > new.stop:  # rows that the coarser blocks no longer need
             freed = merged.new_zeros(2, old.stop - new.stop, 2, width)
             merged, new = torch.cat([merged, freed], dim=1), slice(new.start, old.stop)
+        target = self._channels[:, new]
+        if columns is None:
+            writes = [partial(Tensor.copy_, target, merged)]
+        else:
+            writes = [partial(Tensor.index_copy_, target, 3, columns, merged)]
+        if bad is not None:
+            everywhere = bad if columns is None else torch.full_like(self._first_bad, math.inf)
+            if columns is not None:
+                everywhere[columns] = bad
+            writes.append(partial(torch.minimum, self._first_bad, everywhere, out=self._first_bad))
+        return writes
 
-        def write() -> None:
-            if columns is None:
-                self._channels[:, new] = merged
-                torch.minimum(self._first_bad, first_bad, out=self._first_bad)
-            else:
-                first = torch.minimum(self._first_bad[columns], first_bad)
-                self._channels[:, new].index_copy_(3, columns, merged)
-                self._first_bad.index_copy_(0, columns, first)
+    def _first_not_finite(self, merged: Tensor, mean: Tensor, var: Tensor, lead: Tensor) -> Tensor | None:
+        """The number that the first batch with a value that is not finite has in the window, per channel; or inf.
 
-        return write
+        None if it is known that all are finite. On the CPU one sum tells that, in the usual case; elsewhere to ask
+        would mean to wait for the device.
+        """
+        if self.device.type == "cpu" and np.isfinite(merged.numpy().sum()):
+            return None
+        nothing = (mean + var).mul_(0)  # or NaN
+        index = torch.arange(len(mean), dtype=torch.float64, device=self.device)[:, None]
+        return torch.where(nothing == 0, torch.inf, index).add_(lead).amin(dim=0)
 
     def _side_by_side(self, tensors: tuple[Tensor, ...]) -> Tensor:
         try:
@@ -362,7 +334,65 @@ class Window:
         return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
 
 
-def _by_field(batches: Iterable[Batch]) -> Batches | None:
-    """Batches field by field, None if there are none."""
-    columns = list(zip(*batches, strict=True))
-    return Batches(*columns) if columns else None
+def _merge_sums(
+    group: list[_LayerBatches],
+    old: slice,
+    new: slice,
+    union: NDArray[np.int64],
+    sums: FloatArray,
+    decays: FloatArray,
+) -> tuple[_Weights, FloatArray]:
+    """Merge what is kept per layer, in place: the ``old`` rows and the batches of a group into the ``new`` rows.
+
+    ``union`` tells for every part, old rows first, which of the new rows it belongs to. Returns what the merge of the
+    channels needs: weights, and of 0 and 1 which part is in which row, ``(rows, P)``.
+    """
+    members = (np.arange(new.stop - new.start)[:, None] == union).astype(float)
+    layers = slice(None) if len(group) == len(sums) else [its.layer for its in group]
+    num_old, num_added, num_layers = old.stop - old.start, len(group[0].lead), len(group)
+    count = _rows_of([its.batches.num_samples for its in group])
+    momentum = np.empty((num_added, num_layers))
+    momentum[:] = _rows_of([its.batches.momentum for its in group])
+    since = np.ones((num_added + 1, num_layers))  # what remains at the end of what stood before each batch
+    np.cumprod((1 - momentum)[::-1], axis=0, out=since[-2::-1])
+    remains, after = since[0], since[1:]
+    weight, dof = momentum * after, np.maximum(count - 1, 1)
+
+    sums[layers, : old.stop, _WEIGHT] *= remains[:, None]
+    sums[layers, : old.stop, _NOISE] *= np.square(remains)[:, None, None]
+    parts = np.empty((num_old + num_added, num_layers, 6))
+    parts[:num_old] = sums[layers, old].transpose(1, 0, 2)
+    batch = parts[num_old:]
+    batch[..., _NUM_BATCHES], batch[..., _NUM_SAMPLES], batch[..., _WEIGHT] = 1, count, weight
+    batch[..., _BATCH_SIZE] = _rows_of([its.batches.batch_size for its in group])
+    batch[..., _NOISE_OF_MEAN], batch[..., _NOISE_OF_VAR] = weight**2 / count, weight**2 / dof
+
+    merged = (members @ parts.reshape(len(parts), -1)).reshape(-1, num_layers, 6)
+    sums[layers, old] = 0
+    sums[layers, new] = merged.transpose(1, 0, 2)
+    decays[layers, _DECAY] *= remains
+    decays[layers, _ROUNDING] = decays[layers, _ROUNDING] * remains + (after * (momentum > 0)).sum(axis=0)
+    weights = _Weights(
+        of_parts=_both_weights(parts[: num_old + len(count)]),
+        of_unions=_both_weights(merged),
+        bessel=count / dof,
+        eps=_rows_of([its.batches.eps for its in group]),
+        lead=_rows_of([its.lead for its in group]),
+    )
+    return weights, members
+
+
+def _both_weights(parts: FloatArray) -> FloatArray:
+    """Of what is kept of parts of some layers, ``(P, L, 6)``: n and n - K in turn, ``(2 * P, L)``."""
+    weights = np.empty((len(parts), 2, parts.shape[1]))
+    weights[:] = parts[:, None, :, _NUM_SAMPLES]
+    weights[:, 1] -= parts[..., _NUM_BATCHES]
+    return weights.reshape(-1, parts.shape[1])
+
+
+def _rows_of(columns: list[Any]) -> FloatArray:
+    """A row for each batch of a column for each layer, or one row if these are all alike. None becomes NaN."""
+    if all(column.count(column[0]) == len(column) for column in columns):
+        columns = [column[:1] for column in columns]
+    rows: FloatArray = np.array(columns, dtype=float).T
+    return rows

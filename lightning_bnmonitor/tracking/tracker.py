@@ -9,24 +9,22 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import nn
 
+from lightning_bnmonitor.capture.attachment import Attachment
 from lightning_bnmonitor.capture.batch_moments import CaptureMode, check_capture, owned
-from lightning_bnmonitor.capture.layer_hook import Attachment, Gate
+from lightning_bnmonitor.capture.layer_hook import Gate
+from lightning_bnmonitor.compat import BatchNorm
 from lightning_bnmonitor.report.report import Report
-from lightning_bnmonitor.tracking import collectives as ranks
-from lightning_bnmonitor.tracking.assessment import assess, end_windows
-from lightning_bnmonitor.tracking.placement import Placement
-from lightning_bnmonitor.tracking.tracked_layer import (
-    History,
-    TrackedLayer,
-    as_patterns,
-    find_layers,
-    num_batches_tracked,
-    running_stats,
-)
+from lightning_bnmonitor.tracking import collectives
+from lightning_bnmonitor.tracking.arguments import as_patterns
+from lightning_bnmonitor.tracking.assessment import assess
+from lightning_bnmonitor.tracking.buffers import History, snapshots
+from lightning_bnmonitor.tracking.discovery import find_layers
+from lightning_bnmonitor.tracking.measurement import is_inexact
+from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 from lightning_bnmonitor.tracking.validation import with_validation
+from lightning_bnmonitor.tracking.windows import Windows
 
 _STATE_VERSION = 6
 _NO_MODEL = "The model of this BatchNormTracker no longer exists. Make a new tracker."
@@ -85,10 +83,10 @@ class BatchNormTracker:
         self._model = weakref.ref(model)
         self._gate = Gate(model)
         self._layers: list[TrackedLayer] = []  # in the order of the model's modules
-        self._placement = Placement()
+        self._windows = Windows()
         self._attachment: Attachment | None = None
-        self._closed: Report | None = None  # the report of a window that has ended, until the next one begins
-        self._pending: Mapping[str, Any] | None = None
+        self._closing: Report | None = None  # the report of a window that has ended, once it was asked for
+        self._pending: Mapping[str, Any] | None = None  # a state that waits for `attach`
 
     def __enter__(self) -> BatchNormTracker:
         return self.attach()
@@ -132,9 +130,9 @@ class BatchNormTracker:
         known = {layer.module: layer for layer in self._layers}
         found = find_layers(model, self._include, self._exclude)
         self._layers = [known.get(module) or self._new_layer(name, module) for name, module in found.items()]
-        self._begin_window([layer for layer in self._layers if layer.module not in known])
+        _begin_window([layer for layer in self._layers if layer.module not in known])
         hooks = {layer.module: layer.hook for layer in self._layers}
-        self._attachment = Attachment(model, self._gate, hooks, drain=self._drain, after_step=self.step)
+        self._attachment = Attachment(model, self._gate, hooks, drain=self._drain, after_step=self._merge_if_full)
         _attached.add(self)
         if self._pending is not None:
             self._restore(self._pending)
@@ -150,16 +148,14 @@ class BatchNormTracker:
             _attached.discard(self)
 
     def step(self) -> None:
-        """Tell that a training step has ended: the time to merge what is stashed if there is enough of it.
+        """Tell that a training step has ended, one batch with all that belongs to it.
 
-        The steps of ``torch.optim`` optimizers are noticed without it.
+        A loop that does so is told when a window was resumed from a state saved in the middle of a step (flag
+        ``interrupted-batch``). It is a good time to merge what waits, too, as after the steps of ``torch.optim``
+        optimizers, which are noticed without it.
         """
-        gate = self._gate
-        if gate.is_traced:
-            self._drain()
-        gate.steps += 1
-        if gate.is_full:
-            self.flush()
+        self._gate.steps += 1
+        self._merge_if_full()
 
     @contextmanager
     def paused(self) -> Iterator[None]:
@@ -179,7 +175,7 @@ class BatchNormTracker:
         with self._gate.lock:
             self._drain()
             self._gate.is_full = False
-            self._placement.update(self._layers)
+            self._windows.merge(self._layers)
 
     def close(self, all_ranks: bool = False) -> Report:
         """End the window and report it. What is called until :meth:`reset` does not count.
@@ -197,10 +193,9 @@ class BatchNormTracker:
         Raises:
             RuntimeError: If another rank has failed.
         """
-        if self._closed is None:
-            self._closed = self._assess(ends=True, all_ranks=all_ranks and ranks.num_ranks() > 1)
-            self._stop_counting()
-        return self._closed
+        if not self._gate.is_closed:
+            self._closing = self._end_window(all_ranks and collectives.num_ranks() > 1)
+        return self.report()
 
     @torch.inference_mode(False)
     def reset(self) -> None:
@@ -212,31 +207,35 @@ class BatchNormTracker:
         momentum is taken to be that of u updates.
         """
         self.close()
-        self._placement.reset()
-        self._begin_window(self._layers)
+        self._windows.reset()
+        _begin_window(self._layers)
         self._reopen()
 
-    def rewritten(self, histories: Mapping[_BatchNorm, History | None]) -> None:
+    def rewritten(self, histories: Mapping[BatchNorm, History | None]) -> None:
         """Take note that we have just written the running statistics of these layers, and what they are made of.
 
         None: what they were made of before.
         """
         self.flush()
         here = [layer for layer in self._layers if layer.module in histories]
-        for layer, buffers in zip(here, running_stats(here), strict=True):
-            if self._closed is None and layer.window is not None:
+        for layer, now in zip(here, snapshots([layer.module for layer in here]), strict=True):
+            if not self._gate.is_closed and layer.window is not None:
                 layer.window.forget_weights(layer.index)
-            layer.rewritten(buffers, histories[layer.module], self._closed is not None)
+            layer.rewritten(now._replace(history=histories[layer.module]), self._gate.is_closed)
 
-    def start_validation(self) -> None:
-        """Look at what is called in eval mode from now on, in passes over the inputs: at most 64 calls of a layer.
+    def start_validation(self, loader: int = 0) -> None:
+        """Look at what is called in eval mode from now on, by a pass over each input.
 
-        Until :meth:`validation_report`, this takes 12 bytes a channel for each of them (16 in float64). Calls within
+        Calls are pooled as they come: until :meth:`validation_report`, this takes 32 bytes a channel. Calls within
         :meth:`paused` are not looked at.
+
+        Args:
+            loader: The validation loader whose batches follow, counted from 0. What was seen of it before is dropped,
+                and what was seen of others is kept.
         """
         self.stop_validation()
         for layer in self._layers:
-            layer.start_validation()
+            layer.start_validation(loader)
         self._gate.validating = True
 
     def stop_validation(self) -> None:
@@ -245,26 +244,38 @@ class BatchNormTracker:
         self._gate.validating = False
 
     @torch.inference_mode(False)
-    def validation_report(self, all_ranks: bool = False) -> Report:
+    def validation_report(self, all_ranks: bool = False, num_loaders: int | None = None) -> Report:
         """:meth:`report`, and how far from training is what was looked at since :meth:`start_validation`.
 
         If the window has ended, it is the report from then on.
 
         Args:
             all_ranks: Whether all ranks call this, and tell of what they have seen together: a gather to rank 0 of 64
-                bytes a channel, and a broadcast of as many.
+                bytes a channel and loader, and a broadcast of as many.
+            num_loaders: How many validation loaders there are, where a rank may have seen no batch of one of them.
         """
         self.stop_validation()
-        report = with_validation(self.report(), self._layers, all_ranks and ranks.num_ranks() > 1)
-        if self._closed is not None:
-            self._closed = report
+        seen = max((loader + 1 for layer in self._layers for loader in layer.validation), default=0)
+        together = all_ranks and collectives.num_ranks() > 1
+        report = with_validation(self.report(), self._layers, together, num_loaders or max(seen, together))
+        if self._gate.is_closed:
+            self._closing = report
         for layer in self._layers:
-            layer.validation = []
+            layer.validation = {}
         return report
 
+    @torch.inference_mode(False)
     def report(self) -> Report:
-        """Where the running statistics stand against what the layers have received in this window, on this rank."""
-        return self._assess() if self._closed is None else self._closed
+        """Where the running statistics stand against what the layers have received in this window, on this rank.
+
+        After :meth:`close`, where they stood then.
+        """
+        if self._closing is not None:
+            return self._closing
+        self.flush()
+        report, _ = assess(self._layers, self._windows, ended=self._gate.is_closed)
+        self._closing = report if self._gate.is_closed else None
+        return report
 
     def state_dict(self) -> dict[str, Any]:
         """The window so far, as one CPU tensor and primitives: for a checkpoint in mid-window.
@@ -274,8 +285,8 @@ class BatchNormTracker:
         if self._pending is not None:
             return dict(self._pending)
         self.flush()
-        state = self._placement.state(self._layers)
-        return {"version": _STATE_VERSION, "rank": ranks.rank(), "closed": self._closed is not None, **state}
+        state = self._windows.state(self._layers)
+        return {"version": _STATE_VERSION, "rank": collectives.rank(), "closed": self._gate.is_closed, **state}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on with a saved window in the place of the present one; before :meth:`attach`, as soon as that is called.
@@ -298,11 +309,16 @@ class BatchNormTracker:
             self._pending = state_dict
 
     @torch.inference_mode(False)
-    def _assess(self, ends: bool = False, ended: bool = False, all_ranks: bool = False) -> Report:
+    def _end_window(self, all_ranks: bool) -> Report:
+        """Report the window, keep what the next one goes on from, and count no more."""
         self.flush()
-        report, endings = assess(self._layers, self._placement, ended, all_ranks)
-        if ends:
-            end_windows(endings, self._always_pass)
+        report, endings = assess(self._layers, self._windows, all_ranks=all_ranks)
+        for ending in endings:
+            layer, known, now = ending.state
+            layer.end_window(now._replace(history=ending.history), known.updates_per_call)
+            if layer.num_calls:
+                layer.hook.by_pass = self._always_pass or is_inexact(ending)
+        self._stop_counting()
         return report
 
     def _stop_counting(self) -> None:
@@ -314,60 +330,62 @@ class BatchNormTracker:
             layer.hook.look_closer()  # what goes the short way does not ask
 
     def _reopen(self) -> None:
-        if self._closed is not None:
+        if self._gate.is_closed:
             self._drain()  # of what was called since, which does not count
-            self._closed = None
+            self._closing = None
             self._gate.is_closed = False
 
-    def _new_layer(self, name: str, module: _BatchNorm) -> TrackedLayer:
+    def _new_layer(self, name: str, module: BatchNorm) -> TrackedLayer:
         layer = TrackedLayer(name, module, self._gate, self.flush)
         layer.hook.by_pass = self._always_pass
         return layer
 
-    def _begin_window(self, layers: list[TrackedLayer]) -> None:
-        for layer, buffers, tracked in self._with_buffers(layers):
-            layer.begin_window(buffers, tracked)
-
-    @staticmethod
-    def _with_buffers(layers: list[TrackedLayer]) -> Iterator[tuple[TrackedLayer, Tensor | None, int | None]]:
-        return zip(layers, running_stats(layers), num_batches_tracked(layers), strict=True)
+    def _merge_if_full(self) -> None:
+        if self._gate.is_traced:
+            self._drain()
+        if self._gate.is_full:
+            self.flush()
 
     def _drain(self) -> None:
         """Take what compiled graphs have left behind."""
-        self._gate.is_traced = False
+        gate = self._gate
+        gate.is_traced = False
         for layer in self._layers:
             hook = layer.hook
             if hook.traced_validation:
                 traced_validation, hook.traced_validation = hook.traced_validation, ()
-                for batch in traced_validation if self._gate.validating and not self._gate.paused else ():
+                for batch in traced_validation if gate.validating and not gate.paused else ():
                     if batch.num_samples:
                         layer.validate(owned(batch))
             if hook.traced:
                 traced, hook.traced = hook.traced, ()
-                for moments, training, updating in traced if not (self._gate.paused or self._gate.is_closed) else ():
+                for moments, training, updating in traced if not (gate.paused or gate.is_closed) else ():
                     moments_or_none = owned(moments) if moments.num_samples else None
                     hook.receive(layer.module, moments_or_none, training, updating)
 
     @torch.inference_mode(False)
     def _restore(self, state: Mapping[str, Any]) -> None:
-        self._placement = Placement()
+        """Put a saved window in the place of the present one."""
+        self._windows = Windows()
         self._reopen()
         for layer in self._layers:
             layer.forget()
-        self._begin_window(self._layers)
         by_name = {layer.name: layer for layer in self._layers}
-        known, left_out = self._placement.restore(state, by_name)
-        if state["rank"] != ranks.rank():
-            self._placement.reset()
-            for layer, buffers, tracked in self._with_buffers(self._layers):
-                layer.restart(*((layer.end, layer.tracked_end) if state["closed"] else (buffers, tracked)))
+        known, left_out = self._windows.restore(state, by_name)
+        new = [layer for name, layer in by_name.items() if name not in known]
+        _begin_window(new)
+        if state["rank"] != collectives.rank():
+            self._windows.reset()
+            for layer, now in zip(self._layers, snapshots([layer.module for layer in self._layers]), strict=True):
+                layer.restart(now if not state["closed"] or layer.end is None else layer.end)
         if state["closed"]:
-            self._closed = self._assess(ended=True)
             self._stop_counting()
-        new = [name for name in by_name if name not in known]
         changes = [
             f"{what}: {', '.join(names)}"
-            for what, names in (("left out, as the model has none of that name and width", left_out), ("new", new))
+            for what, names in (
+                ("left out, as the model has none of that name and width", left_out),
+                ("new", [layer.name for layer in new]),
+            )
             if names
         ]
         if changes:
@@ -376,7 +394,12 @@ class BatchNormTracker:
             )
 
 
-def trackers_of(layers: Iterable[_BatchNorm]) -> list[BatchNormTracker]:
+def _begin_window(layers: Sequence[TrackedLayer]) -> None:
+    for layer, now in zip(layers, snapshots([layer.module for layer in layers]), strict=True):
+        layer.begin_window(now)
+
+
+def trackers_of(layers: Iterable[BatchNorm]) -> list[BatchNormTracker]:
     """The trackers that are attached to any of these layers."""
     modules = set(layers)
     return [tracker for tracker in list(_attached) if any(layer.module in modules for layer in tracker._layers)]

@@ -1,4 +1,10 @@
-"""What layers receive in validation beside training: are the running statistics bad, or the data different?"""
+r"""What layers receive in validation beside training: are the running statistics bad, or the data different?
+
+A layer's *shift* is the RMS error of the normalised activation that normalising its validation inputs by the present
+statistics of training makes. Its noise floor is taken from the differences between validation batches: with V the
+variance of a batch's mean times the number of its values, the mean of N values has the variance V / N, to which the
+noise of the present statistics adds. By simulation the floor is right within 20 %.
+"""
 
 from __future__ import annotations
 
@@ -8,107 +14,119 @@ from dataclasses import replace
 
 import numpy as np
 import torch
+from torch import Tensor
 
-from lightning_bnmonitor.diagnosis.diagnosis import FLAGS, WARNING
+from lightning_bnmonitor.diagnosis.diagnosis import diagnose_validation
+from lightning_bnmonitor.diagnosis.evidence import Evidence
+from lightning_bnmonitor.diagnosis.flags import is_shifted
 from lightning_bnmonitor.report.layer_report import LayerReport
 from lightning_bnmonitor.report.report import Report
-from lightning_bnmonitor.statistics.segments import FloatArray, Segments
-from lightning_bnmonitor.statistics.window import Window
-from lightning_bnmonitor.tracking import collectives as ranks
+from lightning_bnmonitor.statistics.blocks import PooledBatches
+from lightning_bnmonitor.statistics.channel_layout import ChannelLayout, FloatArray
+from lightning_bnmonitor.statistics.pooled_calls import PooledCalls
+from lightning_bnmonitor.statistics.pooling import PooledStatistics, pool
+from lightning_bnmonitor.statistics.scores import MEAN, VAR
+from lightning_bnmonitor.tracking import collectives
+from lightning_bnmonitor.tracking.exchange import answer_of_rank_zero
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 
-_MIN_BATCHES = 4
-_CHANCE = 3  # times its noise floor that a shift must exceed
-_MEAN, _VAR = 0, 1
 
+def with_validation(report: Report, layers: Sequence[TrackedLayer], all_ranks: bool, num_loaders: int) -> Report:
+    """A report with how far validation was from training, by what the layers have received in it.
 
-def with_validation(report: Report, layers: Sequence[TrackedLayer], all_ranks: bool) -> Report:
-    """A report with how far validation was from training, from what the layers have put aside in validation.
-
-    A layer's shift is the RMS error of the normalised activation that normalising its validation inputs by the present
-    statistics of training makes. The variance of what validation batches say is taken from their differences, as that
-    of training batches is: with V the variance of a batch's mean times the number of its values, the mean of N values
-    has the variance V / N.
+    Of several loaders, a layer is told of the one whose data differ most.
 
     Args:
         report: Of the window before it.
         layers: Those of the report.
-        all_ranks: Whether all ranks call this, each with its own share of the validation data.
+        all_ranks: Whether all ranks call this, each with its own part of the validation data.
+        num_loaders: Validation loaders, as many on all ranks.
     """
-    widths = [layer.width or layer.module.num_features for layer in layers]
-    if not sum(widths):
+    layout = ChannelLayout(np.array([layer.width or layer.module.num_features for layer in layers], dtype=np.int64))
+    if not layout.num_channels or not num_loaders:
         return report
-    segments = Segments(np.array(widths, dtype=np.int64))
-    share = _share(layers, segments)
+    received = [_received(layers, loader, layout) for loader in range(num_loaders)]
     if all_ranks:
-        gathered = ranks.gather(share.packed())
-        shares = [ranks.Share.unpacked(part, segments) for part in gathered]
-        merged = ranks.together(shares, segments) if shares else share
-        share = ranks.Share.unpacked(ranks.broadcast(merged.packed()), segments)
-    population = share.population(segments)
-    eps = segments.spread(np.array([layer.module.eps for layer in layers]))
+        received = _of_all_ranks(received, layout)
+    eps = layout.spread(np.array([layer.module.eps for layer in layers]))
+    by_layer: dict[str, tuple[LayerReport, Evidence]] = {name: (layer, {}) for name, layer in report.items()}
+    for loader, statistics in enumerate(received):
+        population, noise = statistics.population(layout), _noise(statistics, layout, eps)
+        num_batches = statistics.weight[MEAN] - statistics.weight[VAR]
+        for index, (layer, own) in enumerate(zip(layers, layout.slices, strict=True)):
+            if layer.name not in report or not num_batches[index]:
+                continue
+            known = replace(report[layer.name], validation=torch.from_numpy(population[:, own].copy()))
+            evidence = _evidence(known, float(num_batches[index]), float(noise[index]))
+            if num_loaders > 1:
+                evidence |= {"val_loader": float(loader)}
+            if _severity(evidence) >= _severity(by_layer[layer.name][1]):
+                by_layer[layer.name] = known, evidence
+    diagnoses = diagnose_validation(
+        (layer.diagnosis, evidence, layer.has_running_stats) for layer, evidence in by_layer.values()
+    )
+    described = (
+        replace(layer, diagnosis=diagnosis)
+        for (layer, _), diagnosis in zip(by_layer.values(), diagnoses, strict=True)
+    )
+    return Report(described, rank=report.rank)
+
+
+def _received(layers: Sequence[TrackedLayer], loader: int, layout: ChannelLayout) -> PooledStatistics:
+    """What this rank has received of one loader."""
+    calls = [layer.validation.get(loader, PooledCalls()) for layer in layers]
+    fits = [
+        its.value is not None and its.value.shape[1] == width
+        for its, width in zip(calls, layout.widths.tolist(), strict=True)
+    ]
+    counts = np.array(
+        [
+            (its.num_batches, its.num_samples, its.batch_size) if fit else (0, 0, 0)
+            for its, fit in zip(calls, fits, strict=True)
+        ],
+        dtype=float,
+    ).T
+
+    def side_by_side(values: list[Tensor | None]) -> FloatArray:
+        parts = [
+            own.cpu().numpy() if fit and own is not None else np.zeros((2, width))
+            for own, fit, width in zip(values, fits, layout.widths.tolist(), strict=True)
+        ]
+        return np.concatenate(parts, axis=1)
+
+    value, m2 = side_by_side([its.value for its in calls]), side_by_side([its.m2 for its in calls])
+    none_bad = np.full(layout.num_channels, np.inf)
+    return PooledStatistics.of_batches(PooledBatches(*counts, value=value, m2=m2), none_bad, layout)
+
+
+def _of_all_ranks(received: Sequence[PooledStatistics], layout: ChannelLayout) -> list[PooledStatistics]:
+    """What all ranks have received of each loader: a gather to rank 0, and a broadcast of what it makes of it."""
+    size = PooledStatistics.packed_size(layout)
+    gathered = collectives.gather(torch.cat([part.packed() for part in received]))
+    with answer_of_rank_zero(size * len(received)) as answer:
+        if gathered:
+            ranks = [[PooledStatistics.unpacked(part, layout) for part in message.split(size)] for message in gathered]
+            answer.message = torch.cat([pool(loader, layout).packed() for loader in zip(*ranks, strict=True)])
+    return [PooledStatistics.unpacked(part, layout) for part in answer.message.split(size)]
+
+
+def _noise(statistics: PooledStatistics, layout: ChannelLayout, eps: FloatArray) -> FloatArray:
+    """RMS error of the normalised activation that the sampling noise of validation makes, ``(L,)``."""
     with np.errstate(all="ignore"):
-        variance = share.within / segments.spread(share.dof) / segments.spread(share.weight)
-        unit = np.stack([population[_VAR] + eps, 4 * (population[_VAR] + eps) ** 2])
-        noise = np.sqrt(segments.mean((variance / unit).sum(axis=0)))
-    num_batches = share.weight[_MEAN] - share.weight[_VAR]
-    shifted = {
-        layer.name: _with_shift(report[layer.name], population[:, own], float(batches), float(chance))
-        for layer, own, batches, chance in zip(layers, segments.slices, num_batches, noise, strict=True)
-        if layer.name in report
+        scaled = statistics.population(layout)[VAR] + eps
+        variance = statistics.within / layout.spread(statistics.dof) / layout.spread(statistics.weight)
+        noise: FloatArray = np.sqrt(layout.mean((variance / np.stack([scaled, 4 * scaled**2])).sum(axis=0)))
+    return noise
+
+
+def _evidence(layer: LayerReport, num_batches: float, noise: float) -> dict[str, float]:
+    known = {
+        "val_batches": num_batches,
+        "val_shift": float(layer.val_shift.square().nanmean().sqrt()),
+        "val_noise": math.hypot(noise, layer.evidence.get("now_error", 0.0)),
     }
-    summaries, described, is_trusted = report.layer_summaries(), [], True
-    for name in report:
-        layer = shifted.get(name, report[name])
-        is_trusted &= not layer.needs_attention and not summaries[name]["eval_error"] > WARNING
-        # What follows a layer that eval() normalises wrongly is another matter than the data.
-        described.append(_flagged(layer) if is_trusted else layer)
-    return Report(described, summaries.values(), report.rank)
+    return {name: value for name, value in known.items() if math.isfinite(value)}
 
 
-def _share(layers: Sequence[TrackedLayer], segments: Segments) -> ranks.Share:
-    """What this rank has seen in validation."""
-    share = ranks.Share.empty(segments)
-    by_device: dict[torch.device, list[int]] = {}
-    for index, layer in enumerate(layers):
-        if layer.validation and layer.validation[0].mean.numel() == segments.widths[index]:
-            by_device.setdefault(layer.validation[0].mean.device, []).append(index)
-    for device, here in by_device.items():
-        window = Window(torch.device("cpu") if device.type == "mps" else device)
-        places = window.add_layers([int(segments.widths[index]) for index in here])
-        window.update({place: layers[index].validation for place, index in zip(places, here, strict=True)})
-        blocks = window.blocks()
-        for place, index in zip(places, here, strict=True):
-            count, batches, own = blocks.aside_samples[place], blocks.aside_batches[place], segments.slices[index]
-            value, m2 = blocks.aside_value[:, window.channels(place)], blocks.aside_m2[:, window.channels(place)]
-            share.num_samples[index], share.dof[index] = count, batches - 1
-            share.weight[:, index] = count, count - batches
-            share.mean[own], share.squares[own] = value[_MEAN], (count - batches) * value[_VAR] + m2[_MEAN]
-            share.value[:, own], share.within[:, own] = value, m2
-    return share
-
-
-def _with_shift(layer: LayerReport, population: FloatArray, num_batches: float, noise: float) -> LayerReport:
-    """A layer's report with what it received in validation."""
-    if not num_batches:
-        return layer
-    layer = replace(layer, validation=torch.from_numpy(population.copy()))
-    known = {"val_batches": num_batches, "val_shift": _rms(layer)}
-    known["val_noise"] = math.hypot(noise, layer.evidence.get("now_error", 0.0))
-    evidence = {**layer.evidence, **{name: value for name, value in known.items() if math.isfinite(value)}}
-    return replace(layer, diagnosis=replace(layer.diagnosis, evidence=evidence))
-
-
-def _rms(layer: LayerReport) -> float:
-    return float(layer.val_shift.square().nanmean().sqrt())
-
-
-def _flagged(layer: LayerReport) -> LayerReport:
-    """A layer whose running statistics fit training, with the flag if they do not fit validation."""
-    evidence = layer.evidence
-    shift, noise = evidence.get("val_shift", 0.0), evidence.get("val_noise", math.inf)
-    apart = shift > _CHANCE * noise and shift**2 - noise**2 > WARNING**2
-    if not apart or evidence["val_batches"] < _MIN_BATCHES or not layer.has_running_stats:
-        return layer
-    flags = tuple(flag for flag in FLAGS if flag in (*layer.flags, "domain-shift"))
-    return replace(layer, diagnosis=replace(layer.diagnosis, flags=flags))
+def _severity(evidence: Evidence) -> tuple[bool, bool, float]:
+    return bool(evidence), is_shifted(evidence), evidence.get("val_shift", 0.0)

@@ -1,48 +1,88 @@
-"""Where layers lie in the windows of their devices, and how what lies there is updated, saved and restored."""
+"""The windows of all devices: where layers lie in them, and how what waits is merged, saved and restored."""
 
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 
 from lightning_bnmonitor.capture.layer_hook import STASH_LIMIT
-from lightning_bnmonitor.statistics.window import Window
-from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer, device_of
+from lightning_bnmonitor.statistics.blocks import Blocks, concatenated, empty_blocks, selected
+from lightning_bnmonitor.statistics.window import Window, Write, commit
+from lightning_bnmonitor.tracking.buffers import device_of
+from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 
 _BUFFER_ROWS = 6  # per channel: the running statistics when the window began, when the last one ended, and since
 _CHANNEL_BYTES = 8 * (Window.CHANNEL_ROWS + _BUFFER_ROWS)
 _LAYER_BYTES = 850
 
 
-class Placement:
-    """The flat channel space of each device, and which layers have channels there: from their first update on."""
+class Windows:
+    """The flat channel space of each device, and which layers have channels there: from their first merge on."""
 
     def __init__(self) -> None:
-        self.windows: dict[torch.device, Window] = {}
+        self.by_device: dict[torch.device, Window] = {}
         self.layers: list[TrackedLayer] = []  # in the order of their first call; the model may have lost them since
 
-    def update(self, layers: Iterable[TrackedLayer]) -> None:
-        """Merge what waits of these layers into the windows, all layers of a window at once."""
-        waiting = {layer: layer.stash[:] for layer in layers if layer.stash}  # other threads may add to it
-        self._place_called([layer for layer in waiting if layer.window is None])
-        for window in self.windows.values():
-            there = {layer: layer.waiting(calls) for layer, calls in waiting.items() if layer.window is window}
-            batches = {layer.index: calls.batches for layer, calls in there.items() if calls.batches is not None}
+    def merge(self, layers: Iterable[TrackedLayer]) -> None:
+        """Merge what waits of these layers into the windows, all layers of a window at once, and all in one step.
+
+        An interrupt comes before all of it or after: no call is lost, and none counts twice.
+        """
+        stashed = {layer: layer.hook.stash[:] for layer in layers if layer.hook.stash}  # other threads may add to it
+        self._place_called([layer for layer in stashed if layer.window is None])
+        waiting = {layer: layer.waiting(calls) for layer, calls in stashed.items()}
+        writes: list[Write] = []
+        for window in self.by_device.values():
+            batches = {
+                layer.index: calls.batches
+                for layer, calls in waiting.items()
+                if layer.window is window and calls.batches is not None
+            }
             if batches:
-                window.update(batches)
-            for layer, calls in there.items():
-                layer.count(calls)
+                writes += window.merged(batches)
+        for layer, calls in waiting.items():
+            writes += layer.taken(calls)
+        commit(writes)
 
     def reset(self) -> None:
         """Empty the windows. Layers keep their places."""
-        for window in self.windows.values():
+        for window in self.by_device.values():
             window.reset()
+
+    def in_order(self, layers: Collection[TrackedLayer]) -> list[TrackedLayer]:
+        """These layers in the order of their first call, then those that were never called."""
+        wanted = set(layers)
+        return [
+            *(layer for layer in self.layers if layer in wanted),
+            *(layer for layer in layers if layer.window is None),
+        ]
+
+    def blocks(self, layers: Sequence[TrackedLayer]) -> Blocks:
+        """The blocks of layers, in their order, on the CPU. Valid until the next merge."""
+        uncalled = [layer for layer in layers if layer.window is None]
+        parts = [window.blocks() for window in self.by_device.values()]
+        if uncalled or not parts:
+            parts.append(empty_blocks(np.array([layer.module.num_features for layer in uncalled], dtype=np.int64)))
+        blocks, index, start = concatenated(parts), {layer: i for i, layer in enumerate(uncalled)}, {}
+        for window in self.by_device.values():
+            start[window] = sum(len(earlier.widths) for earlier in start)
+        total = sum(len(window.widths) for window in self.by_device.values())
+        order = np.array(
+            [
+                total + index[layer] if layer.window is None else start[layer.window] + layer.index
+                for layer in layers
+            ],
+            dtype=np.int64,
+        )
+        is_whole = len(order) == len(blocks.widths) and (order == np.arange(len(order))).all()
+        return blocks if is_whole else selected(blocks, order)
 
     def state(self, layers: Collection[TrackedLayer]) -> dict[str, Any]:
         """What :meth:`restore` needs of these layers: one CPU tensor for those that have a place, and primitives."""
-        channels = {device: window.channel_state() for device, window in self.windows.items()}
+        channels = {device: window.channel_state() for device, window in self.by_device.items()}
         parts, states = [torch.empty(Window.CHANNEL_ROWS + _BUFFER_ROWS, 0, dtype=torch.float64, device="cpu")], []
         present = set(layers)
         for layer in (layer for layer in self.layers if layer in present):
@@ -98,14 +138,14 @@ class Placement:
     def _place_called(self, layers: Sequence[TrackedLayer]) -> None:
         by_device: dict[torch.device, list[tuple[TrackedLayer, int]]] = {}
         for layer in sorted(layers, key=lambda layer: layer.hook.first_call):
-            mean, *_ = layer.stash[0]
+            mean, *_ = layer.hook.stash[0]
             by_device.setdefault(mean.device, []).append((layer, mean.numel()))
         for device, called in by_device.items():
             self._place(device, called)
 
     def _place(self, device: torch.device, layers: Sequence[tuple[TrackedLayer, int]]) -> None:
         home = torch.device("cpu") if device.type == "mps" else device
-        window = self.windows.setdefault(home, Window(home))
+        window = self.by_device.setdefault(home, Window(home))
         for (layer, _), index in zip(layers, window.add_layers([width for _, width in layers]), strict=True):
             layer.window, layer.index, layer.width = window, index, window.widths[index]
             self.layers.append(layer)

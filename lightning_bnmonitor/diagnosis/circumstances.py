@@ -1,0 +1,49 @@
+"""How a layer was called in a window, beside the numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import NamedTuple
+
+
+class Circumstances(NamedTuple):
+    """How a layer was called in a window, beside the numbers."""
+
+    num_features: int
+    """Channels."""
+    momentum: float | None
+    """The module's."""
+    effective_momentum: float | None
+    """That of the last call, all its updates together; None if no call updated the buffers."""
+    has_running_stats: bool
+    """Whether the module has buffers."""
+    calls: Mapping[str, int]
+    """Counted calls by path, and those that were skipped."""
+    training_calls: int
+    """Counted calls in the layer's training mode."""
+    updates_per_call: float
+    """Updates of the buffers for each call that was to update them; NaN if not known."""
+    assumed_updates: int
+    """What the weights of the batches rest on."""
+    checkpointed: bool
+    """Whether activation checkpointing (or what looks like it) was seen."""
+    written_outside: bool
+    """Whether the buffers changed between the last window and this one."""
+    interrupted: bool
+    """Whether the window was resumed from a state saved in the middle of a training step."""
+
+    @property
+    def was_called(self) -> bool:
+        """Whether a call was counted."""
+        return any(count for path, count in self.calls.items() if path != "skipped")
+
+    @property
+    def weights_known(self) -> bool:
+        """Whether the buffers were updated as assumed, so that the weight of each batch in them is known."""
+        return math.isnan(self.updates_per_call) or self.updates_per_call == self.assumed_updates
+
+    @property
+    def updates_twice(self) -> bool:
+        """Whether each call updates the buffers two or more times, as it is recomputed."""
+        return self.checkpointed and self.updates_per_call > 1 and float(self.updates_per_call).is_integer()

@@ -1,0 +1,175 @@
+"""The numbers that a verdict rests on: their names, and how they are had from a window's analysis."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_bnmonitor.statistics import divergence
+from lightning_bnmonitor.statistics.analysis import Analysis
+from lightning_bnmonitor.statistics.channel_layout import BoolArray, ChannelLayout, FloatArray
+
+Evidence = Mapping[str, float]
+"""Numbers by name, as in :data:`EVIDENCE`; what could not be told is absent."""
+
+WARNING = 0.1
+"""The error of the normalised activation in ``eval()`` from which on it is worth a warning."""
+ALERT = 0.25
+"""From which on it is an alert: for a mean, 10 % of the signs before a ReLU flip."""
+METRICS = ("eval_error", "act_rmse", "mean_shift", "log_var_ratio")
+"""The distances of running statistics that are summarised in one number for each layer."""
+
+EVIDENCE: Mapping[str, str] = {
+    "calls_saved": "calls whose batch moments were read off the kernel",
+    "calls_traced": "calls whose batch moments were computed in a compiled graph",
+    "calls_pass": "calls whose batch moments were computed by a pass over the input",
+    "calls_skipped": "calls that could not be looked at and do not count: within a transform of torch.func (vmap, "
+    "grad), while tracing, of fake tensors, of anything but (N, C, *)",
+    "calls_not_updating": "calls in training mode that left the running statistics as they were",
+    "num_features": "channels",
+    "momentum": "the module's momentum",
+    "effective_momentum": "that of the last call, all its updates together",
+    "updates_per_call": "updates of the running statistics for each call that was to update them (1; 2 under "
+    "activation checkpointing)",
+    "assumed_updates_per_call": "what was assumed of it, where that is something else",
+    "eval_error": "RMS error of the normalised activation in eval(), with the weights at the window's end",
+    "act_rmse": "the same against the statistics of the whole window",
+    "mean_shift": "RMS distance of the running mean, in population standard deviations",
+    "log_var_ratio": "mean magnitude of the log of running over exact variance",
+    "noise_error": "what the sampling noise of the running statistics makes of eval_error: the floor that is reached "
+    "however long one trains",
+    "now_error": "what the noise of the present statistics adds to eval_error",
+    "warmup_error": "what is left of the initial values makes of it",
+    "lag_error": "what the running statistics being those of earlier weights or data makes of it, chance taken off; 0 "
+    "where it may be chance",
+    "drift_error": "the window's statistics against the present ones, chance taken off; 0 where it may be chance",
+    "initial_weight": "weight of the initial zeros and ones in the running statistics",
+    "z_mean": "RMS of the layer's z_mean: about 1 if only chance is at work",
+    "z_var": "RMS of its z_var, likewise",
+    "max_score": "largest deviation of any channel in any of the tests, on the scale of a standard normal variable: an "
+    "effect in few channels shows here",
+    "batches": "batches that updated the running statistics",
+    "samples_per_batch": "values per channel in such a batch",
+    "batch_size": "samples in it",
+    "degrees_of_freedom": "of the variance between batches",
+    "drift_per_batch": "how far mean and variance of the inputs move per batch",
+    "jitter": "by how much those of a batch differ by sampling noise",
+    "severity": "eval_error squared over jitter squared: m / (2 - m) is what momentum m makes by itself, above 1 the "
+    "last batch's statistics would serve better",
+    "ordering_ratio": "variance between parts of the window over that expected from neighbouring batches",
+    "ordering_limit": "what chance explains of that ratio",
+    "ordering_share": "share of the variance that lies between parts of the window",
+    "trend_share": "the part of that which is a steady movement",
+    "grouping_ratio": "variance of batch means over that of as many independent samples",
+    "grouping_limit": "what chance explains of that ratio",
+    "grouping_share": "share of the variance by which batches differ more than by chance",
+    "dead_channels": "channels whose variance is at most a thousandth of eps",
+    "non_finite_channels": "channels with a value or a running statistic that is not finite",
+    "non_finite_running_stats": "channels with a running statistic that is not finite",
+    "first_bad_batch": "the first call in the window with a value that is not finite, counted from 1",
+    "first_bad_channel": "the first such channel in it, counted from 0",
+    "ranks": "how many ranks the window is of, if several",
+    "rank_error": "what rank 0's data being others than all ranks' makes of eval_error, chance taken off; 0 where it "
+    "may be chance",
+    "recommended_momentum": "the momentum that the remedy names",
+    "recommended_error": "eval_error predicted with it",
+    "recommended_batch_size": "the batch size that the remedy names",
+    "compensated_momentum": "the momentum that has, with several updates a call, the effect of the module's",
+    "batches_to_go": "batches until the initial values no longer matter",
+    "val_shift": "RMS over channels of the layer's val_shift",
+    "val_noise": "what chance makes of it",
+    "val_batches": "calls in validation that were looked at",
+    "val_loader": "the validation loader that it is of, counted from 0, if there are several",
+}
+"""Every number that a verdict, an explanation or a remedy may rest on, and what it is.
+
+Errors are RMS errors of the normalised activation (whose standard deviation is 1) in ``eval()``, over the channels.
+"""
+
+_WITHOUT_BATCHES = (  # what is known of a layer that no batch updated
+    *("batches", "dead_channels", "non_finite_channels", "non_finite_running_stats"),
+    *("first_bad_batch", "first_bad_channel"),
+)
+
+
+def distances(
+    population: Tensor, now: Tensor, running: Tensor, eps: Tensor, layout: ChannelLayout, comparable: BoolArray
+) -> dict[str, FloatArray]:
+    """:data:`METRICS` of all layers at once, ``(L,)`` each: the RMS over channels (``log_var_ratio``: mean magnitude).
+
+    Args:
+        population: Mean and unbiased variance, ``(2, C)``.
+        now: The same at the end of the window, ``(2, C)``.
+        running: Running statistics, ``(2, C)``.
+        eps: Of each channel's layer, ``(C,)``.
+        layout: Which channels are whose.
+        comparable: Whether a layer was called and has running statistics, ``(L,)``.
+
+    Returns:
+        NaN where nothing can be compared; an infinite ``eval_error`` where running statistics are not finite.
+    """
+    mean, var = population
+    exact = divergence.act_rmse(mean, var, running[0], running[1], eps)
+    error = divergence.act_rmse(now[0], now[1], running[0], running[1], eps).numpy()
+    shift = divergence.mean_shift(mean, var, running[0], eps).numpy()
+    ratio = divergence.log_var_ratio(var, running[1], eps).numpy()
+    broken = (layout.count(~torch.isfinite(running).all(dim=0).numpy()) > 0) & comparable
+    with np.errstate(all="ignore"):
+        return {
+            "eval_error": np.where(broken, np.inf, np.sqrt(layout.mean(error**2))),
+            "act_rmse": np.sqrt(layout.mean(exact.numpy() ** 2)),
+            "mean_shift": np.sqrt(layout.mean(shift**2)),
+            "log_var_ratio": layout.mean(abs(ratio)),
+        }
+
+
+def observations(
+    analysis: Analysis, population: Tensor, running: Tensor, has_running_stats: BoolArray, eps: Tensor
+) -> Iterator[dict[str, float]]:
+    """What a window's numbers say of each layer: a part of its evidence. Shapes as in :func:`distances`."""
+    layout = analysis.layout
+    with np.errstate(all="ignore"):
+        bad_running = ~torch.isfinite(running).all(dim=0).numpy() & (layout.spread(has_running_stats) > 0)
+        columns = {
+            "batches": analysis.num_batches,
+            "samples_per_batch": analysis.samples_per_batch,
+            "batch_size": analysis.batch_size,
+            "degrees_of_freedom": analysis.dof,
+            "initial_weight": analysis.initial_weight,
+            "noise_error": analysis.noise_error,
+            "now_error": analysis.now_error,
+            "warmup_error": analysis.warmup_error,
+            "lag_error": analysis.lag_error,
+            "drift_error": analysis.drift_error,
+            "z_mean": np.sqrt(layout.mean(analysis.z[0] ** 2)),
+            "z_var": np.sqrt(layout.mean(analysis.z[1] ** 2)),
+            "max_score": analysis.max_score,
+            "drift_per_batch": analysis.slope,
+            "jitter": analysis.jitter,
+            "ordering_ratio": analysis.ordering_ratio,
+            "ordering_limit": analysis.ordering_limit,
+            "ordering_share": analysis.ordering_share,
+            "trend_share": analysis.trend_share,
+            "grouping_ratio": analysis.grouping_ratio,
+            "grouping_limit": analysis.grouping_limit,
+            "grouping_share": analysis.grouping_share,
+            "dead_channels": layout.count(divergence.is_dead(population[1], eps).numpy()),
+            "non_finite_channels": layout.count(np.isfinite(analysis.first_bad) | bad_running),
+            "non_finite_running_stats": layout.count(bad_running),
+        }
+        first, channel = layout.first(analysis.first_bad)
+    table = np.array(list(columns.values()))
+    where = zip(np.isfinite(table).all(axis=0).tolist(), first.tolist(), channel.tolist(), strict=True)
+    for values, (is_complete, batch, bad_channel) in zip(table.T.tolist(), where, strict=True):
+        known = dict(zip(columns, values, strict=True))
+        if not is_complete:
+            known = {name: value for name, value in known.items() if math.isfinite(value)}
+        if batch < math.inf:
+            known |= {"first_bad_batch": batch, "first_bad_channel": bad_channel}
+        if not known["batches"]:
+            known = {name: value for name, value in known.items() if name in _WITHOUT_BATCHES}
+        yield known

@@ -1,0 +1,127 @@
+"""The flags that can stand beside a verdict: one object each.
+
+To add one, add an object to the table below.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+from lightning_bnmonitor.diagnosis.circumstances import Circumstances
+from lightning_bnmonitor.diagnosis.evidence import WARNING, Evidence
+from lightning_bnmonitor.diagnosis.words import RECALIBRATE, Statement
+
+_MIN_VALIDATION_BATCHES = 4
+_CHANCE = 3  # times its noise floor that a shift must exceed
+
+
+@dataclass(frozen=True, kw_only=True)
+class Flag(Statement):
+    """Something that can be said of a layer besides its verdict."""
+
+    rule: Callable[[Circumstances, Evidence], bool] | None
+    """Whether it holds; None if the window alone does not tell (see :func:`is_shifted`)."""
+    needs_attention: bool = False
+    """Whether something should be done about it, whatever the verdict."""
+
+
+def is_shifted(evidence: Evidence) -> bool:
+    """Whether validation differs from training: by more than 0.1 and three times its noise, over four batches or more.
+
+    That is ``val_shift``, the error that the present statistics of training make on what the layer received in
+    validation. Chance is taken off before it is compared with 0.1.
+    """
+    shift, noise = evidence.get("val_shift", 0.0), evidence.get("val_noise", math.inf)
+    apart = shift > _CHANCE * noise and shift**2 - noise**2 > WARNING**2
+    return apart and evidence["val_batches"] >= _MIN_VALIDATION_BATCHES
+
+
+def _explain_shift(evidence: Evidence) -> list[str]:
+    loader = " (loader {val_loader}, counted from 0)" if "val_loader" in evidence else ""
+    return [
+        f"What it receives in validation{loader} is {{val_shift}} off what it receives in training (chance explains "
+        "{val_noise}), while its running statistics and those of the layers before it fit training: the data differ, "
+        "or something before it works otherwise in eval mode (dropout, augmentation, normalising by small batches)."
+    ]
+
+
+def _compensate(evidence: Evidence) -> list[str]:
+    if "recommended_momentum" in evidence:  # which takes the updates into account
+        return []
+    return ["Set `momentum={compensated_momentum}` to get the effect of {momentum} (1 - (1 - m)^(1/updates))."]
+
+
+_TABLE = (
+    Flag(
+        name="dead-channels",
+        rule=lambda _, evidence: bool(evidence.get("dead_channels")),
+        explanation=("{dead_channels} of {num_features} channels are dead: what they receive is constant.",),
+    ),
+    Flag(
+        name="domain-shift",
+        rule=None,
+        explanation=_explain_shift,
+        remedy=(
+            "Prepare validation data as training data. If they are what the model will be given, recompute the running "
+            "statistics from data of that kind (`lightning_bnmonitor.recalibrate(model, loader)`).",
+        ),
+    ),
+    Flag(
+        name="double-update",
+        rule=lambda layer, _: layer.updates_twice,
+        explanation=(
+            "Each call updates the running statistics {updates_per_call} times, as activation checkpointing repeats "
+            "it: the momentum acts as {effective_momentum}.",
+        ),
+        remedy=_compensate,
+    ),
+    Flag(
+        name="interrupted-batch",
+        rule=lambda layer, _: layer.interrupted,
+        explanation=(
+            "The window was resumed from a state that was saved in the middle of a training step: what was run again "
+            "of it counts twice, as it does in the running statistics.",
+        ),
+    ),
+    Flag(
+        name="missed-calls",
+        rule=lambda layer, _: layer.updates_per_call > 1 and not layer.weights_known and not layer.updates_twice,
+        explanation=(
+            "The running statistics were updated {updates_per_call} times for each call that was seen: the layer is "
+            "also called where it is not monitored (while the model or the tracker pauses).",
+        ),
+        remedy=("Keep the layer from being called in training mode where the monitor does not count.",),
+    ),
+    Flag(
+        name="not-updating",
+        rule=lambda _, evidence: "calls_not_updating" in evidence,
+        explanation=("{calls_not_updating} calls in training mode left the running statistics as they were.",),
+    ),
+    Flag(
+        name="rank-0-only",
+        rule=lambda _, evidence: evidence.get("rank_error", 0.0) > WARNING,
+        needs_attention=True,
+        explanation=(
+            "What rank 0 received is {rank_error} off what all {ranks} ranks received: the running statistics that are "
+            "saved (and given to all ranks, with DistributedDataParallel) are those of rank 0's data alone.",
+        ),
+        remedy=(
+            "Give all ranks data of one kind (shuffle before they are split, as `DistributedSampler(shuffle=True)` "
+            "does), or convert the model with `nn.SyncBatchNorm.convert_sync_batchnorm`, or "
+            f"{RECALIBRATE} over all ranks' data before you evaluate.",
+        ),
+    ),
+    Flag(
+        name="written-outside",
+        rule=lambda layer, _: layer.written_outside or layer.updates_per_call < 0,
+        explanation=(
+            "Something else wrote the running statistics (recalibration, SWA, a loaded checkpoint, a reset): "
+            "what they are made of is known from there on only.",
+        ),
+    ),
+)
+
+FLAGS: Mapping[str, Flag] = {flag.name: flag for flag in _TABLE}
+"""All flags by name, in the order of the alphabet."""

@@ -1,0 +1,52 @@
+"""Sentences with a layer's numbers in them."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from string import Formatter
+
+RECALIBRATE = "recompute its running statistics (`lightning_bnmonitor.recalibrate(model, loader)`)"
+"""What repairs running statistics, in the middle of a sentence."""
+
+Sentences = Sequence[str] | Callable[[Mapping[str, float]], Sequence[str]]
+"""Sentences with the names of numbers in braces, or a function that chooses them by a layer's evidence."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Statement:
+    """Something that can be said of a layer, and what is to be done about it."""
+
+    name: str
+    explanation: Sentences
+    """What was found and what it means. A sentence that names a number which is not known is left out."""
+    remedy: Sentences = ()
+    """What to do; nothing if there is nothing to do."""
+
+    def explain(self, evidence: Mapping[str, float]) -> str:
+        """The explanation, with the numbers of a layer."""
+        return _filled(self.explanation, evidence)
+
+    def prescribe(self, evidence: Mapping[str, float]) -> str:
+        """The remedy, with the numbers of a layer; empty if there is nothing to do."""
+        return _filled(self.remedy, evidence)
+
+
+def _filled(sentences: Sentences, evidence: Mapping[str, float]) -> str:
+    """Sentences with the numbers in them; one that names a number which is not known is left out."""
+    sentences = sentences(evidence) if callable(sentences) else sentences
+    numbers = {name: _number(value) for name, value in evidence.items() if not math.isnan(value)}
+    fields = [{name for _, name, _, _ in Formatter().parse(sentence) if name} for sentence in sentences]
+    known = [text for text, names in zip(sentences, fields, strict=True) if names <= numbers.keys()]
+    text = " ".join(known).format_map(numbers)
+    text = re.sub(r"(?<![\d.])1 (batch|call|time|channel)(es|s)\b", r"1 \1", text)
+    return re.sub(r"(?<![\d.])1 of (\d+) channels are dead", r"1 of \1 channels is dead", text)
+
+
+def _number(value: float) -> str:
+    """Three digits, counts in full."""
+    size = abs(value)
+    is_count = size < 1e9 and value == int(value)
+    return f"{value:.0f}" if is_count or 999.5 <= size < 1e6 else f"{value:.3g}"

@@ -1,0 +1,177 @@
+"""What a window has shown of one layer, in numbers: its statistics, its running statistics, and how far they are apart."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from lightning_bnmonitor.diagnosis.diagnosis import Diagnosis
+from lightning_bnmonitor.statistics import divergence
+
+
+class Course(NamedTuple):
+    """How the batch statistics of a layer went over the window: at most 16 runs of consecutive batches.
+
+    Of the calls on this rank that updated the running statistics. ``(J, C)`` float64 tensors on the CPU; a channel that
+    received a value that is not finite is NaN in any of the runs.
+    """
+
+    num_batches: Tensor
+    """Batches in each run, ``(J,)``."""
+    mean: Tensor
+    """Mean of all values of a run."""
+    var: Tensor
+    """Mean of the unbiased batch variances of a run, weighted by the values per channel less one."""
+
+
+@dataclass(frozen=True, eq=False)
+class LayerValues:
+    """The numbers of one BatchNorm layer in one window. Tensors are ``(C,)`` float64 on the CPU; derived ones are computed
+    on access.
+
+    A channel that received a value that is not finite is NaN in this window, and the others are exact.
+    """
+
+    name: str
+    """Name of the module in the model, ``(root)`` if it is the model."""
+    type: str
+    """Class name of the module."""
+    eps: float
+    """``eps`` of the module."""
+    momentum: float | None
+    """``momentum`` of the module now, in PyTorch's convention; None is a cumulative average."""
+    num_batches: int
+    """Calls counted; of several ranks together those on rank 0."""
+    num_samples: int
+    """Values per channel, of all ranks."""
+    has_running_stats: bool
+    """Whether the module has buffers; if not, ``eval()`` normalises by the batch, too."""
+    diagnosis: Diagnosis
+    """Verdict, flags, evidence."""
+    numbers: Tensor
+    """``(10, C)``: mean and variance of the population, of the running statistics, of now; z, and standard errors."""
+    blocks: tuple[Tensor, Tensor] | None = None
+    """What :attr:`course` is made of: batches, ``(16,)``, and mean and variance of each run, ``(16, 2, C)``."""
+    validation: Tensor | None = None
+    """Mean and unbiased variance of what it received in validation after this window, ``(2, C)``; None if none was."""
+
+    @property
+    def num_features(self) -> int:
+        """Channels C."""
+        return self.numbers.shape[1]
+
+    @property
+    def population_mean(self) -> Tensor:
+        """Exact mean of all values received, NaN if there were none."""
+        return self.numbers[0]
+
+    @property
+    def population_var(self) -> Tensor:
+        """Exact unbiased variance of all values received, NaN if there were fewer than two."""
+        return self.numbers[1]
+
+    @property
+    def running_mean(self) -> Tensor:
+        """The module's buffer, NaN if it has none."""
+        return self.numbers[2]
+
+    @property
+    def running_var(self) -> Tensor:
+        """The module's buffer, NaN if it has none."""
+        return self.numbers[3]
+
+    @property
+    def now_mean(self) -> Tensor:
+        """Mean at the end of the window, with the weights as they are then; with too few batches the population's."""
+        return self.numbers[4]
+
+    @property
+    def now_var(self) -> Tensor:
+        """Unbiased variance at the end of the window; with too few batches the population's."""
+        return self.numbers[5]
+
+    @property
+    def z_mean(self) -> Tensor:
+        """The running mean against the window's, over what its sampling noise explains; 0 if it cannot be told."""
+        return self.numbers[6]
+
+    @property
+    def z_var(self) -> Tensor:
+        """The running variance against the batches' in the window, over what its noise explains; 0 likewise."""
+        return self.numbers[7]
+
+    @property
+    def running_mean_stderr(self) -> Tensor:
+        """Standard error of the running mean: the part of it that is chance. NaN if it cannot be told."""
+        return self.numbers[8]
+
+    @property
+    def running_var_stderr(self) -> Tensor:
+        """Standard error of the running variance; NaN likewise."""
+        return self.numbers[9]
+
+    @property
+    def course(self) -> Course:
+        """The batch statistics over the window, on this rank. Empty if no call updated the running statistics."""
+        if self.blocks is None:
+            empty = torch.empty(0, self.num_features, dtype=torch.float64, device="cpu")
+            return Course(empty[:, 0], empty, empty)
+        num_batches, values = self.blocks
+        used = num_batches > 0
+        return Course(num_batches[used], values[used, 0], values[used, 1])
+
+    @property
+    def mean_shift(self) -> Tensor:
+        """Signed distance of the running mean from the population's, in population standard deviations."""
+        return divergence.mean_shift(self.population_mean, self.population_var, self.running_mean, self.eps)
+
+    @property
+    def log_var_ratio(self) -> Tensor:
+        """Log of the running variance over the population's; positive: too large. NaN in dead channels."""
+        return divergence.log_var_ratio(self.population_var, self.running_var, self.eps)
+
+    @property
+    def act_rmse(self) -> Tensor:
+        """RMS error that ``eval()`` would have made on this window's values, in units of the normalised activation."""
+        return divergence.act_rmse(*self._moments, self.eps)
+
+    @property
+    def kl(self) -> Tensor:
+        """Kullback-Leibler divergence of the running statistics from the population's, in nats; NaN if dead."""
+        return divergence.kl(*self._moments, self.eps)
+
+    @property
+    def eval_error(self) -> Tensor:
+        """RMS error of the normalised activation that ``eval()`` makes with the weights at the end of the window.
+
+        That is the running statistics against :attr:`now_mean` and :attr:`now_var`. Infinite in a channel that was
+        called and whose running statistics are not finite: it gives NaN in ``eval()``.
+        """
+        broken = ~(torch.isfinite(self.running_mean) & torch.isfinite(self.running_var))
+        comparable = self.has_running_stats and self.num_samples > 0
+        now = self.now_mean, self.now_var, self.running_mean, self.running_var
+        return torch.where(broken & comparable, torch.inf, divergence.act_rmse(*now, self.eps))
+
+    @property
+    def val_shift(self) -> Tensor:
+        """RMS error that the present statistics of training make on what was received in validation; NaN if none was.
+
+        In units of the normalised activation. That is :attr:`now_mean` and :attr:`now_var` in the place of the running
+        statistics, which have no part in it.
+        """
+        if self.validation is None:
+            return torch.full_like(self.now_mean, torch.nan)
+        mean, var = self.validation
+        return divergence.act_rmse(mean, var, self.now_mean, self.now_var, self.eps)
+
+    def __getstate__(self) -> dict[str, Any]:
+        # They may be views of all layers' numbers, which would be saved with them.
+        blocks = self.blocks and (self.blocks[0].clone(), self.blocks[1].clone())
+        return {**vars(self), "numbers": self.numbers.clone(), "blocks": blocks}
+
+    @property
+    def _moments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        return self.population_mean, self.population_var, self.running_mean, self.running_var

@@ -1,0 +1,46 @@
+"""From a difference over its standard error to a statement: is a layer's difference more than chance explains?"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from lightning_bnmonitor.statistics.channel_layout import BoolArray, ChannelLayout, FloatArray
+
+MEAN, VAR = 0, 1
+"""Index of what concerns the running mean, and of what concerns the running variance, on an axis of two."""
+_LIMIT_OF_MEANS = 9.0
+
+
+def student_score(z: FloatArray, dof: FloatArray) -> FloatArray:
+    r"""Student's t with ``dof`` degrees of freedom on the scale of a standard normal variable.
+
+    .. math:: \operatorname{sign}(z)\,\frac{8\nu + 1}{8\nu + 3}\sqrt{\nu \ln(1 + z^2/\nu)}
+
+    Source: D. L. Wallace, "Bounds on normal approximations to Student's and the chi-square distributions", 1959.
+    """
+    score: FloatArray = np.square(z)
+    score /= dof
+    np.sqrt(np.log1p(score, out=score), out=score)
+    score *= (8 * dof + 1) / (8 * dof + 3) * np.sqrt(dof)
+    return np.copysign(score, z, out=score)
+
+
+def exceeds_chance(layout: ChannelLayout, scores: FloatArray) -> BoolArray:
+    """Whether a layer's scores are more than chance, ``(K, 2, C)`` to ``(K, 2, L)``, for K comparisons.
+
+    For the running mean: the mean of the squared scores exceeds 9. For the running variance, whose distribution has
+    heavy tails: their *median* exceeds ``max(4.1, 9 - 0.7 (C - 1))`` for a layer of C channels. The second limit is
+    there because the median of a few channels is no average. By simulation a healthy layer of one channel then passes
+    in 0.4 % of windows (2 % with extremely skewed inputs at momentum 0.5), wider layers more rarely.
+    """
+    squares = scores**2
+    passed = layout.mean(squares) > _LIMIT_OF_MEANS
+    squares = squares[:, VAR]
+    count = layout.count(np.isfinite(squares))
+    limit = np.maximum(4.1, 9 - 0.7 * (count - 1))
+    above = layout.count(squares > layout.spread(limit))
+    passed[:, VAR] = 2 * above > count
+    for comparison, layer in np.argwhere((2 * above == count) & (above > 0)):  # the median is halfway between two
+        median = np.nanmedian(squares[comparison, layout.slices[layer]])
+        passed[comparison, VAR, layer] = median > limit[comparison, layer]
+    return passed

@@ -1,0 +1,128 @@
+"""What ranks tell each other at the end of a window: what they have seen to rank 0, and its reports to all.
+
+Two collectives, whose size grows with channels: neither with batches nor with blocks of them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from lightning_bnmonitor.diagnosis.diagnosis import Diagnosis
+from lightning_bnmonitor.diagnosis.evidence import EVIDENCE
+from lightning_bnmonitor.diagnosis.flags import FLAGS
+from lightning_bnmonitor.diagnosis.verdicts import VERDICTS
+from lightning_bnmonitor.report.layer_report import LayerReport
+from lightning_bnmonitor.statistics.channel_layout import ChannelLayout
+from lightning_bnmonitor.statistics.pooling import PooledStatistics
+from lightning_bnmonitor.tracking import collectives
+
+_ROWS = 10  # of numbers of each channel
+_OTHERS = ("position", "num_batches", "num_samples", "has_running_stats", "verdict", "flags", "needs_attention")
+_COLUMNS = len(_OTHERS) + len(EVIDENCE)
+
+
+class Answer:
+    """What rank 0 says, as one float64 tensor; NaN throughout as long as it has said nothing."""
+
+    def __init__(self, size: int) -> None:
+        self.message = torch.full((size,), math.nan, dtype=torch.float64, device="cpu")
+
+
+@contextmanager
+def answer_of_rank_zero(size: int) -> Iterator[Answer]:
+    """A context in which rank 0 sets the message, of so many numbers; after it, all ranks have it.
+
+    Raises:
+        RuntimeError: On the other ranks, if rank 0 has failed within the context: none is left waiting.
+    """
+    answer = Answer(size)
+    try:
+        yield answer
+    finally:  # the others wait, whatever happens
+        answer.message = collectives.broadcast(answer.message)
+    if answer.message[:1].isnan().any():
+        raise RuntimeError("Rank 0 could not report on the BatchNorm layers: see its error.")
+
+
+class Exchange:
+    """An exchange about layers, which each rank has in an order of its own: they tell of them in that of the model.
+
+    Args:
+        layout: The layers in the order of this rank's report.
+        positions: Where each layer of the model is in it, ``(L,)``.
+    """
+
+    def __init__(self, layout: ChannelLayout, positions: NDArray[np.int64]) -> None:
+        self._layout = layout
+        self._in_model = ChannelLayout(layout.widths[positions])
+        self._positions = positions
+        self._back = np.argsort(positions)
+
+    def gather(self, own: PooledStatistics) -> list[PooledStatistics]:
+        """What each rank has seen, rank 0 first; an empty list on all ranks but 0. In and out in this rank's order."""
+        messages = collectives.gather(own.selected(self._positions, self._layout).packed())
+        shares = (PooledStatistics.unpacked(message, self._in_model) for message in messages)
+        return [share.selected(self._back, self._in_model) for share in shares]
+
+    def answer(self) -> AbstractContextManager[Answer]:
+        """:func:`answer_of_rank_zero`, for reports of these layers."""
+        return answer_of_rank_zero(_ROWS * self._layout.num_channels + _COLUMNS * self._layout.num_layers)
+
+    def packed(self, reports: Sequence[LayerReport]) -> Tensor:
+        """What was found of the layers, and the order in which it is to be reported."""
+        table, numbers = [], []
+        for position in self._positions.tolist():
+            report = reports[position]
+            table.append(
+                [
+                    *(position, report.num_batches, report.num_samples, report.has_running_stats),
+                    list(VERDICTS).index(report.verdict),
+                    sum(2**bit for bit, flag in enumerate(FLAGS) if flag in report.flags),
+                    report.needs_attention,
+                    *(report.evidence.get(name, math.nan) for name in EVIDENCE),
+                ]
+            )
+            numbers.append(report.numbers.flatten())
+        return torch.cat([torch.tensor(table, dtype=torch.float64, device="cpu").flatten(), *numbers])
+
+    def unpacked(self, message: Tensor, own: Sequence[LayerReport]) -> list[LayerReport]:
+        """The reports that rank 0 has :meth:`packed`, in its order.
+
+        Args:
+            message: What it said.
+            own: This rank's reports, in its own order: what is not in the message (names, the course) is theirs.
+        """
+        sizes = [_ROWS * width for width in self._in_model.widths.tolist()]
+        table, *numbers = torch.split(message, [_COLUMNS * len(own), *sizes])
+        mine = [own[position] for position in self._positions.tolist()]
+        rows = table.view(-1, _COLUMNS).tolist()
+        reports = [_told(report, row, values) for report, row, values in zip(mine, rows, numbers, strict=True)]
+        order = sorted(range(len(rows)), key=lambda index: rows[index][0])
+        return [reports[index] for index in order]
+
+
+def _told(own: LayerReport, row: Sequence[float], numbers: Tensor) -> LayerReport:
+    """A layer's report as rank 0 has told it."""
+    _, num_batches, num_samples, has_running_stats, verdict, flags, needs_attention, *evidence = row
+    diagnosis = Diagnosis(
+        verdict=list(VERDICTS)[int(verdict)],
+        flags=tuple(flag for bit, flag in enumerate(FLAGS) if int(flags) & 2**bit),
+        needs_attention=bool(needs_attention),
+        evidence={name: value for name, value in zip(EVIDENCE, evidence, strict=True) if not math.isnan(value)},
+    )
+    return replace(
+        own,
+        numbers=numbers.view(_ROWS, -1),
+        num_batches=int(num_batches),
+        num_samples=int(num_samples),
+        has_running_stats=bool(has_running_stats),
+        diagnosis=diagnosis,
+    )

@@ -1,0 +1,162 @@
+"""From windows and running statistics to numbers: what is measured on this rank, for all layers at once."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from lightning_bnmonitor.capture.batch_moments import PATHS
+from lightning_bnmonitor.diagnosis.circumstances import Circumstances
+from lightning_bnmonitor.statistics.analysis import Analysis, analyse
+from lightning_bnmonitor.statistics.blocks import Blocks
+from lightning_bnmonitor.statistics.channel_layout import FloatArray
+from lightning_bnmonitor.statistics.noise import RunningStats
+from lightning_bnmonitor.tracking.buffers import History, Snapshot, snapshots
+from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
+
+
+class LayerState(NamedTuple):
+    """Where one layer stands on this rank now, or stood when its window ended."""
+
+    layer: TrackedLayer
+    circumstances: Circumstances
+    now: Snapshot
+    """Its running statistics: no buffers if they do not have the width of what it received."""
+
+
+class Measurement(NamedTuple):
+    """What the windows of this rank show of layers."""
+
+    states: Sequence[LayerState]
+    blocks: Blocks
+    analysis: Analysis
+    running: Tensor
+    """Running statistics, ``(2, C)``; NaN if a layer has none."""
+    eps: FloatArray
+    """Of each layer, ``(L,)``."""
+
+
+class Ending(NamedTuple):
+    """What a layer's next window goes on from."""
+
+    state: LayerState
+    history: History | None
+    """What the running statistics are made of."""
+    ratio: float
+    """Largest absolute mean over sqrt(var + eps) of any channel; NaN if it was not called."""
+
+
+def states_of(layers: Sequence[TrackedLayer], ended: bool = False) -> list[LayerState]:
+    """Where layers stand now, or, if their windows have ended, stood then."""
+    states = []
+    for layer, now in zip(layers, snapshots([layer.module for layer in layers]), strict=True):
+        width = layer.width or layer.module.num_features
+        if ended and (layer.window is not None or layer.end is not None):
+            now = layer.end or Snapshot()
+        if now.buffers is not None and now.buffers.shape[1] != width:
+            now = now._replace(buffers=None)
+        states.append(LayerState(layer, _circumstances(layer, now), now))
+    return states
+
+
+def measure(states: Sequence[LayerState], blocks: Blocks) -> Measurement:
+    """What the blocks of layers say, beside their running statistics."""
+    eps = np.array([state.layer.module.eps for state in states])
+    missing = torch.full((2, 1), torch.nan, dtype=torch.float64, device="cpu")
+    running = _side_by_side([state.now.buffers for state in states], blocks, missing)
+    return Measurement(states, blocks, analyse(blocks, _running_stats(states, blocks, running), eps), running, eps)
+
+
+def endings_of(measured: Measurement) -> Iterator[Ending]:
+    """What the next windows go on from."""
+    analysis = measured.analysis
+    mean, var = analysis.population
+    with np.errstate(invalid="ignore"):
+        ratios = analysis.layout.maximum(abs(mean) / np.sqrt(var + analysis.layout.spread(measured.eps))).tolist()
+    histories = zip(analysis.initial_weight.tolist(), *analysis.noise.tolist(), strict=True)
+    for state, num_batches, history, ratio in zip(
+        measured.states, analysis.num_batches.tolist(), histories, ratios, strict=True
+    ):
+        updated: History | None = history
+        if not num_batches:  # something else may have written them
+            start = state.layer.start
+            is_same = start.buffers is None or start.has_same_buffers(state.now)
+            updated = start.history if is_same else None
+        yield Ending(state, updated if state.circumstances.weights_known else None, ratio)
+
+
+def _running_stats(states: Sequence[LayerState], blocks: Blocks, end: Tensor) -> RunningStats:
+    num_batches = blocks.num_batches.sum(axis=1)
+    samples = blocks.num_samples.sum(axis=1) / np.maximum(num_batches, 1)
+    layers = [state.layer for state in states]
+    histories = [
+        layer.start.history or _estimated_history(layer, per_batch)
+        for layer, per_batch in zip(layers, samples.tolist(), strict=True)
+    ]
+    history = np.array(histories, dtype=float).reshape(-1, 3)
+    initial = torch.tensor([[0.0], [1.0]], dtype=torch.float64, device="cpu")
+    starts = [layer.start.buffers for layer in layers]
+    return RunningStats(
+        start=_side_by_side(starts, blocks, initial).numpy(),
+        end=end.numpy(),
+        initial_weight=history[:, 0],
+        noise=history[:, 1:].T,
+        rounding=np.array([_rounding(layer) for layer in layers]),
+        known=np.array([state.circumstances.weights_known for state in states], dtype=bool),
+    )
+
+
+def _estimated_history(layer: TrackedLayer, samples_per_batch: float) -> History:
+    """What the buffers are made of that were there before: so many batches like those of this window.
+
+    Their expectation is not told apart from that of earlier batches: the initial values count as gone.
+    """
+    momentum, calls = layer.counts.momentum or 0.0, (layer.start.num_tracked or 0) / layer.assumed_updates
+    if not momentum or not calls or samples_per_batch <= 1:
+        return 0.0, 0.0, 0.0
+    squares = 1 / calls
+    if layer.module.momentum is not None:
+        squares = momentum / (2 - momentum) * (1 - (1 - momentum) ** (2 * calls))
+    return 0.0, squares / samples_per_batch, squares / (samples_per_batch - 1)
+
+
+def _side_by_side(buffers: Sequence[Tensor | None], blocks: Blocks, missing: Tensor) -> Tensor:
+    """Running statistics of all layers side by side, ``(2, C)``; ``missing`` where there are none of that width."""
+    parts = [
+        missing.expand(2, width) if stats is None or stats.shape[1] != width else stats
+        for stats, width in zip(buffers, blocks.widths.tolist(), strict=True)
+    ]
+    return torch.cat(parts, dim=1) if parts else missing[:, :0]
+
+
+def _rounding(layer: TrackedLayer) -> float:
+    buffer = layer.module.running_mean
+    return 0.0 if buffer is None else torch.finfo(buffer.dtype).eps / 2
+
+
+def _circumstances(layer: TrackedLayer, now: Snapshot) -> Circumstances:
+    module, counts = layer.module, layer.counts
+    return Circumstances(
+        num_features=module.num_features,
+        momentum=module.momentum,
+        effective_momentum=counts.momentum,
+        has_running_stats=now.buffers is not None,
+        calls={**{path: counts.paths[path] for path in PATHS}, "skipped": layer.hook.skipped},
+        training_calls=counts.training,
+        updates_per_call=layer.updates_of_a_call(now.num_tracked),
+        assumed_updates=layer.assumed_updates,
+        checkpointed=layer.hook.checkpointed,
+        written_outside=layer.written_outside,
+        interrupted=layer.interrupted,
+    )
+
+
+def is_inexact(ending: Ending) -> bool:
+    """Whether what a kernel saved is not exact enough: |mean| / sqrt(var + eps) exceeds 100, 10 if it sums serially."""
+    limit = 10.0 if ending.state.layer.counts.serial else 100.0
+    return not math.isnan(ending.ratio) and ending.ratio > limit
