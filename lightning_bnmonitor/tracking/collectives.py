@@ -15,6 +15,7 @@ import torch.distributed as dist
 from numpy.typing import NDArray
 from torch import Tensor
 
+from lightning_bnmonitor.compat import device_for_objects
 from lightning_bnmonitor.statistics.analysis import ROUNDING, Profile, gates
 from lightning_bnmonitor.statistics.moments import merge_moments
 from lightning_bnmonitor.statistics.segments import FloatArray, Segments, student_score
@@ -192,7 +193,7 @@ def all_succeeded(success: bool) -> bool:
 
 def _device() -> torch.device:
     """Where our process group takes tensors from."""
-    return torch.device(dist.distributed_c10d._get_object_coll_device(group()))
+    return device_for_objects(group())
 
 
 class _Own:

@@ -16,12 +16,10 @@ from typing import Any, NamedTuple
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import is_lazy
 
 from lightning_bnmonitor.capture.batch_moments import PATHS, BatchMoments, Path
-from lightning_bnmonitor.capture.calls import Call, Kind
-from lightning_bnmonitor.capture.layer_hook import Gate, LayerHook
+from lightning_bnmonitor.capture.layer_hook import Call, Gate, LayerHook, RepeatableCall
+from lightning_bnmonitor.compat import WRAPPERS, _BatchNorm, is_lazy
 from lightning_bnmonitor.statistics.window import Batch, Batches, Window
 
 log = logging.getLogger(__name__)
@@ -37,7 +35,6 @@ _SAVED = (
 )
 _SAVED_BUFFERS = ("start", "end", "since")
 _SAVED_OF_HOOK = ("by_pass", "skipped", "checkpointed")
-_WRAPPERS = {"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"}
 
 
 History = tuple[float, float, float]
@@ -53,7 +50,7 @@ class Waiting(NamedTuple):
     """How many they are, those that contribute nothing included. The other fields are of those that do."""
     batches: Batches | None = None
     """Their batches; None if there are none."""
-    kinds: tuple[Kind, ...] = ()
+    kinds: tuple[RepeatableCall, ...] = ()
     """Of what kind they were; one for all if they were alike."""
     last_step: int = 0
     """Training steps before the last of them."""
@@ -233,7 +230,7 @@ class TrackedLayer:
     def forget(self) -> None:
         """Drop what waits for an update, the place in the window, and the windows before."""
         self.stash.clear()
-        self.hook.look_closer()
+        self.hook.forget_last_call()
         self.window, self.index, self.width = None, -1, 0
         self.hook.traced, self.end, self.since = (), None, None
 
@@ -298,7 +295,7 @@ def find_layers(
     others: Counter[str] = Counter()
     for path, module in model.named_modules():
         if isinstance(module, _BatchNorm):
-            name = ".".join(part for part in path.split(".") if part not in _WRAPPERS)
+            name = ".".join(part for part in path.split(".") if part not in WRAPPERS)
             layers[path if name in layers else name or ROOT] = module
         elif re.search(r"(?i)^[^_].*norm(\d+d)?$", type(module).__name__) and not any(module.children()):
             others[type(module).__name__] += 1

@@ -10,10 +10,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 
+from lightning_bnmonitor.capture.attachment import Attachment
 from lightning_bnmonitor.capture.batch_moments import CaptureMode, check_capture, owned
-from lightning_bnmonitor.capture.layer_hook import Attachment, Gate
+from lightning_bnmonitor.capture.layer_hook import Gate
+from lightning_bnmonitor.compat import _BatchNorm
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.tracking import collectives as ranks
 from lightning_bnmonitor.tracking.assessment import assess, end_windows
@@ -311,7 +312,7 @@ class BatchNormTracker:
 
     def _look_closer(self) -> None:
         for layer in self._layers:
-            layer.hook.look_closer()  # what goes the short way does not ask
+            layer.hook.forget_last_call()  # what goes the short way does not ask
 
     def _reopen(self) -> None:
         if self._closed is not None:
