@@ -31,7 +31,8 @@ from torch.utils.data import DataLoader, Dataset, TensorDataset
 
 import lightning_bnmonitor
 from lightning_bnmonitor import BatchNormMonitor, BatchNormTracker
-from lightning_bnmonitor.capture.layer_hook import STASH_LIMIT, _CompilerSettings
+from lightning_bnmonitor.capture.attachment import CompilerSettings
+from lightning_bnmonitor.capture.layer_hook import STASH_LIMIT
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
@@ -44,7 +45,7 @@ BATCHES = 6  # in an epoch
 @pytest.fixture(autouse=True)
 def everything_restored():
     torch.manual_seed(0)
-    handler, interval, users = signal.getsignal(signal.SIGINT), sys.getswitchinterval(), _CompilerSettings.users
+    handler, interval, users = signal.getsignal(signal.SIGINT), sys.getswitchinterval(), CompilerSettings.users
     threads, hooks = set(threading.enumerate()), optimizer_hooks()
     yield
     signal.signal(signal.SIGINT, handler)
@@ -52,7 +53,7 @@ def everything_restored():
     for late in set(threading.enumerate()) - threads:
         late.join(60)  # a loader does not wait for the threads that feed its workers
     assert set(threading.enumerate()) <= threads
-    assert (_CompilerSettings.users, optimizer_hooks()) == (users, hooks)
+    assert (CompilerSettings.users, optimizer_hooks()) == (users, hooks)
 
 
 # ------------------------------------------------------------------------------------------ the independent expectation
@@ -954,7 +955,7 @@ def test_a_model_that_dies_while_attached_is_not_kept_and_its_layers_go_on_count
 
 def test_attached_and_detached_many_times_leaves_nothing():
     model = single()
-    before = hooks_of(model), optimizer_hooks(), _CompilerSettings.users
+    before = hooks_of(model), optimizer_hooks(), CompilerSettings.users
     tracker, batches = BatchNormTracker(model), []
     for _ in range(50):
         with tracker:
@@ -963,7 +964,7 @@ def test_attached_and_detached_many_times_leaves_nothing():
             feed(model, 1)
     assert_population(layer_of(tracker), batches)
     assert layer_of(other).num_batches == 1
-    assert (hooks_of(model), optimizer_hooks(), _CompilerSettings.users) == before
+    assert (hooks_of(model), optimizer_hooks(), CompilerSettings.users) == before
     references = []
     for _ in range(50):
         dropped = single()
@@ -976,7 +977,7 @@ def test_attached_and_detached_many_times_leaves_nothing():
 
 
 def test_trackers_that_are_dropped_with_their_models_while_attached_leave_nothing():
-    before, users, keys = optimizer_hooks(), _CompilerSettings.users, set(_global_optimizer_post_hooks)
+    before, users, keys = optimizer_hooks(), CompilerSettings.users, set(_global_optimizer_post_hooks)
     references = []
     for _ in range(50):
         model = single()
@@ -987,12 +988,12 @@ def test_trackers_that_are_dropped_with_their_models_while_attached_leave_nothin
     gc.collect()
     try:
         assert [reference() for reference in references] == [None] * len(references)
-        assert (optimizer_hooks(), _CompilerSettings.users) == (before, users)
+        assert (optimizer_hooks(), CompilerSettings.users) == (before, users)
     finally:
         for key in set(_global_optimizer_post_hooks) - keys:
             del _global_optimizer_post_hooks[key]
-        while _CompilerSettings.users > users:
-            _CompilerSettings.release()
+        while CompilerSettings.users > users:
+            CompilerSettings.release()
 
 
 def test_a_thousand_windows_take_no_more_memory_than_a_hundred():
@@ -1070,7 +1071,7 @@ def test_copies_made_and_trained_during_fit_count_nothing_and_the_original_count
 
 @pytest.mark.parametrize("attached", [True, False])
 def test_a_deep_copy_of_a_tracker_is_detached_and_goes_on_with_what_the_original_has(attached):
-    model, users = single(), _CompilerSettings.users
+    model, users = single(), CompilerSettings.users
     with BatchNormTracker(model) as tracker:
         batches = feed(model)
         if attached:
@@ -1078,7 +1079,7 @@ def test_a_deep_copy_of_a_tracker_is_detached_and_goes_on_with_what_the_original
     if not attached:
         twin = copy.deepcopy(tracker)
     assert not twin.is_attached
-    assert _CompilerSettings.users == users
+    assert CompilerSettings.users == users
     with twin:
         assert_population(layer_of(twin), batches)
         more = feed(model)

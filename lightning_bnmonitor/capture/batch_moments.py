@@ -1,4 +1,4 @@
-"""One BatchNorm call and the batch moments of what it received, in the cheapest way that is exact.
+"""One call of a BatchNorm layer and the batch moments of what it received, in the cheapest way that is exact.
 
 ==========  ==================================================  =================================================
 path        when                                                how
@@ -15,19 +15,26 @@ The choice depends on modes, types and shapes, never on data: nothing here waits
 
 from __future__ import annotations
 
-from functools import cache
 from typing import Any, Literal, NamedTuple, get_args
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
+
+from lightning_bnmonitor.compat import (
+    SAVED_INVSTD,
+    SAVED_MEAN,
+    _BatchNorm,
+    batch_norm_kernel,
+    has_unpack_hooks,
+    saved_by_synchronised,
+    top_saved_tensor_hooks,
+)
 
 CaptureMode = Literal["auto", "pass"]
 Path = Literal["saved", "traced", "pass"]
 PATHS: tuple[Path, ...] = ("saved", "traced", "pass")
 _FULL_PRECISION = (torch.float32, torch.float64)
-top_saved_tensor_hooks = torch._C._autograd._top_saved_tensors_default_hooks
 _MAX_SERIAL = 4096  # values per channel that a serial float32 sum may have and still be exact enough
 
 
@@ -89,10 +96,10 @@ def saved_moments(module: _BatchNorm, x: Tensor, output: object) -> BatchMoments
     if not isinstance(output, Tensor) or is_intercepted(output):
         return None
     node: Any = output.grad_fn
-    kind = _kind_of(node.__class__)
-    if kind != "own":
-        return _synchronised_moments(module, output) if kind == "synchronised" else None
-    mean, invstd = node._saved_result1, node._saved_result2
+    kernel = batch_norm_kernel(node.__class__)
+    if kernel != "plain":
+        return _synchronised_moments(module, output) if kernel == "synchronised" else None
+    mean, invstd = getattr(node, SAVED_MEAN), getattr(node, SAVED_INVSTD)
     num_channels = module.num_features
     if mean.numel() != num_channels or mean.dtype not in _FULL_PRECISION:
         return None
@@ -109,11 +116,10 @@ def _synchronised_moments(module: _BatchNorm, output: Tensor) -> BatchMoments | 
 
     How many values the other ranks had is on the device; each is taken to have had as many as this one.
     """
-    node: Any = output.grad_fn
-    _, _, mean, invstd, _ = node.saved_tensors
+    mean, invstd, group = saved_by_synchronised(output.grad_fn)
     if mean.numel() != module.num_features or mean.dtype not in _FULL_PRECISION:
         return None
-    num_ranks = dist.get_world_size(node.process_group)
+    num_ranks = dist.get_world_size(group)
     num_samples = output.numel() // module.num_features * num_ranks
     batch_size = len(output) * num_ranks
     return BatchMoments("saved", num_samples, batch_size, mean, invstd, module.eps, num_ranks=num_ranks)
@@ -124,24 +130,7 @@ def is_intercepted(output: object) -> bool:
     if top_saved_tensor_hooks(True) is not None:
         return True
     node: Any = getattr(output, "grad_fn", None)
-    kind = _kind_of(node.__class__)
-    if kind is None:
-        return False
-    saved = [node._raw_saved_result1] if kind == "own" else node._raw_saved_tensors
-    return any(tensor.unpack_hook is not None for tensor in saved)
-
-
-def saves_moments(node_type: type) -> bool:
-    """Whether autograd nodes of this type are of a BatchNorm kernel that saves mean and inverse standard deviation."""
-    return _kind_of(node_type) == "own"
-
-
-@cache
-def _kind_of(node_type: type) -> Literal["own", "synchronised"] | None:
-    """Of which kernel autograd nodes of this type are."""
-    if node_type.__name__ == "SyncBatchNormBackward":
-        return "synchronised"
-    return "own" if "BatchNorm" in node_type.__name__ and hasattr(node_type, "_saved_result1") else None
+    return batch_norm_kernel(node.__class__) is not None and has_unpack_hooks(node)
 
 
 def traced_moments(x: Tensor) -> BatchMoments:

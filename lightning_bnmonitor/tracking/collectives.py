@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from lightning_bnmonitor.compat import device_of_group
+from lightning_bnmonitor.compat import device_for_objects
 
 
 def rank() -> int:
@@ -59,7 +59,7 @@ def all_succeeded(success: bool) -> bool:
 
 def _device() -> torch.device:
     """Where our process group takes tensors from."""
-    return device_of_group(group())
+    return device_for_objects(group())
 
 
 class _Own:

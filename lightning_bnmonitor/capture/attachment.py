@@ -1,0 +1,191 @@
+"""What sits on a model while it is monitored, how it gets there and how it is all removed again.
+
+Hooks only. They change nothing, and copies of the model (deep copies, pickles) carry inert ones.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Mapping
+from typing import Any, ClassVar, NamedTuple
+
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.optimizer import register_optimizer_step_post_hook
+
+from lightning_bnmonitor.capture.layer_hook import Gate, Hook, LayerHook
+from lightning_bnmonitor.compat import (
+    COMPILER_SETTINGS,
+    _BatchNorm,
+    change_compiler_settings,
+    compiled_call,
+    forget_compiled_code,
+    has_compiled_forward,
+    is_dynamo_compiling,
+    set_compiled_call,
+)
+
+
+class Attachment:
+    """All that one tracker has put on a model, from its creation until :meth:`remove`.
+
+    Args:
+        model: The root.
+        gate: Counts the steps.
+        hooks: The BatchNorm layers and their hooks.
+        drain: Called after each call of a compiled module in ``model``.
+        after_step: Called after a step of one of the model's optimizers if there is more to do than to count it.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        gate: Gate,
+        hooks: Mapping[_BatchNorm, LayerHook],
+        drain: Callable[[], None],
+        after_step: Callable[[], None],
+    ) -> None:
+        self._handles: list[Any] = []
+        self._drained: list[tuple[weakref.ref[nn.Module], _DrainedCall]] = []
+        CompilerSettings.acquire()
+        forget_compiled_code()  # of this model or another of the same class, as it does not look for our hooks
+        for layer, hook in hooks.items():
+            self._handles.append(layer.register_forward_hook(hook, with_kwargs=True))
+        for module in model.modules():
+            if has_compiled_forward(module):
+                self._handles.append(module.register_forward_hook(_DrainHook(drain)))
+            if (compiled := compiled_call(module)) is not None:
+                call = _DrainedCall(compiled, drain)
+                set_compiled_call(module, call)
+                self._drained.append((weakref.ref(module), call))
+        # These are not the model's, and would outlive it and a tracker that is dropped while attached.
+        step_hook = register_optimizer_step_post_hook(_StepHook(gate, after_step))
+        self._release = weakref.finalize(self, _release, step_hook)
+        self._release.atexit = False
+
+    def remove(self) -> None:
+        """Remove everything. Harmless when repeated."""
+        if not self._handles:
+            return
+        for handle in self._handles:
+            handle.remove()
+        self._handles.clear()
+        for reference, call in self._drained:
+            module = reference()
+            if module is not None and compiled_call(module) is call:
+                set_compiled_call(module, call.compiled)
+        self._drained.clear()
+        self._release()
+
+
+def _release(step_hook: Any) -> None:
+    step_hook.remove()
+    CompilerSettings.release()
+
+
+class _DrainHook(Hook):
+    """Runs eagerly after each call of a compiled module, so that the next one finds its tuples empty again."""
+
+    def __init__(self, drain: Callable[[], None]) -> None:
+        self.drain = drain
+
+    def __call__(self, *_: Any) -> None:
+        self.drain()
+
+
+class _DrainedCall:
+    """The same for ``module.compile()``, which compiles the module's hooks too."""
+
+    def __init__(self, compiled: Callable[..., Any], drain: Callable[[], None]) -> None:
+        self.compiled = compiled
+        self.drain = drain
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        try:
+            return self.compiled(*args, **kwargs)
+        finally:
+            self.drain()
+
+
+class _StepHook:
+    """What ``torch.optim`` calls after a step of any optimizer of any model: it counts those of this model.
+
+    Args:
+        gate: Counts the steps, and knows the model.
+        after_step: Called in the place of counting if there is more to do. It is held weakly.
+    """
+
+    def __init__(self, gate: Gate, after_step: Callable[[], None]) -> None:
+        self.gate = gate
+        self.after_step = weakref.WeakMethod(after_step)
+        self.optimizers = _Optimizers(gate.root)
+
+    def __call__(self, optimizer: Optimizer, *_: Any) -> None:
+        gate = self.gate
+        if is_dynamo_compiling() or not self.optimizers.train_the_model(optimizer):
+            return
+        if not gate.is_full and not gate.is_traced:
+            gate.steps += 1  # all there is to it, as a rule
+        elif (after_step := self.after_step()) is not None:
+            after_step()
+
+
+class _Optimizers:
+    """Which optimizers train a model: those that hold a parameter of it.
+
+    One that holds none may still train it, by copies of its parameters (a master copy in another precision, shards of
+    all of them in one tensor), or train what is before or after it. That cannot be told from the optimizer of another
+    model, so all count until one that holds a parameter has made a step, and again when no such one is left.
+    """
+
+    def __init__(self, model: weakref.ref[nn.Module]) -> None:
+        self.model = model
+        self.known: dict[int, _Optimizer] = {}  # by id, as an optimizer need not be hashable
+
+    def train_the_model(self, optimizer: Optimizer) -> bool:
+        """Whether this one does. It is looked at once more when the number of its parameters changes."""
+        num_parameters = 0
+        for group in optimizer.param_groups:
+            num_parameters += len(group["params"])
+        known = self.known.get(id(optimizer))
+        if known is None or known.num_parameters != num_parameters or known.reference() is not optimizer:
+            known = self._look_at(optimizer, num_parameters)
+        return known.holds_one or not any(
+            other.holds_one and other.reference() is not None for other in self.known.values()
+        )
+
+    def _look_at(self, optimizer: Optimizer, num_parameters: int) -> _Optimizer:
+        model = self.model()
+        parameters = set() if model is None else {id(parameter) for parameter in model.parameters()}
+        holds_one = any(id(held) in parameters for group in optimizer.param_groups for held in group["params"])
+        self.known = {key: known for key, known in self.known.items() if known.reference() is not None}
+        self.known[id(optimizer)] = _Optimizer(weakref.ref(optimizer), num_parameters, holds_one)
+        return self.known[id(optimizer)]
+
+
+class _Optimizer(NamedTuple):
+    reference: weakref.ref[Optimizer]
+    num_parameters: int
+    holds_one: bool
+    """Whether one of its parameters was the model's when it was looked at."""
+
+
+class CompilerSettings:
+    """Dynamo's settings while anything is attached to any model: see :data:`~..compat.COMPILER_SETTINGS`."""
+
+    users: ClassVar[int] = 0
+    before: ClassVar[dict[str, bool]] = {}
+
+    @classmethod
+    def acquire(cls) -> None:
+        """Change them if nobody has."""
+        if cls.users == 0:
+            cls.before = change_compiler_settings(COMPILER_SETTINGS)
+        cls.users += 1
+
+    @classmethod
+    def release(cls) -> None:
+        """Write them back if nobody needs them any more."""
+        cls.users -= 1
+        if cls.users == 0:
+            change_compiler_settings(cls.before)
