@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from lightning_bnmonitor.report.layer_report import LayerReport
 from lightning_bnmonitor.report.report import Report
+from lightning_bnmonitor.tracking.arguments import check_choice
 
 OnUnhealthy = Literal["warn", "ignore", "raise"]
 _MAX_LAYERS_WARNED_OF = 5
@@ -37,8 +38,7 @@ class Alarm:
     """
 
     def __init__(self, on_unhealthy: OnUnhealthy) -> None:
-        if on_unhealthy not in get_args(OnUnhealthy):
-            raise ValueError(f"`on_unhealthy` must be one of {list(get_args(OnUnhealthy))}, got {on_unhealthy!r}.")
+        check_choice("on_unhealthy", on_unhealthy, get_args(OnUnhealthy))
         self._on_unhealthy = on_unhealthy
         self._warned_of: set[tuple[str, str]] = set()  # layer and verdict
 

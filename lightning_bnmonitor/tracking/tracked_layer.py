@@ -274,16 +274,6 @@ class TrackedLayer:
         return momentum if updates == 1 else 1 - (1 - momentum) ** updates
 
 
-def as_patterns(argument: str, patterns: str | Sequence[str] | None) -> tuple[str, ...] | None:
-    """A tuple of patterns from one or several. Raises TypeError if there is anything else, naming the argument."""
-    if patterns is None:
-        return None
-    several = (patterns,) if isinstance(patterns, str) else patterns
-    if not isinstance(several, Sequence) or not all(isinstance(pattern, str) for pattern in several):
-        raise TypeError(f"`{argument}` must be a pattern (a string), a sequence of them, or None, got {patterns!r}.")
-    return tuple(several)
-
-
 def find_layers(
     model: nn.Module, include: Sequence[str] | None, exclude: Sequence[str] | None
 ) -> dict[str, _BatchNorm]:

@@ -16,12 +16,12 @@ from lightning_bnmonitor.capture.batch_moments import CaptureMode, check_capture
 from lightning_bnmonitor.capture.layer_hook import Attachment, Gate
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.tracking import collectives as ranks
+from lightning_bnmonitor.tracking.arguments import as_patterns
 from lightning_bnmonitor.tracking.assessment import assess, end_windows
 from lightning_bnmonitor.tracking.placement import Placement
 from lightning_bnmonitor.tracking.tracked_layer import (
     History,
     TrackedLayer,
-    as_patterns,
     find_layers,
     num_batches_tracked,
     running_stats,
