@@ -84,7 +84,7 @@ class Dashboard:
         self._spent += time.monotonic() - began
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next windows are compared with, in tensors and primitives."""
+        """The windows so far and the verdicts of the last, in tensors and primitives."""
         return {"heatmap": self._heatmap.state_dict(), "verdicts": dict(self._verdicts)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:

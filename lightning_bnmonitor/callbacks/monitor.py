@@ -45,7 +45,8 @@ class BatchNormMonitor(Callback):
             :class:`~lightning_bnmonitor.BatchNormTracker`.
         per_layer: Whether to log scalars for each layer; ``"auto"``: up to 100 layers.
         dashboard: Whether to log more than scalars to loggers that take it, on rank 0: the image ``bn/heatmap`` (layers
-            by windows, drawn in at most 1 % of the time), the text ``bn/report``, TensorBoard's layout of charts.
+            by windows, drawn in at most 1 % of the time), the text ``bn/report``, TensorBoard's layout of charts. That
+            replaces a layout that was set before the first window has ended; one that is set later stands.
         validation_batches: Validation batches in each validation, on each rank, that are compared with training, by a
             pass over the inputs of each layer; 0 for none.
         log_key_prefix: What the logged names begin with, not empty.
@@ -309,7 +310,7 @@ class BatchNormMonitor(Callback):
         return (trainer.current_epoch + 1) % self._every_n_epochs == 0
 
     def _end_window(self, trainer: Trainer, batches_over: int = 0) -> None:
-        """Report and log the window if there is anything in it, at the step of its last batch: so many batches ago."""
+        """Close the window, if it has any batch, and log it at the step of its last: so many batches ago."""
         is_awaited = self._is_awaited and trainer.world_size > 1
         if self._tracker is None or (self._num_batches == 0 and not is_awaited):
             return

@@ -157,7 +157,7 @@ class PreciseBatchNorm(Callback):
         self._repair(trainer, pl_module)
 
     def put_back(self, pl_module: LightningModule) -> None:
-        """Give training its running statistics back, where those are in place that we have put there."""
+        """Give layers the running statistics of training back, unless something else has overwritten the exact ones."""
         layers = find_layers(pl_module, None, None) if self._training else {}
         for name, training in self._training.items():
             layer = layers.get(name)
@@ -207,7 +207,7 @@ class PreciseBatchNorm(Callback):
         )
 
     def _loader(self, trainer: Trainer) -> Iterable[Any]:
-        """Where batches come from."""
+        """What batches are taken from: the loader that was given, or one like that of training."""
         if self._dataloader is not None:
             return self._dataloader
         training = trainer.train_dataloader
@@ -235,7 +235,7 @@ class PreciseBatchNorm(Callback):
 
 
 class _Restorer(Callback):
-    """Stands first in the list of callbacks: whatever follows sees the running statistics of training."""
+    """The first in the list of callbacks: all that follow it see the running statistics of training."""
 
     def __init__(self, owner: PreciseBatchNorm) -> None:
         self.owner = owner
@@ -250,7 +250,7 @@ class _Restorer(Callback):
 
 
 def _first(loader: Iterable[Any], num_batches: int) -> Iterator[Any]:
-    """So many batches; the loader is asked for its iterator, which may draw random numbers, with the first of them."""
+    """The first batches of a loader. Its iterator, which may draw random numbers, is made when the first is needed."""
     yield from itertools.islice(loader, num_batches)
 
 

@@ -47,7 +47,7 @@ class Alarm:
         return [list(pair) for pair in sorted(self._warned_of)]
 
     def restore(self, state: Iterable[Sequence[str]]) -> None:
-        """Be silent from now on of what was warned of when this was :meth:`state`, and of nothing else."""
+        """Go on from a :meth:`state`: what was warned of then is not warned of again, and all else is."""
         self._warned_of = {(name, verdict) for name, verdict in state}
 
     def react(self, report: Report, may_warn: bool) -> None:
@@ -62,7 +62,7 @@ class Alarm:
 
 
 def _warning(layers: Sequence[LayerReport]) -> str:
-    """All in one line: the report has the rest."""
+    """The warning, in one line: the report has the rest."""
     errors = [layer.evidence.get("eval_error", math.nan) for layer in layers]
     listed = ", ".join(
         f"{layer.name} ({layer.verdict}, eval_error {error:.2g})"

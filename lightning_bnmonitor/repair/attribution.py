@@ -280,7 +280,7 @@ def _take_apart(
 
 
 class _Passes:
-    """Passes of the same batches through a model, each of which gives a loss for each batch, or sample."""
+    """Passes of the same batches through a model. Each gives one loss per batch, or one per sample."""
 
     def __init__(self, model: nn.Module, batches: Iterable[Any], loss: Loss, forward: Forward, progress: bool) -> None:
         self.model = model

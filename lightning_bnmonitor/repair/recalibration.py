@@ -153,13 +153,13 @@ class Recalibration:
         self._told = False
 
     def tell_trackers(self) -> None:
-        """Let attached trackers know what running statistics are made of that stay."""
+        """Tell attached trackers that the new running statistics stay, and what they are made of."""
         self._told = True
         for tracker in trackers_of(self._histories):
             tracker.rewritten(self._histories)
 
     def restore(self) -> None:
-        """Put the running statistics of before back, to the bit, whatever has been written since."""
+        """Put the old running statistics back, to the bit, whatever has been written since."""
         self._old.restore()
         for tracker in trackers_of(self._histories) if self._told else ():
             tracker.rewritten(dict.fromkeys(self._histories))
@@ -246,7 +246,7 @@ def why_left_alone(layer: _BatchNorm, in_eval: bool, frozen: bool = False) -> st
 
 
 class _Measurement:
-    """What layers receive in one pass of data at fixed weights, each call by a pass over its input.
+    """What layers receive while data pass through a model with fixed weights, from a pass over each input.
 
     Args:
         layers: The layers by name. Every call of theirs counts within :meth:`counting`, whatever the model's mode.
@@ -303,7 +303,7 @@ class _Measurement:
 
 @contextmanager
 def _agreement(together: bool) -> Iterator[None]:
-    """If one rank fails, all do: none is left waiting."""
+    """A context for what each rank does on its own: if it fails on one, it fails on all, and none is left waiting."""
     try:
         yield
     except Exception:
@@ -333,5 +333,5 @@ def _new_stats(layer: _BatchNorm, report: LayerReport) -> list[Tensor]:
 
 
 def _history(report: LayerReport) -> History:
-    """What running statistics are made of that are the average of all values."""
+    """What running statistics are made of if they are those of all values together."""
     return 0.0, 1 / report.num_samples, 1 / max(report.num_samples - report.num_batches, 1)

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def check_positive(argument: str, value: Any) -> None:
-    """Raise ValueError if a value is no positive integer."""
+    """Raise ValueError if a value is not a positive integer."""
     if not _is_integer(value) or value < 1:
         raise ValueError(f"`{argument}` must be a positive integer, got {value!r}.")
 
@@ -19,7 +19,7 @@ def check_positive_or_none(argument: str, value: Any) -> None:
 
 
 def check_not_negative(argument: str, value: Any) -> None:
-    """Raise ValueError if a value is no integer, or a negative one."""
+    """Raise ValueError if a value is not an integer, or is negative."""
     if not _is_integer(value) or value < 0:
         raise ValueError(f"`{argument}` must be an integer and not negative, got {value!r}.")
 
@@ -37,13 +37,13 @@ def check_bool_or(argument: str, value: Any, choice: str) -> None:
 
 
 def check_choice(argument: str, value: Any, choices: Sequence[str]) -> None:
-    """Raise ValueError if a value is none of these strings."""
+    """Raise ValueError if a value is not one of these strings."""
     if value not in choices:
         raise ValueError(f"`{argument}` must be one of {list(choices)}, got {value!r}.")
 
 
 def check_name(argument: str, value: Any) -> None:
-    """Raise ValueError if a value is no string, or an empty one."""
+    """Raise ValueError if a value is not a string, or is empty."""
     if not isinstance(value, str) or not value:
         raise ValueError(f"`{argument}` must be a string that is not empty, got {value!r}.")
 

@@ -15,7 +15,7 @@ _BUFFERS = (*_RUNNING_STATS, "num_batches_tracked")
 
 
 class SavedBuffers:
-    """Copies of the running statistics and of ``num_batches_tracked`` of layers, where and as the layers have them."""
+    """Copies of layers' running statistics and ``num_batches_tracked``, on the layers' device and in their dtype."""
 
     def __init__(self, layers: Iterable[_BatchNorm]) -> None:
         self._copies = {
