@@ -20,9 +20,7 @@ from lightning_bnmonitor.tracking import collectives as ranks
 from lightning_bnmonitor.tracking.arguments import (
     as_patterns,
     check_bool,
-    check_bool_or,
     check_choice,
-    check_name,
     check_not_negative,
     check_positive_or_none,
 )
@@ -107,18 +105,10 @@ class BatchNormMonitor(Callback):
         log_key_prefix: str = "bn",
         on_unhealthy: OnUnhealthy = "warn",
     ) -> None:
-        check_positive_or_none("every_n_epochs", every_n_epochs)
-        check_positive_or_none("every_n_train_batches", every_n_train_batches)
-        if every_n_epochs is not None and every_n_train_batches is not None:
-            raise ValueError(
-                "`every_n_epochs` and `every_n_train_batches` exclude each other, got "
-                f"{every_n_epochs} and {every_n_train_batches}: leave one of them None."
-            )
+        _check_periods(every_n_epochs, every_n_train_batches)
         check_choice("capture", capture, get_args(CaptureMode))
-        check_bool_or("per_layer", per_layer, "auto")
         check_bool("dashboard", dashboard)
         check_not_negative("validation_batches", validation_batches)
-        check_name("log_key_prefix", log_key_prefix)
         self._every_n_epochs = every_n_epochs or 1
         self._every_n_train_batches = every_n_train_batches
         self._include = as_patterns("include", include)
@@ -347,3 +337,13 @@ class BatchNormMonitor(Callback):
     def _detach(self) -> None:
         if self._tracker is not None:
             self._tracker.detach()
+
+
+def _check_periods(every_n_epochs: int | None, every_n_train_batches: int | None) -> None:
+    check_positive_or_none("every_n_epochs", every_n_epochs)
+    check_positive_or_none("every_n_train_batches", every_n_train_batches)
+    if every_n_epochs is not None and every_n_train_batches is not None:
+        raise ValueError(
+            "`every_n_epochs` and `every_n_train_batches` exclude each other, got "
+            f"{every_n_epochs} and {every_n_train_batches}: leave one of them None."
+        )

@@ -11,6 +11,7 @@ from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 
 from lightning_bnmonitor.report.report import Report
+from lightning_bnmonitor.tracking.arguments import check_bool_or, check_name
 
 _MAX_LAYERS_LOGGED = 100
 
@@ -21,12 +22,17 @@ class Scalars:
     Not by ``self.log``: it costs milliseconds a key, and is late for a callback that runs in validation.
 
     Args:
-        prefix: What the names begin with.
+        log_key_prefix: What the names begin with.
         per_layer: Whether to log the numbers of each layer; ``"auto"``: up to 100 layers.
+
+    Raises:
+        ValueError: If ``log_key_prefix`` is empty, or ``per_layer`` unknown.
     """
 
-    def __init__(self, prefix: str, per_layer: bool | str) -> None:
-        self._prefix = prefix
+    def __init__(self, log_key_prefix: str, per_layer: bool | str) -> None:
+        check_name("log_key_prefix", log_key_prefix)
+        check_bool_or("per_layer", per_layer, "auto")
+        self._prefix = log_key_prefix
         self._per_layer = per_layer
         self.summary: dict[str, float] = {}  # of the last window, and of the validation after it
 
