@@ -47,8 +47,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bnmonitor import BatchNormMonitor, BatchNormTracker
-from lightning_bnmonitor.callbacks import dashboard
-from lightning_bnmonitor.callbacks import monitor as monitor_module
+from lightning_bnmonitor.callbacks import dashboard, scalars
 
 MEGABYTE = 1e6
 MAX_EVENTS, MAX_GROWTH = 20 * MEGABYTE, 4 * MEGABYTE  # bytes
@@ -175,7 +174,7 @@ class Stopwatch:
     def attach(self, logger: TensorBoardLogger) -> None:
         """Replace functions by those that are measured, for the rest of the process."""
         for owner, name, part in (
-            (monitor_module, "log_scalars", "scalars"),
+            (scalars, "log_scalars", "scalars"),
             (dashboard.Dashboard, "show", "report"),
             (dashboard.Dashboard, "finish", "heatmap"),
             (BatchNormMonitor, "_end_window", "rest"),

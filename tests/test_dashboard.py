@@ -422,29 +422,13 @@ THEIRS = {
 }
 
 
-def test_a_layout_that_was_set_before_is_kept_and_ours_comes_after_it(tmp_path):
-    alone, both = TensorBoardLogger(tmp_path, name="alone"), TensorBoardLogger(tmp_path, name="both")
-    fit(alone, BatchNormMonitor(), max_epochs=1)
-    both.experiment.add_custom_scalars(THEIRS)
-    fit(both, BatchNormMonitor(), max_epochs=1)
-    first, last = events(both.log_dir).layouts
-    (ours,) = events(alone.log_dir).layouts
-    assert [category.title for category in last.category] == ["mine", "second", *OURS]
-    assert list(last.category[:2]) == list(first.category)
-    assert list(last.category[2:]) == list(ours.category)
-    band = last.category[0].chart[1]
-    assert band.title == "band"
-    (series,) = band.margin.series
-    assert (series.lower, series.value, series.upper) == ("low", "mid", "high")
-
-
-def test_a_category_with_the_title_of_ours_is_replaced(tmp_path):
+def test_a_layout_that_was_set_before_is_replaced(tmp_path):
     logger = board(tmp_path)
-    logger.experiment.add_custom_scalars({OURS[0]: THEIRS["mine"], **THEIRS})
+    logger.experiment.add_custom_scalars(THEIRS)
     fit(logger, BatchNormMonitor(), max_epochs=1)
     found = events(logger.log_dir)
-    assert found.categories() == ["mine", "second", *OURS]
-    assert "both" not in charts_of(found.layouts[-1])[OURS[0]]
+    assert [len(layout.category) for layout in found.layouts] == [2, 2]
+    assert found.categories() == OURS
 
 
 def test_a_layout_that_is_set_later_stands(tmp_path):
@@ -459,21 +443,17 @@ def test_a_layout_that_is_set_later_stands(tmp_path):
 def test_a_run_resumed_into_the_same_directory_has_our_charts_once(tmp_path):
     path = tmp_path / "saved.ckpt"
     first = board(tmp_path, version=0)
-    first.experiment.add_custom_scalars(THEIRS)
     fit(first, BatchNormMonitor(), At(BATCHES + 3, Save(path)))
     fit(board_again(tmp_path), BatchNormMonitor(), ckpt_path=path, max_epochs=3)
-    assert events(first.log_dir).categories() == [*THEIRS, *OURS]
+    assert events(first.log_dir).categories() == OURS
 
 
-@pytest.mark.parametrize("theirs", [{}, THEIRS], ids=["alone", "with a layout of the user"])
-def test_two_monitors_have_both_their_charts_pictures_and_texts(tmp_path, theirs):
+def test_two_monitors_have_both_their_charts_pictures_and_texts(tmp_path):
     logger = board(tmp_path)
-    if theirs:
-        logger.experiment.add_custom_scalars(theirs)
     one, other = BatchNormMonitor(include="quick"), BatchNormMonitor(include="slow", log_key_prefix="z")
     fit(logger, one, other)
     found = events(logger.log_dir)
-    assert found.categories() == [*theirs, *OURS, *(f"{title} (z)" for title in OURS)]
+    assert found.categories() == [*OURS, *(f"{title} (z)" for title in OURS)]
     assert found.at("bn/heatmap")[-1] == found.at("z/heatmap")[-1] == STEPS[1]
     for prefix, layer in (("bn", "quick"), ("z", "slow")):
         assert found.at(f"{prefix}/report") == STEPS[:2]

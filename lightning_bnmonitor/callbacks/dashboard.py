@@ -1,8 +1,7 @@
-"""What loggers can show beyond scalars: a heatmap and a text for each window, and TensorBoard's layout of charts."""
+"""What loggers can show beyond scalars: a heatmap and a text for each window, and a layout of charts."""
 
 from __future__ import annotations
 
-import re
 import time
 import warnings
 from collections.abc import Callable, Mapping, Sequence
@@ -13,7 +12,7 @@ import numpy as np
 from lightning.pytorch.loggers import Logger
 from numpy.typing import NDArray
 
-from lightning_bnmonitor.diagnosis.diagnosis import METRICS
+from lightning_bnmonitor.callbacks.chart_layout import set_layout, tag_of
 from lightning_bnmonitor.report.heatmap import Heatmap
 from lightning_bnmonitor.report.report import Report
 
@@ -59,7 +58,7 @@ class Dashboard:
         self._undrawn = step
         for logger in loggers:
             if self._is_first:
-                self._try(logger, "charts", partial(_set_layout, logger, self._prefix, per_layer, self._validates))
+                self._try(logger, "charts", partial(set_layout, logger, self._prefix, per_layer, self._validates))
             self._try(logger, "report", partial(_log_text, logger, f"{self._prefix}/report", text, step))
         if self._is_first or (is_full and self._spent <= _SHARE * (time.monotonic() - self._began)):
             self.finish(loggers)
@@ -85,7 +84,7 @@ class Dashboard:
         self._spent += time.monotonic() - began
 
     def state_dict(self) -> dict[str, Any]:
-        """What the next windows are compared with, in tensors and primitives."""
+        """The windows so far and the verdicts of the last, in tensors and primitives."""
         return {"heatmap": self._heatmap.state_dict(), "verdicts": dict(self._verdicts)}
 
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
@@ -104,95 +103,6 @@ class Dashboard:
             warnings.warn(f"{type(logger).__name__} did not log the BatchNorm {what}: {error!r}", stacklevel=6)
 
 
-def log_scalars(logger: Logger, metrics: Mapping[str, float], step: int) -> None:
-    """Log metrics; warn if the logger fails."""
-    try:
-        logger.log_metrics(dict(metrics), step=step)
-    except Exception as error:  # a full disk, a name that it refuses: no reason not to train
-        cause = error.__cause__ or error
-        warnings.warn(f"{type(logger).__name__} did not log the BatchNorm metrics: {cause!r}", stacklevel=4)
-
-
-def layout(prefix: str, per_layer: bool, validates: bool) -> dict[str, dict[str, list[Any]]]:
-    """The charts of TensorBoard's custom scalars, as ``SummaryWriter.add_custom_scalars`` takes them."""
-    suffix = "" if prefix == "bn" else f" ({prefix})"
-    prefix = re.escape(prefix)
-    errors = [f"^{prefix}/eval_error_{of}$" for of in ("max", "p90", "median")]
-    charts: dict[str, dict[str, list[Any]]] = {
-        f"BatchNorm health{suffix}": {
-            "eval_error over the layers: maximum, 90 %, median": ["Multiline", errors],
-            "layers that need attention": ["Multiline", [f"^{prefix}/unhealthy_layers$"]],
-        }
-    }
-    if per_layer:
-        metrics = (*METRICS, *(["val_shift"] if validates else []))
-        charts[f"BatchNorm layers{suffix}"] = {metric: ["Multiline", [rf"^{prefix}\.{metric}/"]] for metric in metrics}
-    return charts
-
-
-def _set_layout(logger: Any, prefix: str, per_layer: bool, validates: bool) -> None:
-    """Add our charts to those that a user has laid out in the logger's directory.
-
-    TensorBoard shows the last layout of a run: one that is set later stands.
-    """
-    experiment: Any = getattr(logger, "experiment", None)
-    if not hasattr(type(experiment), "add_custom_scalars"):
-        return
-    prefix = _tag(logger, prefix)
-    charts = layout(prefix, per_layer, validates)
-    experiment.flush()
-    titles = layout(prefix, per_layer=True, validates=True)
-    others = [category for category in _categories(experiment.log_dir) if category.title not in titles]
-    if not others:
-        experiment.add_custom_scalars(charts)
-        return
-    from tensorboard.compat.proto.summary_pb2 import Summary
-    from tensorboard.plugins.custom_scalar import layout_pb2, metadata
-    from tensorboard.util import tensor_util
-
-    ours = [
-        layout_pb2.Category(
-            title=title,
-            chart=[
-                layout_pb2.Chart(title=name, multiline=layout_pb2.MultilineChartContent(tag=tags))
-                for name, (_, tags) in its.items()
-            ],
-        )
-        for title, its in charts.items()
-    ]
-    value = Summary.Value(
-        tag=metadata.CONFIG_SUMMARY_TAG,
-        tensor=tensor_util.make_tensor_proto(layout_pb2.Layout(category=[*others, *ours]).SerializeToString()),
-        metadata=metadata.create_summary_metadata(),
-    )
-    experiment.file_writer.add_summary(Summary(value=[value]))
-
-
-def _categories(folder: str) -> list[Any]:
-    """The categories of the last layout in a directory of event files."""
-    from tensorboard.backend.event_processing import io_wrapper
-    from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
-    from tensorboard.compat.proto.event_pb2 import Event
-    from tensorboard.plugins.custom_scalar import layout_pb2, metadata
-
-    found = layout_pb2.Layout()
-    for path in sorted(io_wrapper.ListDirectoryAbsolute(folder)):
-        if not io_wrapper.IsSummaryEventsFile(path):
-            continue
-        for record in RawEventFileLoader(path).Load():
-            if metadata.CONFIG_SUMMARY_TAG.encode() in record:
-                for value in Event.FromString(record).summary.value:
-                    if value.tag == metadata.CONFIG_SUMMARY_TAG:
-                        found = layout_pb2.Layout.FromString(value.tensor.string_val[0])
-    return list(found.category)
-
-
-def _tag(logger: Any, tag: str) -> str:
-    """A tag with the prefix that the logger gives to those of scalars."""
-    prefix = getattr(logger, "_prefix", "")
-    return f"{prefix}{logger.LOGGER_JOIN_CHAR}{tag}" if prefix else tag
-
-
 def _takes_images(logger: Logger) -> bool:
     try:
         experiment: Any = getattr(logger, "experiment", None)
@@ -204,7 +114,7 @@ def _takes_images(logger: Logger) -> bool:
 def _log_image(logger: Any, tag: str, image: NDArray[np.uint8], step: int) -> None:
     experiment: Any = getattr(logger, "experiment", None)
     if hasattr(type(experiment), "add_image"):
-        experiment.add_image(_tag(logger, tag), image, step, dataformats="HWC")
+        experiment.add_image(tag_of(logger, tag), image, step, dataformats="HWC")
     else:
         logger.log_image(key=tag, images=[image], step=step)
 
@@ -212,6 +122,6 @@ def _log_image(logger: Any, tag: str, image: NDArray[np.uint8], step: int) -> No
 def _log_text(logger: Any, tag: str, text: str, step: int) -> None:
     experiment: Any = getattr(logger, "experiment", None)
     if hasattr(type(experiment), "add_text"):
-        experiment.add_text(_tag(logger, tag), text, step)
+        experiment.add_text(tag_of(logger, tag), text, step)
     elif hasattr(type(logger), "log_text"):
         logger.log_text(key=tag, columns=["report"], data=[[text]], step=step)

@@ -1,25 +1,30 @@
-"""The Lightning callback: when windows begin and end, and where the numbers go."""
+"""The monitor as a Lightning callback: when windows and validations begin and end."""
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, get_args
 
-import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
-from lightning_bnmonitor.callbacks.dashboard import Dashboard, log_scalars
+from lightning_bnmonitor.callbacks.dashboard import Dashboard
+from lightning_bnmonitor.callbacks.scalars import Scalars
+from lightning_bnmonitor.callbacks.schedule import is_training_over
 from lightning_bnmonitor.callbacks.unhealthy import Alarm, OnUnhealthy
-from lightning_bnmonitor.capture.batch_moments import CaptureMode, check_capture
+from lightning_bnmonitor.capture.batch_moments import CaptureMode
+from lightning_bnmonitor.compat import batches_that_stepped
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.tracking import collectives as ranks
-from lightning_bnmonitor.tracking.tracked_layer import as_patterns
+from lightning_bnmonitor.tracking.arguments import (
+    as_patterns,
+    check_bool,
+    check_choice,
+    check_not_negative,
+    check_positive_or_none,
+)
 from lightning_bnmonitor.tracking.tracker import BatchNormTracker
-
-_MAX_LAYERS_LOGGED = 100
 
 
 class BatchNormMonitor(Callback):
@@ -38,7 +43,8 @@ class BatchNormMonitor(Callback):
             :class:`~lightning_bnmonitor.BatchNormTracker`.
         per_layer: Whether to log scalars for each layer; ``"auto"``: up to 100 layers.
         dashboard: Whether to log more than scalars to loggers that take it, on rank 0: the image ``bn/heatmap`` (layers
-            by windows, drawn in at most 1 % of the time), the text ``bn/report``, TensorBoard's layout of charts.
+            by windows, drawn in at most 1 % of the time), the text ``bn/report``, TensorBoard's layout of charts. That
+            replaces a layout that was set before the first window has ended; one that is set later stands.
         validation_batches: Validation batches in each validation, on each rank, that are compared with training, by a
             pass over the inputs of each layer; 0 for none.
         log_key_prefix: What the logged names begin with, not empty.
@@ -99,32 +105,19 @@ class BatchNormMonitor(Callback):
         log_key_prefix: str = "bn",
         on_unhealthy: OnUnhealthy = "warn",
     ) -> None:
-        for name, value in (("every_n_epochs", every_n_epochs), ("every_n_train_batches", every_n_train_batches)):
-            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"`{name}` must be a positive integer or None, got {value!r}.")
-        if every_n_epochs is not None and every_n_train_batches is not None:
-            raise ValueError(
-                "`every_n_epochs` and `every_n_train_batches` exclude each other, got "
-                f"{every_n_epochs} and {every_n_train_batches}: leave one of them None."
-            )
-        if not isinstance(per_layer, bool) and per_layer != "auto":
-            raise ValueError(f'`per_layer` must be True, False or "auto", got {per_layer!r}.')
-        if not isinstance(dashboard, bool):
-            raise ValueError(f"`dashboard` must be True or False, got {dashboard!r}.")
-        if isinstance(validation_batches, bool) or not isinstance(validation_batches, int) or validation_batches < 0:
-            raise ValueError(f"`validation_batches` must be an integer and not negative, got {validation_batches!r}.")
-        if not isinstance(log_key_prefix, str) or not log_key_prefix:
-            raise ValueError(f"`log_key_prefix` must be a string that is not empty, got {log_key_prefix!r}.")
-        check_capture(capture)
+        _check_periods(every_n_epochs, every_n_train_batches)
+        check_choice("capture", capture, get_args(CaptureMode))
+        check_bool("dashboard", dashboard)
+        check_not_negative("validation_batches", validation_batches)
         self._every_n_epochs = every_n_epochs or 1
         self._every_n_train_batches = every_n_train_batches
         self._include = as_patterns("include", include)
         self._exclude = as_patterns("exclude", exclude)
         self._capture = capture
-        self._per_layer = per_layer
         self._has_dashboard = dashboard
         self._validation_batches = validation_batches
         self._log_key_prefix = log_key_prefix
+        self._scalars = Scalars(log_key_prefix, per_layer)
         self._alarm = Alarm(on_unhealthy)
         self._tracker: BatchNormTracker | None = None
         self._dashboard: Dashboard | None = None
@@ -133,7 +126,6 @@ class BatchNormMonitor(Callback):
         self._num_validated = 0  # batches in the present validation
         self._is_due = False  # whether a window begins with the next training batch
         self._is_awaited = False  # whether other ranks may have batches in a window that has not ended
-        self._summary: dict[str, float] = {}  # of the last window that ended
         self._saved: dict[str, Any] = {}  # the state at the end of `fit`
         self._pending: dict[str, Any] | None = None  # a state that `fit` is to begin with
 
@@ -157,7 +149,7 @@ class BatchNormMonitor(Callback):
             "is_due": self._is_due,
             "is_awaited": self._is_awaited,
             "warned_of": self._alarm.state(),
-            "summary": dict(self._summary),
+            "summary": dict(self._scalars.summary),
             "dashboard": None if self._dashboard is None else self._dashboard.state_dict(),
             "tracker": self._tracker.state_dict(),
         }
@@ -192,9 +184,10 @@ class BatchNormMonitor(Callback):
         self._detach()  # a fit that was interrupted may not have
         self._tracker = self._report = None
         self._num_batches, self._is_due = 0, True
+        self._num_validated = 0  # an interrupted validation may have left some
         self._is_awaited = self._every_n_train_batches is None  # what is resumed within an epoch does not start one
         self._alarm.restore([])
-        self._summary = {}
+        self._scalars.summary = {}
         # Not where nothing is logged: it holds what only rank 0 shows.
         shows = self._has_dashboard and trainer.is_global_zero
         validates = self._validation_batches > 0 and bool(trainer.enable_validation)
@@ -208,7 +201,7 @@ class BatchNormMonitor(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # As they were: an EarlyStopping that finds no value in the first validation would raise.
-        self._publish(trainer)
+        self._scalars.publish(trainer)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -238,7 +231,7 @@ class BatchNormMonitor(Callback):
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # A window that the end of training cuts short ends here, before what follows its last batch.
-        if _is_last_validation(trainer):
+        if is_training_over(trainer, epoch_ended=trainer.is_last_batch):
             self._end_window(trainer)
 
     @override
@@ -261,16 +254,7 @@ class BatchNormMonitor(Callback):
         report = self._tracker.validation_report(all_ranks=trainer.world_size > 1)
         if self._is_due:  # and mid-window, `report()` goes on to be that of the last one
             self._report = report
-        shifts = {name: layer.evidence["val_shift"] for name, layer in report.items() if "val_shift" in layer.evidence}
-        if not shifts:
-            return
-        metrics = {f"{self._log_key_prefix}/val_shift_max": max(shifts.values())}
-        self._summary |= metrics
-        self._publish(trainer)
-        if self._logs_layers(report):
-            metrics |= {f"{self._log_key_prefix}.val_shift/{name}": shift for name, shift in shifts.items()}
-        for logger in trainer.loggers:
-            log_scalars(logger, metrics, trainer.fit_loop.epoch_loop._batches_that_stepped)
+        self._scalars.log_validation(trainer, report, batches_that_stepped(trainer))
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -311,15 +295,12 @@ class BatchNormMonitor(Callback):
         """Whether this validation is compared with training."""
         return self._validation_batches > 0 and trainer.state.fn == "fit" and not trainer.sanity_checking
 
-    def _logs_layers(self, report: Report) -> bool:
-        return self._per_layer is True or (self._per_layer == "auto" and len(report) <= _MAX_LAYERS_LOGGED)
-
     def _is_last_epoch_of_window(self, trainer: Trainer) -> bool:
         # Epochs are counted as ModelCheckpoint counts them, so that equal periods fall together.
         return (trainer.current_epoch + 1) % self._every_n_epochs == 0
 
     def _end_window(self, trainer: Trainer, batches_over: int = 0) -> None:
-        """Report and log the window if there is anything in it, at the step of its last batch: so many batches ago."""
+        """Close the window, if it has any batch, and log it at the step of its last: so many batches ago."""
         is_awaited = self._is_awaited and trainer.world_size > 1
         if self._tracker is None or (self._num_batches == 0 and not is_awaited):
             return
@@ -330,22 +311,11 @@ class BatchNormMonitor(Callback):
         if is_awaited and not any(layer.num_samples for layer in report.values()):
             return  # there were no batches on any rank
         self._report = report
-        prefix = self._log_key_prefix
-        self._summary = {f"{prefix}/{name}": value for name, value in self._report.summary().items()}
-        self._publish(trainer)
-        per_layer = self._layer_metrics(self._report)
-        metrics = {**self._summary, **per_layer}
-        # Not `self.log`: it costs milliseconds a key, and is late for a callback that runs in validation.
-        step = max(trainer.fit_loop.epoch_loop._batches_that_stepped - batches_over, 0)
-        for logger in trainer.loggers if metrics else ():
-            log_scalars(logger, metrics, step)
-        if self._dashboard is not None and metrics:
-            self._dashboard.show(trainer.loggers, self._report, step, bool(per_layer))
-        self._alarm.react(self._report, may_warn=trainer.is_global_zero)
-
-    def _publish(self, trainer: Trainer) -> None:
-        metrics = {name: torch.tensor(value, device="cpu") for name, value in self._summary.items()}
-        trainer.callback_metrics.update(metrics)
+        step = max(batches_that_stepped(trainer) - batches_over, 0)
+        has_layers = self._scalars.log_window(trainer, report, step)
+        if self._dashboard is not None:
+            self._dashboard.show(trainer.loggers, report, step, has_layers)
+        self._alarm.react(report, may_warn=trainer.is_global_zero)
 
     def _resume(self) -> None:
         """Go on with the window of a checkpoint, if one was loaded."""
@@ -360,30 +330,20 @@ class BatchNormMonitor(Callback):
             return
         self._num_batches, self._is_due, self._is_awaited = state["num_batches"], state["is_due"], state["is_awaited"]
         self._alarm.restore(state["warned_of"])
-        self._summary = dict(state["summary"])
+        self._scalars.summary = dict(state["summary"])
         if self._dashboard is not None and (shown := state.get("dashboard")) is not None:
             self._dashboard.load_state_dict(shown)
-
-    def _layer_metrics(self, report: Report) -> dict[str, float]:
-        if not self._logs_layers(report):
-            return {}
-        return {
-            f"{self._log_key_prefix}.{metric}/{name}": summary[metric]
-            for name, summary in report.layer_summaries().items()
-            for metric in summary
-            if not math.isnan(summary[metric])
-        }
 
     def _detach(self) -> None:
         if self._tracker is not None:
             self._tracker.detach()
 
 
-def _is_last_validation(trainer: Trainer) -> bool:
-    """Whether no training batch of this ``fit`` will follow."""
-    if trainer.should_stop and trainer.fit_loop._can_stop_early:
-        return True
-    if trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps:
-        return True
-    is_last_epoch = trainer.max_epochs is not None and -1 < trainer.max_epochs <= trainer.current_epoch + 1
-    return trainer.is_last_batch and is_last_epoch
+def _check_periods(every_n_epochs: int | None, every_n_train_batches: int | None) -> None:
+    check_positive_or_none("every_n_epochs", every_n_epochs)
+    check_positive_or_none("every_n_train_batches", every_n_train_batches)
+    if every_n_epochs is not None and every_n_train_batches is not None:
+        raise ValueError(
+            "`every_n_epochs` and `every_n_train_batches` exclude each other, got "
+            f"{every_n_epochs} and {every_n_train_batches}: leave one of them None."
+        )

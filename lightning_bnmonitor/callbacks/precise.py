@@ -11,15 +11,16 @@ from typing import Any
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
 from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
+from lightning_bnmonitor.callbacks.schedule import is_training_over
+from lightning_bnmonitor.compat import _BatchNorm, prepared_batch
 from lightning_bnmonitor.repair.passes import Forward, forward_of
 from lightning_bnmonitor.repair.recalibration import Recalibration, recalibrate_layers, why_left_alone
+from lightning_bnmonitor.tracking.arguments import check_bool, check_positive, check_positive_or_none
+from lightning_bnmonitor.tracking.buffers import copied_stats, write_stats
 from lightning_bnmonitor.tracking.tracked_layer import find_layers
-
-_STATS = ("running_mean", "running_var")
 
 
 class PreciseBatchNorm(Callback):
@@ -76,12 +77,9 @@ class PreciseBatchNorm(Callback):
         restore: bool = False,
         forward: Forward | None = None,
     ) -> None:
-        for name, value in (("num_batches", num_batches), ("every_n_epochs", every_n_epochs)):
-            optional = name == "every_n_epochs" and value is None
-            if not optional and (isinstance(value, bool) or not isinstance(value, int) or value < 1):
-                raise ValueError(f"`{name}` must be a positive integer, got {value!r}.")
-        if not isinstance(restore, bool):
-            raise ValueError(f"`restore` must be True or False, got {restore!r}.")
+        check_positive("num_batches", num_batches)
+        check_positive_or_none("every_n_epochs", every_n_epochs)
+        check_bool("restore", restore)
         if isinstance(dataloader, Iterator):
             raise ValueError(
                 f"`dataloader` must be something that can be iterated again and again, got {dataloader!r}."
@@ -150,7 +148,7 @@ class PreciseBatchNorm(Callback):
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if self._has_trained and _is_last_epoch(trainer):
+        if self._has_trained and is_training_over(trainer, epoch_ended=True):
             self._repair(trainer, pl_module)
 
     @override
@@ -159,17 +157,21 @@ class PreciseBatchNorm(Callback):
         self._repair(trainer, pl_module)
 
     def put_back(self, pl_module: LightningModule) -> None:
-        """Give training its running statistics back, where those are in place that we have put there."""
+        """Give layers the running statistics of training back, unless something else has overwritten the exact ones."""
         layers = find_layers(pl_module, None, None) if self._training else {}
         for name, training in self._training.items():
             layer = layers.get(name)
-            if layer is not None and (stats := _stats(layer)) is not None and torch.equal(stats, self._exact[name]):
-                _write(layer, training)
+            if (
+                layer is not None
+                and (stats := copied_stats(layer)) is not None
+                and torch.equal(stats, self._exact[name])
+            ):
+                write_stats(layer, training)
         self._training, self._exact = {}, {}
 
     def _repair(self, trainer: Trainer, pl_module: LightningModule) -> None:
         layers = find_layers(pl_module, None, None) if self._layers else {}
-        before = {name: stats for name, layer in layers.items() if (stats := _stats(layer)) is not None}
+        before = {name: stats for name, layer in layers.items() if (stats := copied_stats(layer)) is not None}
         self._recalibration = self._recalibrate(trainer, pl_module, self._num_batches)
         self._has_trained = False
         if not self._is_restoring:
@@ -179,7 +181,7 @@ class PreciseBatchNorm(Callback):
             if name not in self._recalibration.left_alone:
                 if name not in self._training or not torch.equal(before[name], self._exact[name]):
                     self._training[name] = before[name]
-                exact = _stats(layers[name])
+                exact = copied_stats(layers[name])
                 assert exact is not None
                 self._exact[name] = exact
 
@@ -192,7 +194,7 @@ class PreciseBatchNorm(Callback):
 
         def forward(model: nn.Module, batch: Any) -> Any:
             with _training_stage(trainer):  # hooks that make batches may ask
-                batch = pl_module._on_before_batch_transfer(trainer.precision_plugin.convert_input(batch))
+                batch = prepared_batch(pl_module, trainer.precision_plugin.convert_input(batch))
                 batch = trainer.strategy.batch_to_device(batch)
             with trainer.precision_plugin.forward_context():
                 return self._forward(model, batch)
@@ -205,7 +207,7 @@ class PreciseBatchNorm(Callback):
         )
 
     def _loader(self, trainer: Trainer) -> Iterable[Any]:
-        """Where batches come from."""
+        """What batches are taken from: the loader that was given, or one like that of training."""
         if self._dataloader is not None:
             return self._dataloader
         training = trainer.train_dataloader
@@ -233,7 +235,7 @@ class PreciseBatchNorm(Callback):
 
 
 class _Restorer(Callback):
-    """Stands first in the list of callbacks: whatever follows sees the running statistics of training."""
+    """The first in the list of callbacks: all that follow it see the running statistics of training."""
 
     def __init__(self, owner: PreciseBatchNorm) -> None:
         self.owner = owner
@@ -248,7 +250,7 @@ class _Restorer(Callback):
 
 
 def _first(loader: Iterable[Any], num_batches: int) -> Iterator[Any]:
-    """So many batches; the loader is asked for its iterator, which may draw random numbers, with the first of them."""
+    """The first batches of a loader. Its iterator, which may draw random numbers, is made when the first is needed."""
     yield from itertools.islice(loader, num_batches)
 
 
@@ -260,21 +262,3 @@ def _training_stage(trainer: Trainer) -> Iterator[None]:
         yield
     finally:
         trainer.state.stage = stage
-
-
-def _stats(layer: _BatchNorm) -> Tensor | None:
-    """A copy of a layer's running statistics on the CPU, ``(2, C)``, None if it has none."""
-    mean, var = layer.running_mean, layer.running_var
-    return None if mean is None or var is None else torch.stack([mean, var]).detach().cpu().clone()
-
-
-@torch.no_grad()
-def _write(layer: _BatchNorm, stats: Tensor) -> None:
-    for name, values in zip(_STATS, stats, strict=True):
-        getattr(layer, name).copy_(values)
-
-
-def _is_last_epoch(trainer: Trainer) -> bool:
-    if trainer.should_stop or (trainer.max_steps != -1 and trainer.global_step >= trainer.max_steps):
-        return True
-    return trainer.max_epochs is not None and -1 < trainer.max_epochs <= trainer.current_epoch + 1

@@ -9,6 +9,7 @@ from typing import Literal, get_args
 
 from lightning_bnmonitor.report.layer_report import LayerReport
 from lightning_bnmonitor.report.report import Report
+from lightning_bnmonitor.tracking.arguments import check_choice
 
 OnUnhealthy = Literal["warn", "ignore", "raise"]
 _MAX_LAYERS_WARNED_OF = 5
@@ -37,8 +38,7 @@ class Alarm:
     """
 
     def __init__(self, on_unhealthy: OnUnhealthy) -> None:
-        if on_unhealthy not in get_args(OnUnhealthy):
-            raise ValueError(f"`on_unhealthy` must be one of {list(get_args(OnUnhealthy))}, got {on_unhealthy!r}.")
+        check_choice("on_unhealthy", on_unhealthy, get_args(OnUnhealthy))
         self._on_unhealthy = on_unhealthy
         self._warned_of: set[tuple[str, str]] = set()  # layer and verdict
 
@@ -47,7 +47,7 @@ class Alarm:
         return [list(pair) for pair in sorted(self._warned_of)]
 
     def restore(self, state: Iterable[Sequence[str]]) -> None:
-        """Be silent from now on of what was warned of when this was :meth:`state`, and of nothing else."""
+        """Go on from a :meth:`state`: what was warned of then is not warned of again, and all else is."""
         self._warned_of = {(name, verdict) for name, verdict in state}
 
     def react(self, report: Report, may_warn: bool) -> None:
@@ -62,7 +62,7 @@ class Alarm:
 
 
 def _warning(layers: Sequence[LayerReport]) -> str:
-    """All in one line: the report has the rest."""
+    """The warning, in one line: the report has the rest."""
     errors = [layer.evidence.get("eval_error", math.nan) for layer in layers]
     listed = ", ".join(
         f"{layer.name} ({layer.verdict}, eval_error {error:.2g})"

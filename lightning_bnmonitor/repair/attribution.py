@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from operator import length_hint
@@ -12,13 +12,14 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
-from torch.nn.parameter import is_lazy
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from lightning_bnmonitor.repair.passes import Forward, Saved, forward_of, run, training_only
-from lightning_bnmonitor.repair.recalibration import recalibrate_layers, why_left_alone
+from lightning_bnmonitor.compat import _BatchNorm
+from lightning_bnmonitor.repair.passes import Forward, forward_of, run, training_only
+from lightning_bnmonitor.repair.recalibration import check_initialised, recalibrate_layers, why_left_alone
 from lightning_bnmonitor.report.figures import plot_contributions
+from lightning_bnmonitor.tracking.buffers import SavedBuffers
 from lightning_bnmonitor.tracking.tracked_layer import find_layers
 
 if TYPE_CHECKING:
@@ -68,7 +69,7 @@ class Attribution:
     @property
     def is_significant(self) -> bool:
         """Whether there is anything to explain: the gap exceeds its own standard error."""
-        return self.gap > self.gap_stderr or self.gap == math.inf
+        return _is_gap(self.gap, self.gap_stderr)
 
     @property
     def worst(self) -> str | None:
@@ -199,69 +200,87 @@ def attribute_eval_gap(
         '0'
     """
     found = find_layers(model, None, None)
-    for name, layer in found.items():
-        if layer.running_mean is not None and is_lazy(layer.running_mean):
-            raise ValueError(f"Layer {name!r} has not been initialised. Call the model once before.")
+    check_initialised(found)
     if isinstance(batches, Iterator):
         with training_only(model, ()):  # random states are as before
             batches = list(batches)
     in_eval = {layer for layer in found.values() if model.training and not layer.training}
     layers = {name: layer for name, layer in found.items() if not why_left_alone(layer, layer in in_eval)}
     in_training = [module for module in model.modules() if module.training or not model.training]
-    passes, old = _Passes(model, batches, loss, forward or forward_of, progress), Saved(layers.values())
+    passes, old = _Passes(model, batches, loss, forward or forward_of, progress), SavedBuffers(layers.values())
     by_batch: list[Tensor] = []
-    try:
+    with old.restored_at_end():
         as_is = passes.losses("eval mode")
         training = passes.losses("training mode", in_training)
         with passes.same_batches():
-            repair = recalibrate_layers(
-                model,
-                passes.measured("exact statistics", by_batch),
-                passes.run_model,
-                None,
-                layers,
-                {},
-                all_ranks=False,
-            )
+            measured = passes.measured("exact statistics", by_batch)
+            repair = recalibrate_layers(model, measured, passes.run_model, None, layers, {}, all_ranks=False)
         batch_losses = passes.joined(by_batch) if layers else as_is
-        new = Saved(layers.values())
+        new = SavedBuffers(layers.values())
         exact = passes.losses("eval mode, exact statistics") if layers else as_is
         old.restore()
-        gap, stderr = passes.difference(as_is, exact)
-        scale = gap if math.isfinite(gap) else float(exact.mean())
         errors = {name: report.summary()["eval_error"] for name, report in repair.before.items()}
-        order = sorted((name for name in reversed(errors) if name not in repair.left_alone), key=errors.__getitem__)
-        contributions: list[Contribution] = []
-        present, left = as_is, gap
-        while (
-            (gap > stderr or gap == math.inf) and order and not (contributions and abs(left) < _NEGLIGIBLE * abs(scale))
-        ):
-            name = order.pop()
-            new.of([layers[name]]).restore()
-            following = passes.losses(f"eval mode, exact in {name}, too") if order else exact
-            contributions.append(Contribution(name, errors[name], *passes.difference(present, following)))
-            present = following
-            left, _ = passes.difference(present, exact)
-    finally:
-        old.restore()
-    rest = None
-    if contributions and order:
-        what = f"{len(order)} other layer{'s' * (len(order) > 1)}"
-        rest = Contribution(what, errors[order[-1]], *passes.difference(present, exact))
+        repaired = {name: error for name, error in errors.items() if name not in repair.left_alone}
+        gap = passes.difference(as_is, exact)
+        contributions, rest = _take_apart(passes, layers, new, repaired, as_is, exact) if _is_gap(*gap) else ((), None)
     return Attribution(
         eval_loss=float(as_is.mean()),
         exact_loss=float(exact.mean()),
         batch_loss=float(batch_losses.mean()),
         train_loss=float(training.mean()),
-        gap=gap,
-        gap_stderr=stderr,
-        contributions=tuple(contributions),
+        gap=gap[0],
+        gap_stderr=gap[1],
+        contributions=contributions,
         rest=rest,
     )
 
 
+def _is_gap(gap: float, stderr: float) -> bool:
+    """Whether there is anything to explain: the gap exceeds its own standard error."""
+    return gap > stderr or gap == math.inf
+
+
+def _take_apart(
+    passes: _Passes,
+    layers: Mapping[str, _BatchNorm],
+    new: SavedBuffers,
+    errors: Mapping[str, float],
+    as_is: Tensor,
+    exact: Tensor,
+) -> tuple[tuple[Contribution, ...], Contribution | None]:
+    """Put exact statistics into one layer after another, until what is left of the gap is negligible.
+
+    Args:
+        passes: Of the data.
+        layers: The layers by name, with the running statistics as they were.
+        new: The exact statistics.
+        errors: ``eval_error`` of the layers whose running statistics the gap is due to.
+        as_is: Losses in eval mode with the running statistics as they were.
+        exact: Losses in eval mode with exact statistics in all layers.
+
+    Returns:
+        The contributions of layers, and that of the layers that are left together, None if none is.
+    """
+    gap, _ = passes.difference(as_is, exact)
+    scale = gap if math.isfinite(gap) else float(exact.mean())
+    order = sorted(errors, key=errors.__getitem__, reverse=True)
+    contributions: list[Contribution] = []
+    present, left = as_is, gap
+    while order and not (contributions and abs(left) < _NEGLIGIBLE * abs(scale)):
+        name = order.pop(0)
+        new.of([layers[name]]).restore()
+        following = passes.losses(f"eval mode, exact in {name}, too") if order else exact
+        contributions.append(Contribution(name, errors[name], *passes.difference(present, following)))
+        present = following
+        left, _ = passes.difference(present, exact)
+    if not order:
+        return tuple(contributions), None
+    what = f"{len(order)} other layer{'s' * (len(order) > 1)}"
+    return tuple(contributions), Contribution(what, errors[order[0]], *passes.difference(present, exact))
+
+
 class _Passes:
-    """Passes of the same batches through a model, each of which gives a loss for each batch, or sample."""
+    """Passes of the same batches through a model. Each gives one loss per batch, or one per sample."""
 
     def __init__(self, model: nn.Module, batches: Iterable[Any], loss: Loss, forward: Forward, progress: bool) -> None:
         self.model = model

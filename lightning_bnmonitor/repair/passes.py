@@ -4,28 +4,28 @@ from __future__ import annotations
 
 import itertools
 import random
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import numpy as np
 import torch
-from lightning.fabric.utilities import move_data_to_device
-from torch import nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from lightning_utilities.core.apply_func import apply_to_collection
+from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
-from torch.nn.parameter import is_lazy
 
+from lightning_bnmonitor.compat import _BatchNorm, buffers_of, is_lazy, run_eagerly
+from lightning_bnmonitor.tracking.buffers import SavedBuffers
 from lightning_bnmonitor.tracking.tracker import trackers_of
 
 Forward = Callable[[nn.Module, Any], Any]
-_BUFFERS = ("running_mean", "running_var", "num_batches_tracked")
 
 
 def forward_of(model: nn.Module, batch: Any) -> Any:
     """Run a model on a batch, as :func:`recalibrate` does by default."""
     for tensor in itertools.chain(model.parameters(), model.buffers()):
-        batch = move_data_to_device(batch, tensor.device)
+        batch = apply_to_collection(batch, _Movable, _moved, tensor.device)
         break
     if isinstance(batch, (tuple, list)):
         return model(batch[0])
@@ -53,23 +53,23 @@ def run(model: nn.Module, batches: Iterable[Any], forward: Forward, num_batches:
 
 @contextmanager
 def training_only(model: nn.Module, modules: Iterable[nn.Module]) -> Iterator[None]:
-    """These modules are in training mode and all others in eval mode, and no BatchNorm updates its running statistics.
+    """A context in which only these modules are in training mode, and no BatchNorm updates its running statistics.
 
-    Monitors do not count, and what is compiled runs eagerly. Then all is as before: modes, buffers, random states.
+    Monitors do not count, and what is compiled runs eagerly. Afterwards modes, buffers and random states are as before.
     """
     modes = {module: module.training for module in model.modules()}
     layers = [module for module in modes if isinstance(module, _BatchNorm)]
     wrappers = [module for module in modes if isinstance(module, DistributedDataParallel)]
     syncing = {wrapper: wrapper.require_forward_param_sync for wrapper in wrappers}
     tracking = {layer: layer.track_running_stats for layer in layers}
-    in_training, buffers = set(modules), Saved(layers)
+    in_training, buffers = set(modules), SavedBuffers(layers)
     updating = [layer for layer in layers if layer in in_training]
     with ExitStack() as stack:
         for tracker in trackers_of(layers):
             stack.enter_context(tracker.paused())
         stack.enter_context(_random_states_as_before())
         stack.enter_context(_buffers_as_before(module for module in modes if module not in tracking))
-        stack.enter_context(torch.compiler.set_stance("force_eager"))
+        stack.enter_context(run_eagerly())
         try:
             for module in modes:
                 module.training = module in in_training
@@ -88,59 +88,43 @@ def training_only(model: nn.Module, modules: Iterable[nn.Module]) -> Iterator[No
             buffers.restore()  # a subclass may update them all the same
 
 
-class Saved:
-    """Copies of layers' buffers."""
+class _Movable(ABC):
+    """What has a method ``to`` by its class: tensors, and the batches of some libraries."""
 
-    def __init__(self, layers: Iterable[_BatchNorm]) -> None:
-        self.buffers = {
-            layer: {
-                name: buffer.detach().clone()
-                for name in _BUFFERS
-                if (buffer := getattr(layer, name)) is not None and not is_lazy(buffer)
-            }
-            for layer in layers
-        }
+    @abstractmethod
+    def to(self, device: torch.device) -> Any:
+        """Move it to a device."""
 
-    def of(self, layers: Iterable[_BatchNorm]) -> Saved:
-        """Those of some of the layers."""
-        some = Saved([])
-        some.buffers = {layer: self.buffers[layer] for layer in layers}
-        return some
+    @classmethod
+    def __subclasshook__(cls, subclass: type) -> bool:
+        return callable(getattr(subclass, "to", None))
 
-    @torch.no_grad()
-    def restore(self) -> None:
-        """Put them back into the layers' buffers, which may have moved since."""
-        writes = [
-            (getattr(layer, name), values) for layer, saved in self.buffers.items() for name, values in saved.items()
-        ]
-        with torch.inference_mode(any(buffer.is_inference() for buffer, _ in writes)):
-            for buffer, values in writes:
-                buffer.copy_(values)
 
-    @contextmanager
-    def restored_on_error(self) -> Iterator[None]:
-        """A context that puts them back if it is left by an error or an interrupt."""
-        try:
-            yield
-        except BaseException:
-            self.restore()
-            raise
+def _moved(data: Any, device: torch.device) -> Any:
+    """Data on a device. What changes itself and returns nothing has been moved, too."""
+    moved = data.to(device, non_blocking=True) if _is_async(data, device) else data.to(device)
+    return data if moved is None else moved
+
+
+def _is_async(data: Any, device: torch.device) -> bool:
+    # Nothing waits for a copy to the CPU to arrive, nor, by a bug of PyTorch's (issue 83015), for one to MPS.
+    return isinstance(data, Tensor) and device.type not in ("cpu", "mps")
 
 
 @contextmanager
 def _buffers_as_before(modules: Iterable[nn.Module]) -> Iterator[None]:
-    """Whatever modules write into their buffers, in eval mode too, as the observers of quantisation do."""
+    """Undo whatever modules write into their buffers, in eval mode too, as the observers of quantisation do."""
     saved = [
         (module, name, buffer, buffer.detach().clone())
         for module in modules
-        for name, buffer in module._buffers.items()
+        for name, buffer in buffers_of(module).items()
         if buffer is not None and not is_lazy(buffer) and not buffer.is_meta
     ]
     try:
         yield
     finally:
         for module, name, buffer, values in saved:
-            module._buffers[name] = buffer
+            buffers_of(module)[name] = buffer
             if buffer.shape != values.shape:
                 buffer.resize_(values.shape)
             if not torch.equal(buffer, values):

@@ -10,18 +10,26 @@ from typing import Any
 import torch
 from tabulate import tabulate
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
-from torch.nn.parameter import is_lazy
 
 from lightning_bnmonitor.capture.layer_hook import Gate
-from lightning_bnmonitor.repair.passes import Forward, Saved, forward_of, run, training_only
+from lightning_bnmonitor.compat import _BatchNorm, is_lazy
+from lightning_bnmonitor.repair.passes import Forward, forward_of, run, training_only
 from lightning_bnmonitor.report.layer_report import LayerReport
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.statistics.stationary import Part
 from lightning_bnmonitor.tracking import collectives as ranks
+from lightning_bnmonitor.tracking.arguments import as_patterns, check_positive_or_none
 from lightning_bnmonitor.tracking.assessment import assess
-from lightning_bnmonitor.tracking.tracked_layer import History, as_patterns, find_layers
-from lightning_bnmonitor.tracking.tracker import BatchNormTracker, trackers_of
+from lightning_bnmonitor.tracking.buffers import SavedBuffers, write_stats
+from lightning_bnmonitor.tracking.placement import Placement
+from lightning_bnmonitor.tracking.tracked_layer import (
+    History,
+    TrackedLayer,
+    find_layers,
+    num_batches_tracked,
+    running_stats,
+)
+from lightning_bnmonitor.tracking.tracker import trackers_of
 
 _FROZEN, _NO_STATS, _UNUSED = "frozen", "no running statistics", "unused"
 
@@ -133,7 +141,7 @@ class Recalibration:
         after: Report,
         num_batches: int,
         left_alone: Mapping[str, str],
-        old: Saved,
+        old: SavedBuffers,
         histories: Mapping[_BatchNorm, History | None],
     ) -> None:
         self.before = before
@@ -145,13 +153,13 @@ class Recalibration:
         self._told = False
 
     def tell_trackers(self) -> None:
-        """Let attached trackers know what running statistics are made of that stay."""
+        """Tell attached trackers that the new running statistics stay, and what they are made of."""
         self._told = True
         for tracker in trackers_of(self._histories):
             tracker.rewritten(self._histories)
 
     def restore(self) -> None:
-        """Put the running statistics of before back, to the bit, whatever has been written since."""
+        """Put the old running statistics back, to the bit, whatever has been written since."""
         self._old.restore()
         for tracker in trackers_of(self._histories) if self._told else ():
             tracker.rewritten(dict.fromkeys(self._histories))
@@ -186,32 +194,26 @@ def recalibrate_layers(
     all_ranks: bool,
 ) -> Recalibration:
     """:func:`recalibrate` of these layers; ``left_alone`` names others, and why they are."""
-    if num_batches is not None and (isinstance(num_batches, bool) or not isinstance(num_batches, int)):
-        raise ValueError(f"`num_batches` must be a positive integer or None, got {num_batches!r}.")
-    if num_batches is not None and num_batches < 1:
-        raise ValueError(f"`num_batches` must be positive, got {num_batches}: there would be nothing to measure.")
-    for name, layer in layers.items():
-        if layer.running_mean is not None and is_lazy(layer.running_mean):
-            raise ValueError(f"Layer {name!r} has not been initialised. Call the model once before.")
-    old = Saved(layers.values())
+    check_positive_or_none("num_batches", num_batches)
+    check_initialised(layers)
+    old = SavedBuffers(layers.values())
     if not layers:
         return Recalibration(Report([]), Report([]), 0, left_alone, old, {})
     together = all_ranks and ranks.num_ranks() > 1
-    calibration = _Calibration(model, layers)
+    measurement = _Measurement(layers)
     with torch.inference_mode(any(buffer.is_inference() for buffer in model.buffers())), torch.no_grad():
-        with _agreement(together), training_only(model, layers.values()), calibration.counting():
+        with _agreement(together), training_only(model, layers.values()), measurement.counting():
             count = run(model, batches, forward, num_batches)
-            calibration.check_complete()
-        before = calibration.compare("none", together)
+            measurement.check_complete()
+        before = measurement.compare("none", together)
         used = {name: layers[name] for name, layer in before.items() if layer.num_samples}
         if not used and not count:
             raise ValueError("`batches` gave no batch: nothing was measured, and nothing changed.")
-        new = {layer: _new_buffers(layer, before[name]) for name, layer in used.items()}
+        new = {layer: _new_stats(layer, before[name]) for name, layer in used.items()}
         with old.restored_on_error():
             for layer, stats in new.items():
-                for name, values in stats.items():
-                    getattr(layer, name).copy_(values)
-            after = calibration.compare("average", together and bool(used))
+                write_stats(layer, stats)
+            after = measurement.compare("average", together and bool(used))
             if num_batches is not None and count < num_batches:
                 warnings.warn(
                     f"`batches` gave {count} batches, not the {num_batches} of `num_batches`: the running statistics "
@@ -223,22 +225,49 @@ def recalibrate_layers(
     return Recalibration(before, after, count, {**left_alone, **unused}, old.of(used.values()), histories)
 
 
-class _Calibration(BatchNormTracker):
-    """Counts every call of the layers that are recalibrated, by a pass over its input."""
+def check_initialised(layers: Mapping[str, _BatchNorm]) -> None:
+    """Raise ValueError, with the name, if a lazy layer has not been called yet."""
+    for name, layer in layers.items():
+        if layer.running_mean is not None and is_lazy(layer.running_mean):
+            raise ValueError(f"Layer {name!r} has not been initialised. Call the model once before.")
 
-    def __init__(self, model: nn.Module, layers: Mapping[str, _BatchNorm]) -> None:
-        super().__init__(model, capture="pass")
-        self._always = nn.Identity()  # a root that is in training mode
-        self._gate = Gate(self._always)
-        self._layers = [self._new_layer(name, layer) for name, layer in layers.items()]
-        self._begin_window(self._layers)
-        for layer in self._layers:  # what is known of the running statistics' noise rests on it
+
+def why_left_alone(layer: _BatchNorm, in_eval: bool, frozen: bool = False) -> str:
+    """Why a layer is not recalibrated; empty if it is.
+
+    Args:
+        layer: The layer.
+        in_eval: Whether it is in eval mode in training.
+        frozen: Whether to recalibrate frozen layers, too.
+    """
+    if layer.running_mean is None or layer.running_var is None:
+        return _NO_STATS
+    return _FROZEN if (in_eval or not layer.track_running_stats or layer.momentum == 0) and not frozen else ""
+
+
+class _Measurement:
+    """What layers receive while data pass through a model with fixed weights, from a pass over each input.
+
+    Args:
+        layers: The layers by name. Every call of theirs counts within :meth:`counting`, whatever the model's mode.
+    """
+
+    def __init__(self, layers: Mapping[str, _BatchNorm]) -> None:
+        self._root = nn.Identity()  # in training mode: calls count
+        self._gate = Gate(self._root)
+        self._placement = Placement()
+        self._layers = [TrackedLayer(name, layer, self._gate, self._flush) for name, layer in layers.items()]
+        of_layers = zip(self._layers, running_stats(self._layers), num_batches_tracked(self._layers), strict=True)
+        for layer, buffers, num_tracked in of_layers:
+            layer.hook.by_pass = True
+            layer.begin_window(buffers, num_tracked)
+            # What is known of the noise in the running statistics rests on it.
             momentum = layer.module.momentum
-            layer.momentum = 1 / max(layer.tracked_before or 0, 1) if momentum is None else momentum
+            layer.momentum = 1 / max(num_tracked or 0, 1) if momentum is None else momentum
 
     @contextmanager
     def counting(self) -> Iterator[None]:
-        """Hooks are on the layers, and nothing else of what :meth:`attach` does: nothing compiled will run."""
+        """A context in which calls count. What is compiled has to run eagerly in it."""
         with ExitStack() as stack:
             for layer in self._layers:
                 handle = layer.module.register_forward_hook(layer.hook, with_kwargs=True)
@@ -255,15 +284,26 @@ class _Calibration(BatchNormTracker):
                 )
 
     def compare(self, part: Part, all_ranks: bool) -> Report:
-        """The running statistics as they are now against what was counted, which has that part in them."""
-        self.flush()
+        """Compare the running statistics as they are now with what was received.
+
+        Args:
+            part: What part the batches have in the running statistics: ``"none"``, or that of an ``"average"``.
+            all_ranks: Whether all ranks call this, and get one report of them all.
+        """
+        self._flush()
         report, _ = assess(self._layers, self._placement, False, all_ranks, part)
         return report
+
+    @torch.inference_mode(False)
+    def _flush(self) -> None:
+        with self._gate.lock:
+            self._gate.is_full = False
+            self._placement.update(self._layers)
 
 
 @contextmanager
 def _agreement(together: bool) -> Iterator[None]:
-    """If one rank fails, all do: none is left waiting."""
+    """A context for what each rank does on its own: if it fails on one, it fails on all, and none is left waiting."""
     try:
         yield
     except Exception:
@@ -274,30 +314,24 @@ def _agreement(together: bool) -> Iterator[None]:
         raise RuntimeError("Another rank could not run its batches: see its error. Nothing was changed.")
 
 
-def _new_buffers(layer: _BatchNorm, report: LayerReport) -> dict[str, Tensor]:
-    """What is to be written, in the buffers' precision. Raises ValueError if it is not finite."""
-    new = {}
+def _new_stats(layer: _BatchNorm, report: LayerReport) -> list[Tensor]:
+    """The running mean and variance to write, in the buffers' precision. Raises ValueError if one is not finite."""
+    new = []
     for name, values in (("running_mean", report.population_mean), ("running_var", report.population_var)):
-        new[name] = values.to(getattr(layer, name).dtype)
-        bad = (~torch.isfinite(new[name])).nonzero().flatten().tolist()
+        written = values.to(getattr(layer, name).dtype)
+        bad = (~torch.isfinite(written)).nonzero().flatten().tolist()
         if bad:
-            why = f"{float(values[bad[0]]):.3g} is beyond {new[name].dtype}"
+            why = f"{float(values[bad[0]]):.3g} is beyond {written.dtype}"
             if report.num_samples == 1:
                 why = "one value has no variance"
             elif "first_bad_batch" in report.evidence:
                 channel, call = (int(report.evidence[f"first_bad_{what}"]) for what in ("channel", "batch"))
                 why = f"it received what is not finite or overflows, first in call {call}, channel {channel}"
             raise ValueError(f"`{name}` of layer {report.name!r} would not be finite: {why}. Nothing was changed.")
+        new.append(written)
     return new
 
 
 def _history(report: LayerReport) -> History:
-    """What running statistics are made of that are the average of all values."""
+    """What running statistics are made of if they are those of all values together."""
     return 0.0, 1 / report.num_samples, 1 / max(report.num_samples - report.num_batches, 1)
-
-
-def why_left_alone(layer: _BatchNorm, in_eval: bool, frozen: bool = False) -> str:
-    """Why a layer that is in eval mode in training, or not, is not recalibrated; empty if it is."""
-    if layer.running_mean is None or layer.running_var is None:
-        return _NO_STATS
-    return _FROZEN if (in_eval or not layer.track_running_stats or layer.momentum == 0) and not frozen else ""

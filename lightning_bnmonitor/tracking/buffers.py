@@ -1,8 +1,9 @@
-"""Running statistics as they were at one moment: copies of layers' buffers, and what these are made of."""
+"""Copies of layers' running statistics: as they were at one moment, and what they are made of; and the way back."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from typing import NamedTuple
 
 import numpy as np
@@ -14,6 +15,8 @@ from lightning_bnmonitor.compat import BatchNorm, is_lazy
 History = tuple[float, float, float]
 """The weight that the initial values have in running statistics, and the sums of squared weights over n and n - 1 of all
 batches since. None in its place: not known, as the running statistics were there before."""
+_RUNNING_STATS = ("running_mean", "running_var")
+_BUFFERS = (*_RUNNING_STATS, "num_batches_tracked")
 FRESH: History = (1.0, 0.0, 0.0)
 """Of running statistics that no batch has updated."""
 
@@ -62,6 +65,66 @@ def device_of(module: nn.Module) -> torch.device:
     for tensor in (*module.buffers(), *module.parameters()):
         return torch.device("cpu") if tensor.is_meta else tensor.device
     return torch.device("cpu")
+
+
+class SavedBuffers:
+    """Copies of layers' running statistics and ``num_batches_tracked``, on the layers' device and in their dtype."""
+
+    def __init__(self, layers: Iterable[_BatchNorm]) -> None:
+        self._copies = {
+            layer: {
+                name: buffer.detach().clone()
+                for name in _BUFFERS
+                if (buffer := getattr(layer, name)) is not None and not is_lazy(buffer)
+            }
+            for layer in layers
+        }
+
+    def of(self, layers: Iterable[_BatchNorm]) -> SavedBuffers:
+        """The same copies, of some of the layers only."""
+        some = SavedBuffers(())
+        some._copies = {layer: self._copies[layer] for layer in layers}
+        return some
+
+    @torch.no_grad()
+    def restore(self) -> None:
+        """Write the copies back into the layers' buffers, which may be on another device by now."""
+        writes = [
+            (getattr(layer, name), values) for layer, copies in self._copies.items() for name, values in copies.items()
+        ]
+        with torch.inference_mode(any(buffer.is_inference() for buffer, _ in writes)):
+            for buffer, values in writes:
+                buffer.copy_(values)
+
+    @contextmanager
+    def restored_on_error(self) -> Iterator[None]:
+        """A context that writes them back if it is left by an error or an interrupt."""
+        try:
+            yield
+        except BaseException:
+            self.restore()
+            raise
+
+    @contextmanager
+    def restored_at_end(self) -> Iterator[None]:
+        """A context that writes them back however it is left."""
+        try:
+            yield
+        finally:
+            self.restore()
+
+
+def copied_stats(layer: _BatchNorm) -> Tensor | None:
+    """A copy of a layer's running mean and variance on the CPU, ``(2, C)`` in their dtype; None if it has none."""
+    mean, var = (getattr(layer, name) for name in _RUNNING_STATS)
+    return None if mean is None or var is None else torch.stack([mean, var]).detach().cpu()
+
+
+@torch.no_grad()
+def write_stats(layer: _BatchNorm, stats: Iterable[Tensor]) -> None:
+    """Write a running mean and variance, ``(C,)`` each or together ``(2, C)``, into a layer's buffers."""
+    for name, values in zip(_RUNNING_STATS, stats, strict=True):
+        getattr(layer, name).copy_(values)
 
 
 def _running_stats(layers: Sequence[BatchNorm]) -> list[Tensor | None]:

@@ -1,0 +1,81 @@
+"""The numbers of a window and of a validation, for loggers and for callbacks that watch a metric."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+
+import torch
+from lightning.pytorch import Trainer
+from lightning.pytorch.loggers import Logger
+
+from lightning_bnmonitor.report.report import Report
+from lightning_bnmonitor.tracking.arguments import check_bool_or, check_name
+
+_MAX_LAYERS_LOGGED = 100
+
+
+class Scalars:
+    """What is logged, and what is in ``trainer.callback_metrics``.
+
+    Not by ``self.log``: it costs milliseconds a key, and is late for a callback that runs in validation.
+
+    Args:
+        log_key_prefix: What the names begin with.
+        per_layer: Whether to log the numbers of each layer; ``"auto"``: up to 100 layers.
+
+    Raises:
+        ValueError: If ``log_key_prefix`` is empty, or ``per_layer`` unknown.
+    """
+
+    def __init__(self, log_key_prefix: str, per_layer: bool | str) -> None:
+        check_name("log_key_prefix", log_key_prefix)
+        check_bool_or("per_layer", per_layer, "auto")
+        self._prefix = log_key_prefix
+        self._per_layer = per_layer
+        self.summary: dict[str, float] = {}  # of the last window, and of the validation after it
+
+    def publish(self, trainer: Trainer) -> None:
+        """Put the summary into ``trainer.callback_metrics``."""
+        metrics = {name: torch.tensor(value, device="cpu") for name, value in self.summary.items()}
+        trainer.callback_metrics.update(metrics)
+
+    def log_window(self, trainer: Trainer, report: Report, step: int) -> bool:
+        """Publish and log the report of a window at a step. Returns whether there are numbers of layers among them."""
+        self.summary = {f"{self._prefix}/{name}": value for name, value in report.summary().items()}
+        of_layers = {
+            f"{self._prefix}.{metric}/{name}": value
+            for name, summary in (report.layer_summaries() if self._logs_layers(report) else {}).items()
+            for metric, value in summary.items()
+            if not math.isnan(value)
+        }
+        self._log(trainer, self.summary | of_layers, step)
+        return bool(of_layers)
+
+    def log_validation(self, trainer: Trainer, report: Report, step: int) -> None:
+        """Publish and log at a step how far validation was from training, if the report tells."""
+        shifts = {name: layer.evidence["val_shift"] for name, layer in report.items() if "val_shift" in layer.evidence}
+        if not shifts:
+            return
+        largest = {f"{self._prefix}/val_shift_max": max(shifts.values())}
+        self.summary |= largest
+        of_layers = {f"{self._prefix}.val_shift/{name}": shift for name, shift in shifts.items()}
+        self._log(trainer, largest | (of_layers if self._logs_layers(report) else {}), step)
+
+    def _log(self, trainer: Trainer, metrics: Mapping[str, float], step: int) -> None:
+        self.publish(trainer)
+        for logger in trainer.loggers if metrics else ():
+            log_scalars(logger, metrics, step)
+
+    def _logs_layers(self, report: Report) -> bool:
+        return self._per_layer is True or (self._per_layer == "auto" and len(report) <= _MAX_LAYERS_LOGGED)
+
+
+def log_scalars(logger: Logger, metrics: Mapping[str, float], step: int) -> None:
+    """Log metrics; warn if the logger fails."""
+    try:
+        logger.log_metrics(dict(metrics), step=step)
+    except Exception as error:  # a full disk, a name that it refuses: no reason not to train
+        cause = error.__cause__ or error
+        warnings.warn(f"{type(logger).__name__} did not log the BatchNorm metrics: {cause!r}", stacklevel=6)
