@@ -24,16 +24,17 @@ from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch.compiler import is_compiling as is_compiling
 from torch.compiler import is_dynamo_compiling as is_dynamo_compiling
 from torch.compiler import is_exporting as is_exporting
-from torch.nn.modules.batchnorm import _BatchNorm as _BatchNorm
+from torch.nn.modules import batchnorm
 from torch.nn.parameter import is_lazy as is_lazy
 
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 
 # ------------------------------------------------------------------------------------------------------ torch: modules
 #
-# _BatchNorm: the base class of BatchNorm1d to 3d and SyncBatchNorm. There is no public one.
 # is_lazy: tells of a tensor of LazyBatchNorm* that it has no shape yet. In no documentation, but without underscore.
 
+BatchNorm = batchnorm._BatchNorm
+"""The base class of BatchNorm1d to 3d and SyncBatchNorm. There is no public one."""
 BUFFERS = "_buffers"
 """Where a module's ``__dict__`` has its buffers. ``module.running_mean`` looks there last, which takes long."""
 FORWARD_PRE_HOOKS = "_forward_pre_hooks"

@@ -17,12 +17,12 @@ import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, precondition, rule
+from lightning_bnmonitor.statistics.segments import Segments
 from torch import nn
 
 from lightning_bnmonitor import BatchNormTracker, ChannelMoments
 from lightning_bnmonitor.capture.layer_hook import STASH_LIMIT
 from lightning_bnmonitor.statistics.moments import _merge_states
-from lightning_bnmonitor.statistics.segments import Segments
 from lightning_bnmonitor.tracking.collectives import Share, together
 
 LAW = settings(max_examples=200, deadline=None)

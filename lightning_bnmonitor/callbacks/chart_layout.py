@@ -7,7 +7,7 @@ import weakref
 from typing import Any
 
 from lightning_bnmonitor.compat import logger_prefix
-from lightning_bnmonitor.diagnosis.diagnosis import METRICS
+from lightning_bnmonitor.diagnosis.evidence import METRICS
 
 Layout = dict[str, dict[str, list[Any]]]
 """Of each category its charts, and of each chart its kind and the patterns of its tags."""

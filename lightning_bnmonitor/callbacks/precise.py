@@ -15,12 +15,12 @@ from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from lightning_bnmonitor.callbacks.schedule import is_training_over
-from lightning_bnmonitor.compat import _BatchNorm, prepared_batch
+from lightning_bnmonitor.compat import BatchNorm, prepared_batch
 from lightning_bnmonitor.repair.passes import Forward, forward_of
 from lightning_bnmonitor.repair.recalibration import Recalibration, recalibrate_layers, why_left_alone
 from lightning_bnmonitor.tracking.arguments import check_bool, check_positive, check_positive_or_none
 from lightning_bnmonitor.tracking.buffers import copied_stats, write_stats
-from lightning_bnmonitor.tracking.tracked_layer import find_layers
+from lightning_bnmonitor.tracking.discovery import find_layers
 
 
 class PreciseBatchNorm(Callback):
@@ -90,8 +90,8 @@ class PreciseBatchNorm(Callback):
         self._forward = forward or forward_of
         self._is_restoring = restore
         self._recalibration: Recalibration | None = None
-        self._layers: list[_BatchNorm] = []
-        self._frozen: set[_BatchNorm] = set()  # as of the last training batch
+        self._layers: list[BatchNorm] = []
+        self._frozen: set[BatchNorm] = set()  # as of the last training batch
         self._has_trained = False  # since the last recalibration
         # Of each layer the running statistics of training, and those in their place, `(2, C)`.
         self._training: dict[str, Tensor] = {}

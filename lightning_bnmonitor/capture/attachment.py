@@ -7,16 +7,15 @@ from __future__ import annotations
 
 import weakref
 from collections.abc import Callable, Mapping
-from typing import Any, ClassVar, NamedTuple
+from typing import Any, ClassVar
 
 from torch import nn
-from torch.optim import Optimizer
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_bnmonitor.capture.layer_hook import Gate, Hook, LayerHook
 from lightning_bnmonitor.compat import (
     COMPILER_SETTINGS,
-    _BatchNorm,
+    BatchNorm,
     change_compiler_settings,
     compiled_call,
     forget_compiled_code,
@@ -41,7 +40,7 @@ class Attachment:
         self,
         model: nn.Module,
         gate: Gate,
-        hooks: Mapping[_BatchNorm, LayerHook],
+        hooks: Mapping[BatchNorm, LayerHook],
         drain: Callable[[], None],
         after_step: Callable[[], None],
     ) -> None:
@@ -59,7 +58,7 @@ class Attachment:
                 set_compiled_call(module, call)
                 self._drained.append((weakref.ref(module), call))
         # These are not the model's, and would outlive it and a tracker that is dropped while attached.
-        step_hook = register_optimizer_step_post_hook(_StepHook(gate, after_step))
+        step_hook = register_optimizer_step_post_hook(_after_step(gate, after_step))
         self._release = weakref.finalize(self, _release, step_hook)
         self._release.atexit = False
 
@@ -107,67 +106,15 @@ class _DrainedCall:
             self.drain()
 
 
-class _StepHook:
-    """What ``torch.optim`` calls after a step of any optimizer of any model: it counts those of this model.
+def _after_step(gate: Gate, merge: Callable[[], None]) -> Callable[..., None]:
+    """What ``torch.optim`` calls after a step of any optimizer, of whatever model: a good time to merge what waits."""
+    reference = weakref.WeakMethod(merge)
 
-    Args:
-        gate: Counts the steps, and knows the model.
-        after_step: Called in the place of counting if there is more to do. It is held weakly.
-    """
+    def after_step(*_: Any) -> None:
+        if not is_dynamo_compiling() and (gate.is_full or gate.is_traced) and (alive := reference()) is not None:
+            alive()
 
-    def __init__(self, gate: Gate, after_step: Callable[[], None]) -> None:
-        self.gate = gate
-        self.after_step = weakref.WeakMethod(after_step)
-        self.optimizers = _Optimizers(gate.root)
-
-    def __call__(self, optimizer: Optimizer, *_: Any) -> None:
-        gate = self.gate
-        if is_dynamo_compiling() or not self.optimizers.train_the_model(optimizer):
-            return
-        if not gate.is_full and not gate.is_traced:
-            gate.steps += 1  # all there is to it, as a rule
-        elif (after_step := self.after_step()) is not None:
-            after_step()
-
-
-class _Optimizers:
-    """Which optimizers train a model: those that hold a parameter of it.
-
-    One that holds none may still train it, by copies of its parameters (a master copy in another precision, shards of
-    all of them in one tensor), or train what is before or after it. That cannot be told from the optimizer of another
-    model, so all count until one that holds a parameter has made a step, and again when no such one is left.
-    """
-
-    def __init__(self, model: weakref.ref[nn.Module]) -> None:
-        self.model = model
-        self.known: dict[int, _Optimizer] = {}  # by id, as an optimizer need not be hashable
-
-    def train_the_model(self, optimizer: Optimizer) -> bool:
-        """Whether this one does. It is looked at once more when the number of its parameters changes."""
-        num_parameters = 0
-        for group in optimizer.param_groups:
-            num_parameters += len(group["params"])
-        known = self.known.get(id(optimizer))
-        if known is None or known.num_parameters != num_parameters or known.reference() is not optimizer:
-            known = self._look_at(optimizer, num_parameters)
-        return known.holds_one or not any(
-            other.holds_one and other.reference() is not None for other in self.known.values()
-        )
-
-    def _look_at(self, optimizer: Optimizer, num_parameters: int) -> _Optimizer:
-        model = self.model()
-        parameters = set() if model is None else {id(parameter) for parameter in model.parameters()}
-        holds_one = any(id(held) in parameters for group in optimizer.param_groups for held in group["params"])
-        self.known = {key: known for key, known in self.known.items() if known.reference() is not None}
-        self.known[id(optimizer)] = _Optimizer(weakref.ref(optimizer), num_parameters, holds_one)
-        return self.known[id(optimizer)]
-
-
-class _Optimizer(NamedTuple):
-    reference: weakref.ref[Optimizer]
-    num_parameters: int
-    holds_one: bool
-    """Whether one of its parameters was the model's when it was looked at."""
+    return after_step
 
 
 class CompilerSettings:

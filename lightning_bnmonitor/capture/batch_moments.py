@@ -24,7 +24,7 @@ from torch import Tensor
 from lightning_bnmonitor.compat import (
     SAVED_INVSTD,
     SAVED_MEAN,
-    _BatchNorm,
+    BatchNorm,
     batch_norm_kernel,
     has_unpack_hooks,
     saved_by_synchronised,
@@ -77,7 +77,7 @@ def owned(moments: BatchMoments) -> BatchMoments:
     return moments._replace(mean=mean, spread=spread)
 
 
-def saved_moments(module: _BatchNorm, x: Tensor, output: object) -> BatchMoments | None:
+def saved_moments(module: BatchNorm, x: Tensor, output: object) -> BatchMoments | None:
     """What the kernel that produced ``output`` saved for its backward, without a kernel of our own.
 
     Args:
@@ -111,7 +111,7 @@ def saved_moments(module: _BatchNorm, x: Tensor, output: object) -> BatchMoments
     return BatchMoments("saved", num_samples, batch_size, mean, invstd, module.eps, serial)
 
 
-def _synchronised_moments(module: _BatchNorm, output: Tensor) -> BatchMoments | None:
+def _synchronised_moments(module: BatchNorm, output: Tensor) -> BatchMoments | None:
     """What SyncBatchNorm's forward on several ranks saved: the moments of the batches of all these ranks together.
 
     How many values the other ranks had is on the device; each is taken to have had as many as this one.

@@ -25,8 +25,8 @@ from lightning_bnmonitor.compat import (
     FORWARD_PRE_HOOKS,
     SAVED_INVSTD,
     SAVED_MEAN,
+    BatchNorm,
     FakeTensor,
-    _BatchNorm,
     batch_norm_kernel,
     current_backward,
     functorch_is_active,
@@ -42,7 +42,7 @@ from lightning_bnmonitor.compat import (
 
 STASH_LIMIT = 72
 """Most calls of a layer that may wait for the next update."""
-_OWN_FORWARDS = (_BatchNorm.forward, nn.SyncBatchNorm.forward)
+_OWN_FORWARDS = (BatchNorm.forward, nn.SyncBatchNorm.forward)
 _call_counter = itertools.count()
 
 
@@ -151,7 +151,6 @@ class LayerHook(Hook):
         # that it found empty.
         self.traced: tuple[tuple[BatchMoments, bool, bool], ...] = ()
         self.traced_validation: tuple[BatchMoments, ...] = ()
-        self.validation_room = 0  # calls in validation that are still to be looked at
 
     @property
     def is_wide(self) -> bool:
@@ -182,7 +181,7 @@ class LayerHook(Hook):
         """Let the next call go the long way, which asks for all that the short way takes to be as it was."""
         self.last_call = None
 
-    def __call__(self, module: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+    def __call__(self, module: BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
         """The forward hook."""
         gate = self.gate
         root = gate.root()
@@ -236,7 +235,7 @@ class LayerHook(Hook):
                     return
         self._take(module, x, output, module.training and has_stats)
 
-    def _take(self, module: _BatchNorm, x: object, output: object, updating: bool) -> None:
+    def _take(self, module: BatchNorm, x: object, output: object, updating: bool) -> None:
         """A call that is not like the last one."""
         if self.gate.paused or self.gate.is_closed or is_exporting():
             return
@@ -260,12 +259,12 @@ class LayerHook(Hook):
             self._keep(moments, repeatable or call)
         self.last_call = repeatable
 
-    def _take_in_validation(self, module: _BatchNorm, x: object) -> None:
+    def _take_in_validation(self, module: BatchNorm, x: object) -> None:
         if is_compiling():
             if _has_channels(x, module) and not is_exporting():
                 self.traced_validation += (traced_moments(x),)
                 self.gate.is_traced = True
-        elif self.validation_room and not _is_abstract(x) and _has_channels(x, module) and x.numel():
+        elif not _is_abstract(x) and _has_channels(x, module) and x.numel():
             try:
                 moments = pass_moments(x)
             except Exception as error:
@@ -273,13 +272,13 @@ class LayerHook(Hook):
                 return
             self.validate(moments)
 
-    def _leave_out(self, module: _BatchNorm, error: Exception) -> None:
+    def _leave_out(self, module: BatchNorm, error: Exception) -> None:
         """What cannot be had (memory that a pass over the input does not find) is no reason not to train."""
         if not self.skipped:
             warnings.warn(f"The moments of a call of {type(module).__name__} are left out: {error!r}", stacklevel=3)
         self.skipped += 1
 
-    def receive(self, module: _BatchNorm, moments: BatchMoments | None, training: bool, updating: bool) -> None:
+    def receive(self, module: BatchNorm, moments: BatchMoments | None, training: bool, updating: bool) -> None:
         """Take the moments of a call that compiled code has left behind, None of an empty batch."""
         if moments is None:
             self.receive_empty(updating)
@@ -298,7 +297,7 @@ class LayerHook(Hook):
             self.gate.is_full = True
 
 
-def _call_of(moments: BatchMoments, module: _BatchNorm, training: bool, updating: bool) -> RepeatableCall:
+def _call_of(moments: BatchMoments, module: BatchNorm, training: bool, updating: bool) -> RepeatableCall:
     """The call of ``module`` that these are the moments of."""
     mean = moments.mean
     return RepeatableCall(
@@ -320,7 +319,7 @@ def _call_of(moments: BatchMoments, module: _BatchNorm, training: bool, updating
     )
 
 
-def _repeatable(call: RepeatableCall, module: _BatchNorm, x: Tensor, output: object) -> RepeatableCall | None:
+def _repeatable(call: RepeatableCall, module: BatchNorm, x: Tensor, output: object) -> RepeatableCall | None:
     """The call with what tells that another is the same; None if one can have all of that and be different."""
     if call.path != "saved" or call.eps != module.eps or not isinstance(output, Tensor) or x.shape != output.shape:
         return None
@@ -343,7 +342,7 @@ def _by_keyword(kwargs: dict[str, Any]) -> Any:
     return next(iter(kwargs.values()), None)
 
 
-def _has_channels(x: object, module: _BatchNorm) -> TypeGuard[Tensor]:
+def _has_channels(x: object, module: BatchNorm) -> TypeGuard[Tensor]:
     """Whether ``x`` is ``(N, C, *)``: a subclass may take anything else, and rearrange it for the kernel."""
     return isinstance(x, Tensor) and x.ndim >= 2 and x.shape[1] == module.num_features
 

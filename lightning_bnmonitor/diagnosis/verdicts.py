@@ -1,9 +1,9 @@
 """The verdicts: one object each, in the order in which they are tried. The first whose rule holds is the layer's.
 
-To add one, add an object to the table below. Rules ask for distances in standard deviations of the normalised activation
-(0.1 is worth a warning) and compare with chance: see :mod:`lightning_bnmonitor.statistics.analysis` for how the numbers
-are had. Of what was measured: with these rules 0 of 1500 stationary layers get a verdict that needs attention (below
-0.2 %), and clear-cut cases of each kind all get theirs.
+To add one, add an object to the table below. Rules ask for distances in standard deviations of the normalised
+activation (0.1 is worth a warning) and compare with chance: see :mod:`lightning_bnmonitor.statistics.analysis` for how
+the numbers are had. Of what was measured: with these rules 0 of 1500 stationary layers get a verdict that needs
+attention (below 0.2 %), and clear-cut cases of each kind all get theirs.
 
 *Not established:* whether ``ordered-batches`` comes from sorted data or from weights that move back and forth, and
 whether ``grouped-batches`` comes from the data: the explanations say so.

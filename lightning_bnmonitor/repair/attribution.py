@@ -15,12 +15,12 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader
 from tqdm.auto import tqdm
 
-from lightning_bnmonitor.compat import _BatchNorm
+from lightning_bnmonitor.compat import BatchNorm
 from lightning_bnmonitor.repair.passes import Forward, forward_of, run, training_only
 from lightning_bnmonitor.repair.recalibration import check_initialised, recalibrate_layers, why_left_alone
 from lightning_bnmonitor.report.figures import plot_contributions
 from lightning_bnmonitor.tracking.buffers import SavedBuffers
-from lightning_bnmonitor.tracking.tracked_layer import find_layers
+from lightning_bnmonitor.tracking.discovery import find_layers
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -242,7 +242,7 @@ def _is_gap(gap: float, stderr: float) -> bool:
 
 def _take_apart(
     passes: _Passes,
-    layers: Mapping[str, _BatchNorm],
+    layers: Mapping[str, BatchNorm],
     new: SavedBuffers,
     errors: Mapping[str, float],
     as_is: Tensor,

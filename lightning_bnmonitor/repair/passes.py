@@ -15,7 +15,7 @@ from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from lightning_bnmonitor.compat import _BatchNorm, buffers_of, is_lazy, run_eagerly
+from lightning_bnmonitor.compat import BatchNorm, is_lazy, own_buffers, run_eagerly
 from lightning_bnmonitor.tracking.buffers import SavedBuffers
 from lightning_bnmonitor.tracking.tracker import trackers_of
 
@@ -58,7 +58,7 @@ def training_only(model: nn.Module, modules: Iterable[nn.Module]) -> Iterator[No
     Monitors do not count, and what is compiled runs eagerly. Afterwards modes, buffers and random states are as before.
     """
     modes = {module: module.training for module in model.modules()}
-    layers = [module for module in modes if isinstance(module, _BatchNorm)]
+    layers = [module for module in modes if isinstance(module, BatchNorm)]
     wrappers = [module for module in modes if isinstance(module, DistributedDataParallel)]
     syncing = {wrapper: wrapper.require_forward_param_sync for wrapper in wrappers}
     tracking = {layer: layer.track_running_stats for layer in layers}
@@ -117,14 +117,14 @@ def _buffers_as_before(modules: Iterable[nn.Module]) -> Iterator[None]:
     saved = [
         (module, name, buffer, buffer.detach().clone())
         for module in modules
-        for name, buffer in buffers_of(module).items()
+        for name, buffer in own_buffers(module).items()
         if buffer is not None and not is_lazy(buffer) and not buffer.is_meta
     ]
     try:
         yield
     finally:
         for module, name, buffer, values in saved:
-            buffers_of(module)[name] = buffer
+            own_buffers(module)[name] = buffer
             if buffer.shape != values.shape:
                 buffer.resize_(values.shape)
             if not torch.equal(buffer, values):

@@ -12,24 +12,18 @@ from tabulate import tabulate
 from torch import Tensor, nn
 
 from lightning_bnmonitor.capture.layer_hook import Gate
-from lightning_bnmonitor.compat import _BatchNorm, is_lazy
+from lightning_bnmonitor.compat import BatchNorm, is_lazy
 from lightning_bnmonitor.repair.passes import Forward, forward_of, run, training_only
 from lightning_bnmonitor.report.layer_report import LayerReport
 from lightning_bnmonitor.report.report import Report
-from lightning_bnmonitor.statistics.stationary import Part
-from lightning_bnmonitor.tracking import collectives as ranks
+from lightning_bnmonitor.tracking import collectives
 from lightning_bnmonitor.tracking.arguments import as_patterns, check_positive_or_none
-from lightning_bnmonitor.tracking.assessment import assess
-from lightning_bnmonitor.tracking.buffers import SavedBuffers, write_stats
-from lightning_bnmonitor.tracking.placement import Placement
-from lightning_bnmonitor.tracking.tracked_layer import (
-    History,
-    TrackedLayer,
-    find_layers,
-    num_batches_tracked,
-    running_stats,
-)
+from lightning_bnmonitor.tracking.assessment import compare
+from lightning_bnmonitor.tracking.buffers import History, SavedBuffers, snapshots, write_stats
+from lightning_bnmonitor.tracking.discovery import find_layers
+from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 from lightning_bnmonitor.tracking.tracker import trackers_of
+from lightning_bnmonitor.tracking.windows import Windows
 
 _FROZEN, _NO_STATS, _UNUSED = "frozen", "no running statistics", "unused"
 
@@ -142,7 +136,7 @@ class Recalibration:
         num_batches: int,
         left_alone: Mapping[str, str],
         old: SavedBuffers,
-        histories: Mapping[_BatchNorm, History | None],
+        histories: Mapping[BatchNorm, History | None],
     ) -> None:
         self.before = before
         self.after = after
@@ -189,7 +183,7 @@ def recalibrate_layers(
     batches: Iterable[Any],
     forward: Forward,
     num_batches: int | None,
-    layers: Mapping[str, _BatchNorm],
+    layers: Mapping[str, BatchNorm],
     left_alone: Mapping[str, str],
     all_ranks: bool,
 ) -> Recalibration:
@@ -199,13 +193,13 @@ def recalibrate_layers(
     old = SavedBuffers(layers.values())
     if not layers:
         return Recalibration(Report([]), Report([]), 0, left_alone, old, {})
-    together = all_ranks and ranks.num_ranks() > 1
+    together = all_ranks and collectives.num_ranks() > 1
     measurement = _Measurement(layers)
     with torch.inference_mode(any(buffer.is_inference() for buffer in model.buffers())), torch.no_grad():
         with _agreement(together), training_only(model, layers.values()), measurement.counting():
             count = run(model, batches, forward, num_batches)
             measurement.check_complete()
-        before = measurement.compare("none", together)
+        before = measurement.compare(are_averaged=False, all_ranks=together)
         used = {name: layers[name] for name, layer in before.items() if layer.num_samples}
         if not used and not count:
             raise ValueError("`batches` gave no batch: nothing was measured, and nothing changed.")
@@ -213,26 +207,26 @@ def recalibrate_layers(
         with old.restored_on_error():
             for layer, stats in new.items():
                 write_stats(layer, stats)
-            after = measurement.compare("average", together and bool(used))
+            after = measurement.compare(are_averaged=True, all_ranks=together and bool(used))
             if num_batches is not None and count < num_batches:
                 warnings.warn(
                     f"`batches` gave {count} batches, not the {num_batches} of `num_batches`: the running statistics "
                     "are those of what it gave.",
                     stacklevel=3,
                 )
-    histories: dict[_BatchNorm, History | None] = {layer: _history(before[name]) for name, layer in used.items()}
+    histories: dict[BatchNorm, History | None] = {layer: _history(before[name]) for name, layer in used.items()}
     unused = {name: _UNUSED for name in layers if name not in used}
     return Recalibration(before, after, count, {**left_alone, **unused}, old.of(used.values()), histories)
 
 
-def check_initialised(layers: Mapping[str, _BatchNorm]) -> None:
+def check_initialised(layers: Mapping[str, BatchNorm]) -> None:
     """Raise ValueError, with the name, if a lazy layer has not been called yet."""
     for name, layer in layers.items():
         if layer.running_mean is not None and is_lazy(layer.running_mean):
             raise ValueError(f"Layer {name!r} has not been initialised. Call the model once before.")
 
 
-def why_left_alone(layer: _BatchNorm, in_eval: bool, frozen: bool = False) -> str:
+def why_left_alone(layer: BatchNorm, in_eval: bool, frozen: bool = False) -> str:
     """Why a layer is not recalibrated; empty if it is.
 
     Args:
@@ -252,18 +246,18 @@ class _Measurement:
         layers: The layers by name. Every call of theirs counts within :meth:`counting`, whatever the model's mode.
     """
 
-    def __init__(self, layers: Mapping[str, _BatchNorm]) -> None:
+    def __init__(self, layers: Mapping[str, BatchNorm]) -> None:
         self._root = nn.Identity()  # in training mode: calls count
         self._gate = Gate(self._root)
-        self._placement = Placement()
+        self._windows = Windows()
         self._layers = [TrackedLayer(name, layer, self._gate, self._flush) for name, layer in layers.items()]
-        of_layers = zip(self._layers, running_stats(self._layers), num_batches_tracked(self._layers), strict=True)
-        for layer, buffers, num_tracked in of_layers:
+        for layer, now in zip(self._layers, snapshots(list(layers.values())), strict=True):
             layer.hook.by_pass = True
-            layer.begin_window(buffers, num_tracked)
+            layer.begin_window(now)
             # What is known of the noise in the running statistics rests on it.
             momentum = layer.module.momentum
-            layer.momentum = 1 / max(num_tracked or 0, 1) if momentum is None else momentum
+            effective = 1 / max(now.num_tracked or 0, 1) if momentum is None else momentum
+            layer.counts = layer.counts._replace(momentum=effective)
 
     @contextmanager
     def counting(self) -> Iterator[None]:
@@ -283,22 +277,21 @@ class _Measurement:
                     "(N, C, ...), or has no values of its own. Nothing was changed. Argument `exclude` leaves it alone."
                 )
 
-    def compare(self, part: Part, all_ranks: bool) -> Report:
+    def compare(self, are_averaged: bool, all_ranks: bool) -> Report:
         """Compare the running statistics as they are now with what was received.
 
         Args:
-            part: What part the batches have in the running statistics: ``"none"``, or that of an ``"average"``.
+            are_averaged: Whether the running statistics are the average of what was received, rather than older.
             all_ranks: Whether all ranks call this, and get one report of them all.
         """
         self._flush()
-        report, _ = assess(self._layers, self._placement, False, all_ranks, part)
-        return report
+        return compare(self._layers, self._windows, are_averaged, all_ranks)
 
     @torch.inference_mode(False)
     def _flush(self) -> None:
         with self._gate.lock:
             self._gate.is_full = False
-            self._placement.update(self._layers)
+            self._windows.merge(self._layers)
 
 
 @contextmanager
@@ -308,13 +301,13 @@ def _agreement(together: bool) -> Iterator[None]:
         yield
     except Exception:
         if together:
-            ranks.all_succeeded(False)
+            collectives.all_succeeded(False)
         raise
-    if together and not ranks.all_succeeded(True):
+    if together and not collectives.all_succeeded(True):
         raise RuntimeError("Another rank could not run its batches: see its error. Nothing was changed.")
 
 
-def _new_stats(layer: _BatchNorm, report: LayerReport) -> list[Tensor]:
+def _new_stats(layer: BatchNorm, report: LayerReport) -> list[Tensor]:
     """The running mean and variance to write, in the buffers' precision. Raises ValueError if one is not finite."""
     new = []
     for name, values in (("running_mean", report.population_mean), ("running_var", report.population_var)):

@@ -1,4 +1,4 @@
-"""What a window has shown of one layer, in numbers: its statistics, its running statistics, and how far they are apart."""
+"""What a window has shown of one layer, in numbers: exact and running statistics, and how far apart they are."""
 
 from __future__ import annotations
 
@@ -29,10 +29,10 @@ class Course(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class LayerValues:
-    """The numbers of one BatchNorm layer in one window. Tensors are ``(C,)`` float64 on the CPU; derived ones are computed
-    on access.
+    """The numbers of one BatchNorm layer in one window.
 
-    A channel that received a value that is not finite is NaN in this window, and the others are exact.
+    Tensors are ``(C,)`` float64 on the CPU; derived ones are computed on access. A channel that received a value that
+    is not finite is NaN in this window, and the others are exact.
     """
 
     name: str

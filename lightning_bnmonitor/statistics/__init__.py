@@ -1,7 +1,7 @@
 """The mathematics: pure functions and small records on tensors and arrays, no module, no rank.
 
 In: the mean and variance of single batches, weights of the running average, running statistics before and after.
-Out: exact moments (:mod:`moments`), a window as at most 16 blocks of batches (:mod:`window`, :mod:`blocks`), what these say
-of noise, lag and drift (:mod:`analysis`), distances (:mod:`divergence`), and what several ranks saw together (:mod:`pooling`).
+Out: exact moments (:mod:`moments`), a window as at most 16 blocks of batches (:mod:`window`, :mod:`blocks`), what these
+say of noise, lag and drift (:mod:`analysis`), distances (:mod:`divergence`), what several ranks saw (:mod:`pooling`).
 The method, with its formulas and what is not established, stands in :mod:`analysis`.
 """

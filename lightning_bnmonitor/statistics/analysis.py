@@ -219,7 +219,8 @@ class _Comparisons(NamedTuple):
 def _squares(densities: Densities, sums: Sums, layout: ChannelLayout) -> FloatArray:
     """Sum of squares of all values about their mean, ``(C,)``, of calls that updated the running statistics."""
     degrees = layout.spread(densities.total[VAR])
-    return sums.within[MEAN] + sums.between + np.where(degrees > 0, degrees * sums.reference[VAR], 0)
+    squares: FloatArray = sums.within[MEAN] + sums.between + np.where(degrees > 0, degrees * sums.reference[VAR], 0)
+    return squares
 
 
 def _present(window: _Window) -> _Present:

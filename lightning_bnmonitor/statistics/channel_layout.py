@@ -33,7 +33,8 @@ class ChannelLayout:
         """Indices of the channels of some layers, in this order of the layers."""
         widths = self.widths[order]
         shifts = self.starts[order] - (np.cumsum(widths) - widths)
-        return np.arange(int(widths.sum())) + np.repeat(shifts, widths)
+        columns: NDArray[np.int64] = np.arange(int(widths.sum())) + np.repeat(shifts, widths)
+        return columns
 
     def total(self, values: FloatArray) -> FloatArray:
         """Sum over each layer's channels, ``(*, L)``."""

@@ -116,7 +116,8 @@ def sums_of(blocks: Blocks, densities: Densities, layout: ChannelLayout) -> Sums
         blocks.m2[:num_blocks, :, own].sum(axis=0, out=within[:, own])
         difference = value[:, MEAN] - sums[1, MEAN, own]
         np.matmul(weights[MEAN, layer, :num_blocks], np.square(difference, out=difference), out=between[own])
-    return Sums(*sums, within=within, between=between)
+    weighted, reference, last, before, earlier, trend = sums
+    return Sums(weighted, reference, last, before, earlier, trend, within, between)
 
 
 class _RecentRuns(NamedTuple):

@@ -9,8 +9,8 @@ from torch import Tensor
 class PooledCalls:
     r"""Mean of batch means and of unbiased batch variances, and how far batches scatter about them.
 
-    Calls are merged one by one: with weight g (n for the mean, n - 1 for the variance) of a batch with value x, and G of
-    those before, :math:`\bar x \mathrel{+}= (x - \bar x)\, g / (G + g)` and
+    Calls are merged one by one: with weight g (n for the mean, n - 1 for the variance) of a batch with value x, and G
+    of those before, :math:`\bar x \mathrel{+}= (x - \bar x)\, g / (G + g)` and
     :math:`M \mathrel{+}= (x - \bar x)^2\, G g / (G + g)` (Chan, Golub and LeVeque, 1979). Nothing waits for the device.
     """
 

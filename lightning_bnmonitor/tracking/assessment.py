@@ -67,9 +67,7 @@ def assess(
     return Report(reports, rank=_rank(all_ranks)), list(endings_of(measured))
 
 
-def compare(
-    layers: Sequence[TrackedLayer], windows: Windows, are_averaged: bool, all_ranks: bool = False
-) -> Report:
+def compare(layers: Sequence[TrackedLayer], windows: Windows, are_averaged: bool, all_ranks: bool = False) -> Report:
     """Running statistics against batches that were received at fixed weights and have updated nothing.
 
     Args:
@@ -114,16 +112,16 @@ def describe(measured: Measurement, seen: Seen | None = None, at_fixed_weights: 
         population, num_samples = everyone.population(layout), everyone.num_samples
         analysis = replace(analysis, first_bad=everyone.first_bad)
     moves = (analysis.num_batches > 1) & (not at_fixed_weights)
-    exact, now = torch.from_numpy(population), torch.from_numpy(np.where(layout.spread(moves), analysis.now, population))
+    exact = torch.from_numpy(population)
+    now = torch.from_numpy(np.where(layout.spread(moves), analysis.now, population))
     has_stats = np.array([state.circumstances.has_running_stats for state in states], dtype=bool)
     channel_eps = torch.from_numpy(layout.spread(eps))
     metrics = distances(exact, now, running, channel_eps, layout, has_stats & (num_samples > 0))
     observed = observations(analysis, exact, running, has_stats, channel_eps)
     numbers = torch.cat([exact, running, now, torch.from_numpy(analysis.z), torch.from_numpy(analysis.std_error)])
     rows = zip(*(metrics[name].tolist() for name in METRICS), strict=True)
-    described = zip(
-        states, observed, evidence, rows, num_samples.tolist(), _by_layer(numbers, layout), _courses(blocks), strict=True
-    )
+    parts, counts = torch.split(numbers, layout.widths.tolist(), dim=-1), num_samples.tolist()
+    described = zip(states, observed, evidence, rows, counts, parts, _courses(blocks), strict=True)
     return [
         _report(
             state,
@@ -171,14 +169,10 @@ def _rank(all_ranks: bool) -> int | None:
     return None if all_ranks or collectives.num_ranks() == 1 else collectives.rank()
 
 
-def _by_layer(values: Tensor, layout: ChannelLayout) -> Sequence[Tensor]:
-    return torch.split(values, layout.widths.tolist(), dim=-1)
-
-
 def _courses(blocks: Blocks) -> Iterator[tuple[Tensor, Tensor]]:
     """Batches and batch statistics of each layer's blocks, which stay if the window goes on."""
-    values = torch.from_numpy(blocks.value.copy())
-    return zip(torch.from_numpy(blocks.num_batches), _by_layer(values, ChannelLayout(blocks.widths)), strict=True)
+    values = torch.split(torch.from_numpy(blocks.value.copy()), blocks.widths.tolist(), dim=-1)
+    return zip(torch.from_numpy(blocks.num_batches), values, strict=True)
 
 
 def _report(

@@ -13,8 +13,8 @@ from torch import Tensor, nn
 from lightning_bnmonitor.compat import BatchNorm, is_lazy
 
 History = tuple[float, float, float]
-"""The weight that the initial values have in running statistics, and the sums of squared weights over n and n - 1 of all
-batches since. None in its place: not known, as the running statistics were there before."""
+"""What running statistics are made of: the weight that the initial values have in them, and the sums of squared weights
+over n and n - 1 of all batches since. None in its place: not known, as the running statistics were there before."""
 _RUNNING_STATS = ("running_mean", "running_var")
 _BUFFERS = (*_RUNNING_STATS, "num_batches_tracked")
 FRESH: History = (1.0, 0.0, 0.0)
@@ -70,7 +70,7 @@ def device_of(module: nn.Module) -> torch.device:
 class SavedBuffers:
     """Copies of layers' running statistics and ``num_batches_tracked``, on the layers' device and in their dtype."""
 
-    def __init__(self, layers: Iterable[_BatchNorm]) -> None:
+    def __init__(self, layers: Iterable[BatchNorm]) -> None:
         self._copies = {
             layer: {
                 name: buffer.detach().clone()
@@ -80,7 +80,7 @@ class SavedBuffers:
             for layer in layers
         }
 
-    def of(self, layers: Iterable[_BatchNorm]) -> SavedBuffers:
+    def of(self, layers: Iterable[BatchNorm]) -> SavedBuffers:
         """The same copies, of some of the layers only."""
         some = SavedBuffers(())
         some._copies = {layer: self._copies[layer] for layer in layers}
@@ -114,14 +114,14 @@ class SavedBuffers:
             self.restore()
 
 
-def copied_stats(layer: _BatchNorm) -> Tensor | None:
+def copied_stats(layer: BatchNorm) -> Tensor | None:
     """A copy of a layer's running mean and variance on the CPU, ``(2, C)`` in their dtype; None if it has none."""
     mean, var = (getattr(layer, name) for name in _RUNNING_STATS)
     return None if mean is None or var is None else torch.stack([mean, var]).detach().cpu()
 
 
 @torch.no_grad()
-def write_stats(layer: _BatchNorm, stats: Iterable[Tensor]) -> None:
+def write_stats(layer: BatchNorm, stats: Iterable[Tensor]) -> None:
     """Write a running mean and variance, ``(C,)`` each or together ``(2, C)``, into a layer's buffers."""
     for name, values in zip(_RUNNING_STATS, stats, strict=True):
         getattr(layer, name).copy_(values)

@@ -205,7 +205,7 @@ class TrackedLayer:
     def forget(self) -> None:
         """Drop what waits, the place in the window, and the windows before."""
         self.hook.stash.clear()
-        self.hook.look_closer()
+        self.hook.forget_last_call()
         self.window, self.index, self.width = None, -1, 0
         self.hook.traced, self.end, self.written = (), None, None
 

@@ -162,7 +162,7 @@ class BatchNormTracker:
         """A context in which no call counts."""
         self._drain()
         self._gate.paused += 1
-        self._look_closer()
+        self._forget_last_calls()
         try:
             yield
         finally:
@@ -323,11 +323,11 @@ class BatchNormTracker:
 
     def _stop_counting(self) -> None:
         self._gate.is_closed = True
-        self._look_closer()
+        self._forget_last_calls()
 
-    def _look_closer(self) -> None:
+    def _forget_last_calls(self) -> None:
         for layer in self._layers:
-            layer.hook.look_closer()  # what goes the short way does not ask
+            layer.hook.forget_last_call()  # what goes the short way does not ask
 
     def _reopen(self) -> None:
         if self._gate.is_closed:

@@ -66,8 +66,7 @@ def with_validation(report: Report, layers: Sequence[TrackedLayer], all_ranks: b
         (layer.diagnosis, evidence, layer.has_running_stats) for layer, evidence in by_layer.values()
     )
     described = (
-        replace(layer, diagnosis=diagnosis)
-        for (layer, _), diagnosis in zip(by_layer.values(), diagnoses, strict=True)
+        replace(layer, diagnosis=diagnosis) for (layer, _), diagnosis in zip(by_layer.values(), diagnoses, strict=True)
     )
     return Report(described, rank=report.rank)
 
@@ -96,7 +95,7 @@ def _received(layers: Sequence[TrackedLayer], loader: int, layout: ChannelLayout
 
     value, m2 = side_by_side([its.value for its in calls]), side_by_side([its.m2 for its in calls])
     none_bad = np.full(layout.num_channels, np.inf)
-    return PooledStatistics.of_batches(PooledBatches(*counts, value=value, m2=m2), none_bad, layout)
+    return PooledStatistics.of_batches(PooledBatches(counts[0], counts[1], counts[2], value, m2), none_bad, layout)
 
 
 def _of_all_ranks(received: Sequence[PooledStatistics], layout: ChannelLayout) -> list[PooledStatistics]:
@@ -105,9 +104,13 @@ def _of_all_ranks(received: Sequence[PooledStatistics], layout: ChannelLayout) -
     gathered = collectives.gather(torch.cat([part.packed() for part in received]))
     with answer_of_rank_zero(size * len(received)) as answer:
         if gathered:
-            ranks = [[PooledStatistics.unpacked(part, layout) for part in message.split(size)] for message in gathered]
+            ranks = [_split(message, size, layout) for message in gathered]
             answer.message = torch.cat([pool(loader, layout).packed() for loader in zip(*ranks, strict=True)])
-    return [PooledStatistics.unpacked(part, layout) for part in answer.message.split(size)]
+    return _split(answer.message, size, layout)
+
+
+def _split(message: Tensor, size: int, layout: ChannelLayout) -> list[PooledStatistics]:
+    return [PooledStatistics.unpacked(part, layout) for part in torch.split(message, size)]
 
 
 def _noise(statistics: PooledStatistics, layout: ChannelLayout, eps: FloatArray) -> FloatArray:

@@ -66,18 +66,16 @@ class Windows:
         parts = [window.blocks() for window in self.by_device.values()]
         if uncalled or not parts:
             parts.append(empty_blocks(np.array([layer.module.num_features for layer in uncalled], dtype=np.int64)))
-        blocks, index, start = concatenated(parts), {layer: i for i, layer in enumerate(uncalled)}, {}
+        blocks, starts, total = concatenated(parts), {}, 0
         for window in self.by_device.values():
-            start[window] = sum(len(earlier.widths) for earlier in start)
-        total = sum(len(window.widths) for window in self.by_device.values())
-        order = np.array(
-            [
-                total + index[layer] if layer.window is None else start[layer.window] + layer.index
-                for layer in layers
-            ],
-            dtype=np.int64,
-        )
-        is_whole = len(order) == len(blocks.widths) and (order == np.arange(len(order))).all()
+            starts[window] = total
+            total += len(window.widths)
+        position = {layer: total + index for index, layer in enumerate(uncalled)}
+        for layer in layers:
+            if layer.window is not None:
+                position[layer] = starts[layer.window] + layer.index
+        order = np.array([position[layer] for layer in layers], dtype=np.int64)
+        is_whole = np.array_equal(order, np.arange(len(blocks.widths)))
         return blocks if is_whole else selected(blocks, order)
 
     def state(self, layers: Collection[TrackedLayer]) -> dict[str, Any]:
