@@ -1,4 +1,43 @@
-"""Exact statistics of every BatchNorm layer's inputs beside its running statistics, in TensorBoard."""
+"""Exact statistics of every BatchNorm layer's inputs beside its running statistics, in TensorBoard.
+
+Three ways in: :class:`BatchNormMonitor`, a callback for Lightning's Trainer; :class:`BatchNormTracker`, for any loop;
+:func:`recalibrate` and :func:`attribute_eval_gap`, for a model and data. A :class:`Report` maps the names of layers to
+:class:`LayerReport`, values per channel and a verdict. :class:`ChannelMoments` is the exact streaming metric alone, a
+``torchmetrics.Metric`` for ``(N, C, *)`` tensors of any length.
+
+**How the moments are taken.** BatchNorm's kernel has computed the mean and the inverse standard deviation of the batch,
+and autograd keeps them for the backward pass. A forward hook reads these two small tensors and puts them aside: no
+kernel, no wait for the device. After 36 to 72 steps, as many as memory allows (half of that in float64, or where passes
+are made), one fused update merges what was put aside, for the channels of all layers at once, in float64. A window is
+kept as at most 16 blocks of consecutive batches, so that state and work do not grow with the number of batches.
+``LayerReport.evidence`` counts the calls by path:
+
+- ``calls_saved``: read off the autograd node, in eager training.
+- ``calls_traced``: BatchNorm's own reduction in the graph, under ``torch.compile``, which the compiler then shares.
+- ``calls_pass``: a pass over the input: no graph, frozen layers, half-precision modules, activation checkpointing and
+  other saved-tensor hooks, a mean above 100 standard deviations (10 in channels-last or ``(N, C)``),
+  ``capture="pass"``.
+- ``calls_skipped``: not counted: within transforms of ``torch.func`` (``vmap``, ``grad``), while tracing, or of inputs
+  that are not ``(N, C, *)``.
+
+**Several ranks** exchange in a process group of our own (gloo, on the CPU). A rank that has died gives an error; one
+that never joins, the timeout of that group (30 minutes). Lightning itself has rank 0 broadcast before each batch: where
+ranks have different numbers of batches, that waits for its timeout, with or without us. With FSDP, running statistics
+are not shared between ranks, and those of rank 0 are judged. ``SyncBatchNorm`` on ranks with unequal batches has its
+noise computed as if they were equal.
+
+**Compiled models.** Give :class:`BatchNormTracker` what ``torch.compile`` returned, not the module inside. Attaching
+compiles once more what was compiled before. What is compiled takes the moments in its graph also with
+``capture="pass"``. A compiled *function* (not a module) that calls a layer several times in a step makes one graph per
+call. While attached, ``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint`` is set, so that compiled
+activation checkpointing keeps its graph.
+
+**What counts twice or differently.** A batch that was interrupted after its forward and is run again after a resume
+counts twice, as it does in the running statistics (flag ``interrupted-batch``). A subclass of BatchNorm that transforms
+its input before ``super().forward`` reports what the kernel received if its output is the kernel's own, and otherwise
+what the module received. Copies of a monitored model keep an inert hook. On MPS, which has no float64, state is kept on
+the CPU, which makes updates wait.
+"""
 
 from lightning_bnmonitor.callbacks.monitor import BatchNormMonitor
 from lightning_bnmonitor.callbacks.precise import PreciseBatchNorm
