@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 from lightning.pytorch import Callback, LightningModule, Trainer
@@ -16,7 +16,7 @@ from lightning_bnmonitor.callbacks.unhealthy import Alarm, OnUnhealthy
 from lightning_bnmonitor.capture.batch_moments import CaptureMode
 from lightning_bnmonitor.compat import batches_that_stepped
 from lightning_bnmonitor.report.report import Report
-from lightning_bnmonitor.tracking import collectives as ranks
+from lightning_bnmonitor.tracking import collectives
 from lightning_bnmonitor.tracking.arguments import (
     as_patterns,
     check_bool,
@@ -45,8 +45,8 @@ class BatchNormMonitor(Callback):
         dashboard: Whether to log more than scalars to loggers that take it, on rank 0: the image ``bn/heatmap`` (layers
             by windows, drawn in at most 1 % of the time), the text ``bn/report``, TensorBoard's layout of charts. That
             replaces a layout that was set before the first window has ended; one that is set later stands.
-        validation_batches: Validation batches in each validation, on each rank, that are compared with training, by a
-            pass over the inputs of each layer; 0 for none.
+        validation_batches: Batches of each validation loader in each validation, on each rank, that are compared with
+            training, by a pass over the inputs of each layer; 0 for none.
         log_key_prefix: What the logged names begin with, not empty.
         on_unhealthy: What to do at a window's end if layers need attention: ``"warn"`` of each layer and verdict once,
             ``"ignore"``, or ``"raise"`` :class:`UnhealthyBatchNormError` with the report on every rank.
@@ -123,11 +123,10 @@ class BatchNormMonitor(Callback):
         self._dashboard: Dashboard | None = None
         self._report: Report | None = None
         self._num_batches = 0  # training batches in the window that is open
-        self._num_validated = 0  # batches in the present validation
+        self._has_validated = False  # whether there was a batch in the present validation
         self._is_due = False  # whether a window begins with the next training batch
         self._is_awaited = False  # whether other ranks may have batches in a window that has not ended
-        self._saved: dict[str, Any] = {}  # the state at the end of `fit`
-        self._pending: dict[str, Any] | None = None  # a state that `fit` is to begin with
+        self._state: dict[str, Any] = {}  # while there is no tracker: what `fit` ended with, or is to begin with
 
     @property
     @override
@@ -143,7 +142,7 @@ class BatchNormMonitor(Callback):
     @override
     def state_dict(self) -> dict[str, Any]:
         if self._tracker is None:
-            return self._saved
+            return self._state
         return {
             "num_batches": self._num_batches,
             "is_due": self._is_due,
@@ -156,9 +155,10 @@ class BatchNormMonitor(Callback):
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        self._pending = state_dict
         if self._tracker is not None and self._tracker.is_attached:  # some strategies load late
-            self._resume()
+            self._resume(state_dict)
+        else:
+            self._state = state_dict
 
     def report(self) -> Report:
         """The report of the last finished window; before the first one has ended, of the window so far.
@@ -177,14 +177,13 @@ class BatchNormMonitor(Callback):
                 'another strategy ("ddp", "fsdp"), or leave the monitor out.'
             )
         if stage == "fit":  # what was loaded before, for a test say, is not what this begins with
-            self._pending, self._saved = None, {}
+            self._state = {}
 
     @override
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._detach()  # a fit that was interrupted may not have
         self._tracker = self._report = None
         self._num_batches, self._is_due = 0, True
-        self._num_validated = 0  # an interrupted validation may have left some
         self._is_awaited = self._every_n_train_batches is None  # what is resumed within an epoch does not start one
         self._alarm.restore([])
         self._scalars.summary = {}
@@ -194,9 +193,10 @@ class BatchNormMonitor(Callback):
         self._dashboard = Dashboard(self._log_key_prefix, validates) if shows else None
         tracker = BatchNormTracker(pl_module, self._include, self._exclude, self._capture)
         self._tracker = tracker.attach()
-        if ranks.num_ranks() > 1:
-            ranks.group()  # made now, while no rank is ahead of others
-        self._resume()
+        if collectives.num_ranks() > 1:
+            collectives.group()  # made now, while no rank is ahead of others
+        state, self._state = self._state, {}
+        self._resume(state)
 
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -233,6 +233,7 @@ class BatchNormMonitor(Callback):
         # A window that the end of training cuts short ends here, before what follows its last batch.
         if is_training_over(trainer, epoch_ended=trainer.is_last_batch):
             self._end_window(trainer)
+        self._has_validated = False
 
     @override
     def on_validation_batch_start(
@@ -240,18 +241,18 @@ class BatchNormMonitor(Callback):
     ) -> None:
         if self._tracker is None or not self._compares(trainer):
             return
-        if self._num_validated == 0:
-            self._tracker.start_validation()
-        elif self._num_validated == self._validation_batches:
+        if batch_idx == 0:
+            self._tracker.start_validation(dataloader_idx)
+            self._has_validated = True
+        elif batch_idx == self._validation_batches:
             self._tracker.stop_validation()
-        self._num_validated += 1
 
     @override
     def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        num_validated, self._num_validated = self._num_validated, 0
-        if self._tracker is None or not self._compares(trainer) or (num_validated == 0 and trainer.world_size == 1):
+        all_ranks = trainer.world_size > 1
+        if self._tracker is None or not self._compares(trainer) or not (self._has_validated or all_ranks):
             return
-        report = self._tracker.validation_report(all_ranks=trainer.world_size > 1)
+        report = self._tracker.validation_report(all_ranks, num_loaders=len(trainer.num_val_batches))
         if self._is_due:  # and mid-window, `report()` goes on to be that of the last one
             self._report = report
         self._scalars.log_validation(trainer, report, batches_that_stepped(trainer))
@@ -284,12 +285,12 @@ class BatchNormMonitor(Callback):
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._detach()
         self._report = self.report()
-        self._saved = self.state_dict()
+        self._state = self.state_dict()
         self._tracker = self._dashboard = None
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy monitors nothing: it has the configuration and the last report.
-        return {**self.__dict__, "_tracker": None, "_dashboard": None, "_saved": {}, "_pending": None}
+        return {**self.__dict__, "_tracker": None, "_dashboard": None, "_state": {}}
 
     def _compares(self, trainer: Trainer) -> bool:
         """Whether this validation is compared with training."""
@@ -317,10 +318,9 @@ class BatchNormMonitor(Callback):
             self._dashboard.show(trainer.loggers, report, step, has_layers)
         self._alarm.react(report, may_warn=trainer.is_global_zero)
 
-    def _resume(self) -> None:
+    def _resume(self, state: Mapping[str, Any]) -> None:
         """Go on with the window of a checkpoint, if one was loaded."""
-        state, self._pending = self._pending, None
-        if state is None:
+        if not state:
             return
         assert self._tracker is not None
         try:
