@@ -179,12 +179,6 @@ def batches_that_stepped(trainer: Any) -> int:
     return batches
 
 
-def can_stop_early(trainer: Any) -> bool:
-    """Whether ``min_epochs`` and ``min_steps`` allow a Trainer to stop where something asked it to."""
-    can_stop: bool = trainer.fit_loop._can_stop_early
-    return can_stop
-
-
 def prepared_batch(pl_module: Any, batch: Any) -> Any:
     """A batch as the module's hook ``on_before_batch_transfer`` gives it, or the datamodule's if that has the hook."""
     return pl_module._on_before_batch_transfer(batch)

@@ -64,8 +64,6 @@ class Attachment:
 
     def remove(self) -> None:
         """Remove everything. Harmless when repeated."""
-        if not self._handles:
-            return
         for handle in self._handles:
             handle.remove()
         self._handles.clear()

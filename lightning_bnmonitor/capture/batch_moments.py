@@ -15,7 +15,7 @@ The choice depends on modes, types and shapes, never on data: nothing here waits
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple, get_args
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -59,12 +59,6 @@ class BatchMoments(NamedTuple):
     """Whether mean and spread have the opposite sign: see :func:`traced_moments`."""
     num_ranks: int = 1
     """Over how many ranks SyncBatchNorm has taken them. Counts then are those of this rank times that number."""
-
-
-def check_capture(capture: str) -> None:
-    """Raise ValueError if ``capture`` is none that exists."""
-    if capture not in get_args(CaptureMode):
-        raise ValueError(f"`capture` must be one of {list(get_args(CaptureMode))}, got {capture!r}.")
 
 
 def owned(moments: BatchMoments) -> BatchMoments:

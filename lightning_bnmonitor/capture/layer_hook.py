@@ -43,6 +43,7 @@ from lightning_bnmonitor.compat import (
 STASH_LIMIT = 72
 """Most calls of a layer that may wait for the next update."""
 _OWN_FORWARDS = (BatchNorm.forward, nn.SyncBatchNorm.forward)
+_ASKED_FOR = {"eps", "momentum", "training"}  # of a module's ``__dict__``, where a property would not be seen
 _call_counter = itertools.count()
 
 
@@ -218,7 +219,7 @@ class LayerHook(Hook):
                 and attributes.get("training") is training
                 and (training and has_stats) is updating
                 and attributes.get("eps") == eps
-                and module.momentum == momentum
+                and attributes.get("momentum") == momentum
                 and (contiguous is None or (x.__class__ is Tensor and x.is_contiguous() is contiguous))
                 and top_saved_tensor_hooks(True) is None
                 and not functorch_is_active()
@@ -324,7 +325,7 @@ def _repeatable(call: RepeatableCall, module: BatchNorm, x: Tensor, output: obje
     if call.path != "saved" or call.eps != module.eps or not isinstance(output, Tensor) or x.shape != output.shape:
         return None
     node: Any = output.grad_fn
-    if batch_norm_kernel(node.__class__) != "plain":
+    if batch_norm_kernel(node.__class__) != "plain" or not vars(module).keys() >= _ASKED_FOR:
         return None
     return call._replace(
         shape=output.shape,

@@ -6,18 +6,18 @@ import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from lightning_bnmonitor.capture.attachment import Attachment
-from lightning_bnmonitor.capture.batch_moments import CaptureMode, check_capture, owned
+from lightning_bnmonitor.capture.batch_moments import CaptureMode, owned
 from lightning_bnmonitor.capture.layer_hook import Gate
 from lightning_bnmonitor.compat import BatchNorm
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.tracking import collectives
-from lightning_bnmonitor.tracking.arguments import as_patterns
+from lightning_bnmonitor.tracking.arguments import as_patterns, check_choice
 from lightning_bnmonitor.tracking.assessment import assess
 from lightning_bnmonitor.tracking.buffers import History, snapshots
 from lightning_bnmonitor.tracking.discovery import find_layers
@@ -76,7 +76,7 @@ class BatchNormTracker:
         exclude: str | Sequence[str] | None = None,
         capture: CaptureMode = "auto",
     ) -> None:
-        check_capture(capture)
+        check_choice("capture", capture, get_args(CaptureMode))
         self._include = as_patterns("include", include)
         self._exclude = as_patterns("exclude", exclude)
         self._always_pass = capture == "pass"
