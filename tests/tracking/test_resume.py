@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -208,7 +209,7 @@ def test_a_run_that_goes_on_after_its_end_knows_its_history(tmp_path, left_alone
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
-import test_resume
+from tests.tracking import test_resume
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -225,7 +226,7 @@ test_resume.run(sys.argv[2], Kill(), checkpoints, enable_checkpointing=True)
 def test_a_killed_run_resumes_as_of_its_last_checkpoint(tmp_path, left_alone):
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
-    here = os.path.dirname(__file__)
+    here = str(Path(__file__).parents[2])
     killed = subprocess.run([sys.executable, str(script), here, str(tmp_path)], timeout=120, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     after, _, _ = run(tmp_path, ckpt_path=tmp_path / "step=30.ckpt")

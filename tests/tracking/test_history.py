@@ -811,7 +811,7 @@ def test_z_is_calibrated_after_a_resume(momentum: float | None, closed: bool) ->
 
 
 def test_the_published_experiment_is_noise() -> None:
-    path = Path(__file__).parent.parent / "examples" / "ema_vs_exact.py"
+    path = Path(__file__).parents[2] / "examples" / "ema_vs_exact.py"
     spec = importlib.util.spec_from_file_location("ema_vs_exact", path)
     experiment = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(experiment)
