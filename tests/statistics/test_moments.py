@@ -18,6 +18,7 @@ from torchmetrics import MetricCollection
 
 from lightning_bnmonitor import ChannelMoments, Moments
 from lightning_bnmonitor.statistics.moments import merge_moments
+from tests import processes
 
 LAW = settings(max_examples=200, deadline=None)
 NO_DATA = "was called before the ``update`` method"
@@ -514,7 +515,7 @@ def run_rank(rank, folder):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(run_rank, args=(str(folder),), nprocs=2)
+    processes.start(run_rank, str(folder), world_size=2)
     assert multiprocessing.active_children() == []
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 

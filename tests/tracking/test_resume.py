@@ -1,7 +1,5 @@
 """Runs that are interrupted and resumed from Lightning's checkpoints, against the same runs left alone."""
 
-import math
-import os
 import signal
 import subprocess
 import sys
@@ -16,6 +14,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bnmonitor import BatchNormMonitor, BatchNormTracker
+from tests.tracking.small_models import assert_alike
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
@@ -141,23 +140,6 @@ class SaveAndStop(Callback):
         self.act("epoch end", trainer)
 
 
-def assert_same(actual, expected, rel=1e-12, path=""):
-    """Equal values, floats to rounding, in nested containers."""
-    assert type(actual) is type(expected), path
-    if isinstance(actual, dict):
-        assert actual.keys() == expected.keys(), path
-        for key in actual:
-            assert_same(actual[key], expected[key], rel, f"{path}/{key}")
-    elif isinstance(actual, list):
-        assert len(actual) == len(expected), path
-        for index, (mine, theirs) in enumerate(zip(actual, expected, strict=True)):
-            assert_same(mine, theirs, rel, f"{path}/{index}")
-    elif isinstance(actual, float):
-        assert math.isclose(actual, expected, rel_tol=rel, abs_tol=rel), f"{path}: {actual} is not {expected}"
-    else:
-        assert actual == expected, path
-
-
 OPTIONS = {
     "epochs": {},
     "two epochs": {"monitor_options": {"every_n_epochs": 2}},
@@ -194,8 +176,8 @@ def test_a_run_resumed_at_the_end_of_a_batch_has_the_reports_of_one_left_alone(
     # In a window of two batches the noise is the difference of two numbers: its z has lost a digit.
     rel = 1e-11 if windows == "batches" else 1e-12
     for end, report in (before | after).items():
-        assert_same(report, expected[end], rel)
-    assert_same(before_validation(monitor.report()), expected[max(expected)], rel)
+        assert_alike(report, expected[end], rel)
+    assert_alike(before_validation(monitor.report()), expected[max(expected)], rel)
 
 
 def test_a_run_that_goes_on_after_its_end_knows_its_history(tmp_path, left_alone):
@@ -203,7 +185,7 @@ def test_a_run_that_goes_on_after_its_end_knows_its_history(tmp_path, left_alone
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     after, _, _ = run(tmp_path, ckpt_path=tmp_path / "end.ckpt")
     assert after.keys() == {72}
-    assert_same(after[72], left_alone["epochs"][72])
+    assert_alike(after[72], left_alone["epochs"][72])
 
 
 KILLED = """
@@ -233,7 +215,7 @@ def test_a_killed_run_resumes_as_of_its_last_checkpoint(tmp_path, left_alone):
     assert after.keys() == {48, 72}
     for end, report in after.items():
         # The weights themselves come from another process, where float32 sums may be rounded in another way.
-        assert_same(report, left_alone["epochs"][end], rel=1e-4)
+        assert_alike(report, left_alone["epochs"][end], bound=1e-4)
 
 
 class Interrupted(Net):
@@ -362,7 +344,7 @@ def test_two_monitors_keep_states_of_their_own(tmp_path, left_alone):
     run(tmp_path, other, SaveAndStop("batch end", 25, path))
     other = BatchNormMonitor(every_n_train_batches=10, include="a", log_key_prefix="other")
     after, _, _ = run(tmp_path, other, ckpt_path=path)
-    assert_same(after[72], left_alone["epochs"][72])
+    assert_alike(after[72], left_alone["epochs"][72])
     assert other.report()["a"].num_batches == 2  # 72 = 7 * 10 + 2
     assert list(other.report()) == ["a"]
 
