@@ -23,6 +23,7 @@ from tests.statistics.analysis_reference import (
     part_of,
     profiles,
     random_layer,
+    unit_of,
 )
 
 # The definitions
@@ -46,8 +47,8 @@ def test_a_profile_is_what_the_definitions_say(length, momentum):
 def test_a_long_window_is_what_the_definitions_say(momentum):
     rng = np.random.default_rng(1)
     layers = [
-        random_layer(rng, [2000] * 2, 2, momentum, "unequal", rounding=FLOAT32),
-        random_layer(rng, [2000] * 2, 1, momentum, "equal", drift=1.0),
+        random_layer(rng, [600] * 2, 2, momentum, "unequal", rounding=FLOAT32),
+        random_layer(rng, [600] * 2, 1, momentum, "equal", drift=1.0),
     ]
     assert_as_defined(layers)
 
@@ -107,7 +108,7 @@ def test_the_history_that_a_window_is_given_adds_to_the_noise():
     profile = evaluate(window.blocks(), buffers, np.array([layer.eps]))
     noise = expected["noise"] + 0.9**40 * earlier[:, 0]
     np.testing.assert_allclose(profile.noise[:, 0], noise, rtol=1e-9)
-    error = np.sqrt((expected["noise_scale"] / expected["unit"] ** 2 * noise[:, None]).mean(axis=1).sum())
+    error = np.sqrt((expected["noise_scale"] / unit_of(profile) ** 2 * noise[:, None]).mean(axis=1).sum())
     np.testing.assert_allclose(profile.noise_error, [error], rtol=1e-9)
     np.testing.assert_allclose(profile.z, expected["z"], rtol=1e-9)
 
@@ -124,7 +125,6 @@ def test_of_a_layer_whose_weights_are_unknown_only_the_window_is_told():
     layers.append(random_layer(rng, [40] * 2, 2, "0.1"))
     for profile in assert_as_defined(layers):
         assert (profile.z[:, :9] == 0).all()
-        assert np.isnan(profile.z_lag[..., :9]).all()
         for error in (profile.noise_error, profile.warmup_error, profile.lag_error):
             assert np.isnan(error).tolist() == [True, True, True, False]
         assert profile.drift_error[1] > 0.5
@@ -143,14 +143,14 @@ def test_a_channel_that_is_not_finite_is_left_out_and_no_other_changes():
             values[1, 2] = np.nan
             layer.windows[0][11] = Call(values, broken.momentum)
         first, second = assert_as_defined(layers)
-        for name in ("unit", "noise_scale", "now"):
+        for name in ("noise_scale", "now"):
             assert np.isnan(getattr(first, name)[:, 2::4]).all()
         for name in Profile.__dataclass_fields__:
             if name not in (*OF_ALL_VALUES, *PER_CHANNEL):
                 assert np.isfinite(getattr(first, name)).all(), name
         assert first.first_bad.tolist() == 4 * [np.inf, np.inf, 12, np.inf]
         # The buffers stay as they are, the window's data are fine again.
-        assert np.isfinite(second.unit).all()
+        assert np.isfinite(second.population).all()
         assert np.isfinite(second.noise_scale).all()
         assert second.first_bad.tolist() == 16 * [np.inf]
 
@@ -181,7 +181,7 @@ def test_without_a_batch_nothing_is_told_and_history_stays(pauses, known):
     for profile, empty in ((before, [2]), (without, [0, 2]), (after, [2])):
         for number in empty:
             part = part_of(profile, layers, number)
-            for name in (*UNDEFINED, "unit", "now", "warmup_error"):
+            for name in (*UNDEFINED, "now", "warmup_error"):
                 assert np.isnan(part[name]).all(), name
 
 
@@ -193,7 +193,6 @@ def test_of_one_batch_there_is_no_noise(known):
         part = part_of(profile, layers, 0)
         for name in UNDEFINED:
             assert np.isnan(part[name]).all(), name
-        assert np.isfinite(part["unit"]).all()
         assert np.isfinite(part["now"][0]).all()
 
 
@@ -209,9 +208,9 @@ def test_a_channel_that_never_changes_is_evidence_of_nothing(length, value, roun
                 call.values[:, 1] = value
             calls[:] = [Call(call.values, call.momentum) for call in calls]
     for profile in profiles(layers):
-        assert (abs(profile.score[:, 1::4]) < 2).all()
+        assert (abs(profile.z[:, 1::4]) < 2).all()
         assert (profile.max_score < 6).all()
         assert (profile.drift_error == 0).all()
         assert (profile.lag_error == 0).all()
-        np.testing.assert_allclose(profile.unit[0, 1::4], np.sqrt(1e-5), rtol=1e-6)
+        np.testing.assert_allclose(profile.population[1, 1::4], 0, atol=1e-11)
         np.testing.assert_allclose(profile.now[:, 1::4], np.full((2, 2), [[value], [0.0]]), rtol=1e-12, atol=1e-12)

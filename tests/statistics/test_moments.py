@@ -20,7 +20,7 @@ from lightning_bnmonitor import ChannelMoments, Moments
 from lightning_bnmonitor.statistics.moments import merge_moments
 from tests import processes
 
-LAW = settings(max_examples=200, deadline=None)
+LAW = settings(max_examples=60, deadline=None)
 NO_DATA = "was called before the ``update`` method"
 SHAPES = [(7, 3), (7, 3, 5), (4, 3, 2, 5), (2, 3, 2, 3, 4), (7, 1), (1, 3, 6), (4, 1, 3, 2), (1, 1, 2)]
 

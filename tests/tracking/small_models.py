@@ -8,13 +8,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from hypothesis import settings
 from torch import Tensor, nn
 from torch.optim import optimizer as torch_optimizer
 
 from lightning_bnmonitor import LayerReport, Report
 
-LAW = settings(max_examples=200, deadline=None)
 C = 3
 
 

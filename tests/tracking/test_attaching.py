@@ -158,12 +158,13 @@ def test_once_detached_it_does_not_keep_the_model_alive_but_reports() -> None:
     model = network()
     with BatchNormTracker(model) as tracker:
         model(torch.randn(8, 4))
-    died = weakref.ref(model)
+    running_mean, died = model[1].running_mean.double(), weakref.ref(model)
     del model
     gc.collect()
     assert died() is None
     assert tracker.report()["1"].num_batches == 1
-    with pytest.raises(RuntimeError, match="no longer exists"):
+    assert torch.equal(tracker.report()["1"].running_mean, running_mean)
+    with pytest.raises(RuntimeError, match="model of this BatchNormTracker no longer exists"):
         tracker.attach()
 
 

@@ -20,6 +20,7 @@ from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 from lightning_bnmonitor import BatchNormMonitor, UnhealthyBatchNormError
 from tests.processes import CONTEXT
 
+pytestmark = pytest.mark.slow
 BATCHES = 40  # of each rank in an epoch
 WORLD_SIZE = 2
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gc
 import warnings
 from typing import Any
 
@@ -151,18 +150,6 @@ def test_the_model_may_itself_be_the_layer() -> None:
         model(batches[0] + 100)
     assert list(tracker.report()) == ["(root)"]
     assert_population(tracker.report()["(root)"], batches)
-
-
-def test_it_keeps_the_layers_for_the_report_when_the_model_is_gone() -> None:
-    model = nn.Sequential(nn.BatchNorm1d(C))
-    with BatchNormTracker(model) as tracker:
-        model(torch.randn(8, C))
-    running_mean = model[0].running_mean.clone()
-    del model
-    gc.collect()
-    assert torch.equal(tracker.report()["0"].running_mean, running_mean.double())
-    with pytest.raises(RuntimeError, match="model of this BatchNormTracker no longer exists"):
-        tracker.attach()
 
 
 def test_a_model_without_values_can_be_attached_and_reported() -> None:

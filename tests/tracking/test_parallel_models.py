@@ -17,6 +17,8 @@ from lightning_bnmonitor import BatchNormTracker
 from tests import processes
 from tests.tracking.batches_of_ranks import data, feed, model, two_pass
 
+pytestmark = pytest.mark.slow
+
 # SyncBatchNorm: its own autograd function and communication, with CPU stand-ins for its three CUDA kernels
 
 

@@ -126,7 +126,9 @@ def run_rank(rank, world_size, folder):
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(
+    scope="module", params=[pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
+)
 def ranks(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
     processes.start(run_rank, request.param, str(folder), world_size=request.param)
@@ -320,6 +322,7 @@ def run_until_one_dies(rank, folder):
     os._exit(0)  # the process group can no longer be left in order
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_gives_the_others_an_error_and_loses_nothing(tmp_path):
     ranks = [processes.CONTEXT.Process(target=run_until_one_dies, args=(rank, str(tmp_path))) for rank in range(2)]
     for process in ranks:
