@@ -207,7 +207,8 @@ def rarely(usual, *others):
     return st.sampled_from([usual] * 6 + [*others])
 
 
-@settings(derandomize=True, deadline=None, max_examples=600)
+@pytest.mark.slow
+@settings(derandomize=True, deadline=None, max_examples=300)
 @given(
     circumstances=st.fixed_dictionaries(
         {

@@ -43,6 +43,7 @@ def test_a_profile_is_what_the_definitions_say(length, momentum):
     assert_as_defined(layers, step=32 if length % 2 else 7)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum", ["0.01", "cumulative"])
 def test_a_long_window_is_what_the_definitions_say(momentum):
     rng = np.random.default_rng(1)

@@ -520,6 +520,7 @@ def ranks(tmp_path_factory):
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", RANK_SIZES)
 def test_on_every_rank_compute_gives_the_moments_of_all_ranks(ranks, variant):
     everything = rank_batches(variant, 0) + rank_batches(variant, 1)
@@ -528,6 +529,7 @@ def test_on_every_rank_compute_gives_the_moments_of_all_ranks(ranks, variant):
     assert equal(ranks[0][variant]["first"], ranks[1][variant]["first"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", RANK_SIZES)
 def test_after_compute_every_rank_goes_on_with_its_own_data(ranks, variant):
     added = [normal((2, 3), -7.0, seed=100 + rank) for rank in range(2)]
@@ -538,6 +540,7 @@ def test_after_compute_every_rank_goes_on_with_its_own_data(ranks, variant):
         assert_moments(Moments(*results[variant]["second"]), *everything)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", RANK_SIZES)
 def test_forward_gives_the_moments_of_the_batch_on_this_rank(ranks, variant):
     for rank, results in enumerate(ranks):

@@ -7,6 +7,7 @@ import math
 from typing import Any
 
 import numpy as np
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -91,6 +92,7 @@ def union_of(ranks):
     return share_of(calls)._replace(first_bad=first_bad_of(ranks))
 
 
+@pytest.mark.slow
 @LAW
 @given(data=st.data(), ranks=ranks_calls())
 def test_any_tree_of_ranks_in_any_order_is_one_rank_with_all_calls(data, ranks):
@@ -105,6 +107,7 @@ def test_any_tree_of_ranks_in_any_order_is_one_rank_with_all_calls(data, ranks):
         forest = [tree for i, tree in enumerate(forest) if i not in chosen] + [union]
 
 
+@pytest.mark.slow
 @LAW
 @given(data=st.data(), ranks=ranks_calls())
 def test_ranks_that_saw_nothing_add_nothing_wherever_they_stand(data, ranks):

@@ -6,6 +6,7 @@ import math
 import warnings
 
 import numpy as np
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -50,6 +51,7 @@ def assert_metric(metric, values):
         np.testing.assert_allclose(var[channel : channel + 1], exact_var, rtol=1e-9, atol=1e-16)
 
 
+@pytest.mark.slow
 @LAW
 @given(data=st.data(), metrics=ragged_metrics())
 def test_metrics_whose_channels_have_unequal_counts_are_merged_in_any_tree_or_at_once(data, metrics):

@@ -390,6 +390,7 @@ def draw_cuts(data, length):
     return sorted(data.draw(st.lists(st.integers(0, length), max_size=6)))
 
 
+@pytest.mark.slow
 @given(data=st.data(), calls=histories(width=2))
 @LAW
 def test_the_cut_into_updates_does_not_matter(data, calls):
@@ -399,6 +400,7 @@ def test_the_cut_into_updates_does_not_matter(data, calls):
     assert_layer(cut, 0, calls)
 
 
+@pytest.mark.slow
 @given(data=st.data(), calls=st.tuples(*(histories(width=width, max_length=20) for width in (2, 1, 3))))
 @LAW
 def test_the_company_of_other_layers_does_not_matter(data, calls):
@@ -433,6 +435,7 @@ def test_the_population_is_that_of_all_values_however_they_are_split_into_batche
     assert_population(population_of(window), 0, slice(0, 2), [Call(values, 0.1)], rtol=1e-9)
 
 
+@pytest.mark.slow
 @given(data=st.data(), calls=histories(width=2, mean=100.0))
 @LAW
 def test_the_population_does_not_depend_on_the_order_of_batches(data, calls):

@@ -21,6 +21,8 @@ from tests.statistics.two_pass import rows, two_pass
 from tests.tracking.drawn_networks import MOMENTA, OPTIONS, SEEDS, SHAPES, Network, draw_input
 from tests.tracking.small_models import saved_and_loaded
 
+pytestmark = pytest.mark.slow
+
 
 @dataclass
 class Received:
@@ -382,9 +384,7 @@ class AnythingInFloat64(Anything):
     dtype, capture, bound = torch.float64, "pass", 1e-9
 
 
-MACHINE = settings(
-    max_examples=200, deadline=None, stateful_step_count=12, suppress_health_check=[HealthCheck.too_slow]
-)
+MACHINE = settings(max_examples=80, deadline=None, stateful_step_count=12, suppress_health_check=[HealthCheck.too_slow])
 TestAnythingInFloat32 = AnythingInFloat32.TestCase
 TestAnythingInFloat32.settings = MACHINE
 TestAnythingInFloat64 = AnythingInFloat64.TestCase
