@@ -96,7 +96,7 @@ def rank_that_fails(rank):
         layers["a"](torch.randn(8, 5))
         if rank == 0:
             TrackedLayer.name = property(lambda self: 1 / 0, lambda self, value: None)
-            import lightning_bnmonitor.assessment as assessment
+            from lightning_bnmonitor.tracking import assessment
 
             assessment.distances = None
         try:
