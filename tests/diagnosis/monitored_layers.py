@@ -83,9 +83,6 @@ def pretrained(offset: float, **options) -> nn.BatchNorm1d:
     return layer
 
 
-# Flags
-
-
 def checkpointed(layer: nn.Module, reentrant: bool) -> Callable[[Tensor], None]:
     """A training step of the layer under activation checkpointing."""
     return lambda x: checkpoint(layer, x.clone().requires_grad_(), use_reentrant=reentrant).square().sum().backward()

@@ -166,6 +166,9 @@ def test_what_was_observed_is_not_changed():
     assert observed == OBSERVED
 
 
+# -------------------------------------------------------------------------------------------------- on real layers
+
+
 @pytest.mark.parametrize("reentrant", [False, True])
 def test_activation_checkpointing_is_flagged_and_accounted_for_from_the_second_window_on(monitored, reentrant):
     layer = norm(200, momentum=0.1)

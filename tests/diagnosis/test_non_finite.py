@@ -14,9 +14,6 @@ from lightning_bnmonitor import BatchNormTracker
 from tests.diagnosis.monitored_layers import WIDTH, frozen, norm, samples
 from tests.diagnosis.symptoms import INF, NAN, words_are_sound
 
-# What is not finite
-
-
 BAD = {
     # value and place (batch, sample, channel) each
     "NaN": [(NAN, 3, 5, 4)],

@@ -14,8 +14,6 @@ from torch import Tensor, nn
 from tests.diagnosis.monitored_layers import WIDTH, frozen, norm, samples
 from tests.diagnosis.symptoms import words_are_sound
 
-# Bad input
-
 
 def test_batch_norms_own_error_comes_through_unchanged(monitored):
     def error_of(call) -> BaseException:

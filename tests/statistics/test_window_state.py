@@ -22,8 +22,6 @@ from tests.statistics.window_reference import (
     window_of,
 )
 
-# Saving and restoring
-
 
 def restored(window, order):
     """A window of the same layers in another order, from what the given one saves."""

@@ -159,7 +159,7 @@ def trained() -> OfManyWidths:
     return model
 
 
-@pytest.mark.parametrize("num_batches", [8, 12, 40])
+@pytest.mark.parametrize("num_batches", [8, 40])
 @pytest.mark.parametrize("counted", [True, False], ids=["num_batches_tracked", "converted weights"])
 @pytest.mark.parametrize("momentum", [0.001, 0.01, 0.1, None])
 def test_short_windows_on_a_trained_model_give_no_false_alarm(

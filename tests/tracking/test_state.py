@@ -82,6 +82,7 @@ class Varied(nn.Module):
             self.layers["seldom"](x)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("window", "restarted", "dtype"),
     [(0, True, torch.float32), (1, True, torch.float32), (1, False, torch.float64)],
