@@ -12,7 +12,7 @@ import torch
 from lightning_bnmonitor.statistics.analysis import Buffers, Profile, evaluate
 from lightning_bnmonitor.statistics.window import Batch, Window
 
-LENGTHS = [2, 3, 8, 9, 16, 17, 18, 33, 100]
+LENGTHS = [2, 3, 8, 9, 16, 17, 18, 33]
 MOMENTA = {
     "0.01": lambda t, rng: 0.01,
     "0.1": lambda t, rng: 0.1,

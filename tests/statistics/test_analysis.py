@@ -14,6 +14,7 @@ from tests.statistics.analysis_reference import (
     LENGTHS,
     MOMENTA,
     OF_ALL_VALUES,
+    ON_THE_WAY,
     PER_CHANNEL,
     SIZES,
     UNDEFINED,
@@ -30,7 +31,7 @@ from tests.statistics.analysis_reference import (
 
 
 @pytest.mark.parametrize("momentum", MOMENTA)
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("length", [*LENGTHS, pytest.param(100, marks=pytest.mark.slow)])
 def test_a_profile_is_what_the_definitions_say(length, momentum):
     rng = np.random.default_rng([length, list(MOMENTA).index(momentum)])
     layers = [
@@ -147,7 +148,7 @@ def test_a_channel_that_is_not_finite_is_left_out_and_no_other_changes():
         for name in ("noise_scale", "now"):
             assert np.isnan(getattr(first, name)[:, 2::4]).all()
         for name in Profile.__dataclass_fields__:
-            if name not in (*OF_ALL_VALUES, *PER_CHANNEL):
+            if name not in (*OF_ALL_VALUES, *PER_CHANNEL, *ON_THE_WAY):
                 assert np.isfinite(getattr(first, name)).all(), name
         assert first.first_bad.tolist() == 4 * [np.inf, np.inf, 12, np.inf]
         # The buffers stay as they are, the window's data are fine again.

@@ -50,7 +50,7 @@ def test_at_every_length_the_blocks_hold_the_batches_that_the_rule_gives_them():
 
 
 @pytest.mark.parametrize("momentum", MOMENTA)
-@pytest.mark.parametrize("length", LENGTHS)
+@pytest.mark.parametrize("length", [*LENGTHS, *(pytest.param(n, marks=pytest.mark.slow) for n in (257, 600))])
 def test_blocks_and_population_are_those_of_a_simulation_that_keeps_every_batch(length, momentum):
     rng = np.random.default_rng(length)
     calls = random_calls(rng, length, 3, MOMENTA[momentum])
