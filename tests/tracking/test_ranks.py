@@ -11,27 +11,11 @@ import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
-from torch import nn
-from torch.distributed.device_mesh import init_device_mesh
-from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 
 from lightning_bnmonitor import BatchNormTracker, Report
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
-
-EPS = 1e-5
-
-
-def model():
-    torch.manual_seed(0)
-    return nn.ModuleDict({"a": nn.BatchNorm1d(5), "b": nn.BatchNorm2d(3), "c": nn.BatchNorm1d(2)})
-
-
-def data(rank, layer, sizes, mean=0.0, std=1.0):
-    """What a layer of a rank receives, batch by batch."""
-    generator = np.random.default_rng([rank, ord(layer)])
-    shape = {"a": (5,), "b": (3, 4, 4), "c": (2,)}[layer]
-    return [torch.from_numpy(generator.normal(mean, std, (size, *shape))).float() for size in sizes]
-
+from tests import processes
+from tests.tracking.batches_of_ranks import EPS, data, feed, model, two_pass
 
 # What every rank gives to every layer, by scenario. The layers are called one after the other, batch by batch.
 SIZES = {
@@ -85,13 +69,6 @@ class Counted:
         return collective
 
 
-def feed(layers, received):
-    for step in range(max(map(len, received.values()))):
-        for name, calls in received.items():
-            if step < len(calls):
-                layers[name](calls[step])
-
-
 def window(scenario, rank, windows=1):
     """The reports of a rank's windows, what it communicated, and its report before each window's end."""
     layers, received = model(), {name: batches(scenario, rank, name) for name in "abc"}
@@ -119,7 +96,7 @@ def rank_that_fails(rank):
         layers["a"](torch.randn(8, 5))
         if rank == 0:
             TrackedLayer.name = property(lambda self: 1 / 0, lambda self, value: None)
-            import lightning_bnmonitor.assessment as assessment
+            from lightning_bnmonitor.tracking import assessment
 
             assessment.distances = None
         try:
@@ -149,19 +126,13 @@ def run_rank(rank, world_size, folder):
     dist.destroy_process_group()
 
 
-@pytest.fixture(scope="module", params=[2, 3])
+@pytest.fixture(
+    scope="module", params=[pytest.param(2, marks=pytest.mark.slow), pytest.param(3, marks=pytest.mark.slow)]
+)
 def ranks(request, tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(run_rank, args=(request.param, str(folder)), nprocs=request.param)
+    processes.start(run_rank, request.param, str(folder), world_size=request.param)
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(request.param)]
-
-
-def two_pass(received):
-    """Count, mean and unbiased variance of all values, float64."""
-    if not received:
-        return 0, None, None
-    values = np.concatenate([x.double().movedim(1, -1).reshape(-1, x.shape[1]).numpy() for x in received])
-    return len(values), values.mean(axis=0), values.var(axis=0, ddof=1) if len(values) > 1 else None
 
 
 @pytest.mark.parametrize("scenario", SIZES)
@@ -351,141 +322,15 @@ def run_until_one_dies(rank, folder):
     os._exit(0)  # the process group can no longer be left in order
 
 
+@pytest.mark.slow
 def test_a_rank_that_dies_gives_the_others_an_error_and_loses_nothing(tmp_path):
-    context = torch.multiprocessing.get_context("spawn")
-    processes = [context.Process(target=run_until_one_dies, args=(rank, str(tmp_path))) for rank in range(2)]
-    for process in processes:
+    ranks = [processes.CONTEXT.Process(target=run_until_one_dies, args=(rank, str(tmp_path))) for rank in range(2)]
+    for process in ranks:
         process.start()
-    for process in processes:
+    for process in ranks:
         process.join(timeout=60)
-    hangs = [process.is_alive() for process in processes]
-    for process in processes:
+    hangs = [process.is_alive() for process in ranks]
+    for process in ranks:
         process.kill()
     assert not any(hangs)
     assert (tmp_path / "error").read_text().split()[1:] == ["0", "8"]
-
-
-# SyncBatchNorm: its own autograd function and communication, with CPU stand-ins for its three CUDA kernels
-
-
-def batch_norm_stats(x, eps):
-    var, mean = torch.var_mean(x, [d for d in range(x.ndim) if d != 1], correction=0)
-    return mean, (var + eps).rsqrt()
-
-
-def batch_norm_gather_stats_with_counts(x, mean, invstd, running_mean, running_var, momentum, eps, counts):
-    weight = (counts / counts.sum()).double()[:, None]
-    centre = (weight * mean).sum(dim=0)
-    var = (weight * (invstd.double() ** -2 - eps + (mean - centre) ** 2)).sum(dim=0)
-    n = counts.sum().double()
-    running_mean.lerp_(centre.float(), momentum)
-    running_var.lerp_((var * n / (n - 1)).float(), momentum)
-    return centre.float(), (var + eps).rsqrt().float()
-
-
-def batch_norm_elemt(x, weight, bias, mean, invstd, eps):
-    shape = [1, -1] + [1] * (x.ndim - 2)
-    return (x - mean.view(shape)) * (invstd * weight).view(shape) + bias.view(shape)
-
-
-def synchronised_batches(rank, layer, is_uneven):
-    sizes = [6 + 3 * rank * is_uneven + t % 3 * is_uneven for t in range(40)]
-    return data(rank, layer, sizes, mean=1.0 * rank)
-
-
-def run_synchronised(rank, folder):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/sync", rank=rank, world_size=2)
-    torch.batch_norm_stats = batch_norm_stats
-    torch.batch_norm_gather_stats_with_counts = batch_norm_gather_stats_with_counts
-    torch.batch_norm_elemt = batch_norm_elemt
-    torch._C._get_privateuse1_backend_name = lambda: "cpu"
-    results = {}
-    for is_uneven in (False, True):
-        layers = nn.SyncBatchNorm.convert_sync_batchnorm(model())
-        with BatchNormTracker(layers) as tracker:
-            feed(layers, {name: synchronised_batches(rank, name, is_uneven) for name in "abc"})
-            results[is_uneven] = tracker.report(), tracker.close(all_ranks=True)
-    Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(results))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def synchronised(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("synchronised")
-    torch.multiprocessing.spawn(run_synchronised, args=(str(folder),), nprocs=2)
-    return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(2)]
-
-
-@pytest.mark.parametrize("is_uneven", [False, True])
-def test_global_batches_of_sync_batch_norm_are_not_merged_again(synchronised, is_uneven):
-    for alone, together in (result[is_uneven] for result in synchronised):
-        for name, layer in together.items():
-            received = [x for rank in range(2) for x in synchronised_batches(rank, name, is_uneven)]
-            count, mean, var = two_pass(received)
-            assert (layer.type, layer.num_samples) == ("SyncBatchNorm", count)
-            assert layer.evidence["calls_saved"] == layer.num_batches == 40
-            assert (np.abs(layer.population_mean.numpy() - mean) < 1e-6 * np.sqrt(var)).all()
-            np.testing.assert_allclose(layer.population_var.numpy(), var, rtol=1e-5)
-            # What each rank sees alone are the same global batches, weighted by its own share of each.
-            assert (alone[name].population_mean - layer.population_mean).abs().max() < (0.05 if is_uneven else 1e-12)
-            assert layer.evidence["samples_per_batch"] * 40 == pytest.approx(count, rel=0.5 if is_uneven else 1e-12)
-
-
-@pytest.mark.parametrize("is_uneven", [False, True])
-def test_ranks_of_other_data_are_one_population_under_sync_batch_norm(synchronised, is_uneven):
-    first, second = (result[is_uneven][1] for result in synchronised)
-    assert first.to_dict() == second.to_dict()
-    for layer in first.values():
-        assert layer.flags == ()
-        assert layer.evidence["rank_error"] == 0
-        assert layer.evidence["z_mean"] < 2
-    assert first["b"].verdict == "healthy"  # with 192 or more values in a global batch
-
-
-def run_sharded(rank, folder, flavour):
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/sharded", rank=rank, world_size=2)
-    torch.manual_seed(0)
-    network = nn.Sequential(
-        nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU(), nn.Sequential(nn.Conv2d(8, 4, 3), nn.BatchNorm2d(4))
-    )
-    received = {"1": [], "3.1": []}
-    for name, calls in received.items():
-        network.get_submodule(name).register_forward_pre_hook(
-            lambda _, args, calls=calls: calls.append(args[0].detach())
-        )
-    if flavour == "fully_shard":
-        mesh = init_device_mesh("cpu", (2,))
-        fully_shard(network[3], mesh=mesh)
-        fully_shard(network, mesh=mesh)
-    else:
-        network[3] = FullyShardedDataParallel(network[3], device_id=torch.device("cpu"))
-        network = FullyShardedDataParallel(network, device_id=torch.device("cpu"))
-    optimizer = torch.optim.SGD(network.parameters(), lr=0.01)
-    with BatchNormTracker(network) as tracker:
-        for step in range(20):
-            torch.manual_seed(100 * rank + step)
-            network(torch.randn(4, 3, 8, 8)).square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        report = tracker.close(all_ranks=True)
-    Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps((report, received)))
-    dist.barrier()
-    dist.destroy_process_group()
-
-
-@pytest.mark.parametrize("flavour", ["fully_shard", "FullyShardedDataParallel"])
-def test_sharded_models_are_monitored_as_others_are(tmp_path, flavour):
-    torch.multiprocessing.spawn(run_sharded, args=(str(tmp_path), flavour), nprocs=2)
-    results = [pickle.loads((tmp_path / f"{rank}.pickle").read_bytes()) for rank in range(2)]
-    assert results[0][0].to_dict() == results[1][0].to_dict()
-    for name, layer in results[0][0].items():
-        count, mean, var = two_pass([x for _, received in results for x in received[name]])
-        assert layer.num_samples == count
-        assert layer.evidence["calls_saved"] == layer.num_batches == 20
-        assert (np.abs(layer.population_mean.numpy() - mean) < 1e-6 * np.sqrt(var)).all()
-        np.testing.assert_allclose(layer.population_var.numpy(), var, rtol=1e-5)
-        assert layer.evidence["updates_per_call"] == 1
-    assert list(results[0][0]) == ["1", "3.1"]

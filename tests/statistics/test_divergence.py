@@ -19,7 +19,7 @@ DTYPES = [torch.float64, torch.float32]
 # In units of the rounding 2^-53 or 2^-24: each step of a formula adds about one, a square doubles what came before.
 # kl subtracts a logarithm from u where |u| >= 0.2: that costs up to u / (u - ln(1 + u)) = 11 times as much.
 ROUNDINGS = {mean_shift: 8, log_var_ratio: 16, act_rmse: 16, kl: 128}
-LAW = settings(max_examples=200, deadline=None)
+LAW = settings(max_examples=60, deadline=None)
 
 
 def tolerance(function, dtype):
@@ -177,7 +177,7 @@ def test_act_rmse_is_continuous_where_the_variance_reaches_zero(dtype):
     assert relative_error(at_zero, mp.mpf("0.1") / mp.sqrt(mp.mpf("2.00001"))) < 4 * torch.finfo(dtype).eps
 
 
-@pytest.mark.parametrize("eps", [0.0, 1e-5, 0.3])
+@pytest.mark.parametrize("eps", [0.0, 0.3])
 @pytest.mark.parametrize(("mean_error", "var_factor"), [(0.4, 1.0), (0.0, 1.7), (-0.2, 0.6), (5.0, 40.0), (0.01, 1e-3)])
 @pytest.mark.parametrize("distribution", ["exponential", "lognormal", "bernoulli"])
 def test_act_rmse_is_the_rms_error_of_the_normalised_values_whatever_their_distribution(

@@ -18,7 +18,9 @@ from torch import nn
 from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_bnmonitor import BatchNormMonitor, UnhealthyBatchNormError
+from tests.processes import CONTEXT
 
+pytestmark = pytest.mark.slow
 BATCHES = 40  # of each rank in an epoch
 WORLD_SIZE = 2
 
@@ -218,15 +220,14 @@ def ranks(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
-    processes = [context.Process(target=run_rank, args=(rank, str(folder), port)) for rank in range(WORLD_SIZE)]
-    for process in processes:
+    started = [CONTEXT.Process(target=run_rank, args=(rank, str(folder), port)) for rank in range(WORLD_SIZE)]
+    for process in started:
         process.start()
     give_up = time.monotonic() + 240
-    for process in processes:
+    for process in started:
         process.join(timeout=max(give_up - time.monotonic(), 0))
-    hangs = [process.is_alive() for process in processes]
-    for process in processes:
+    hangs = [process.is_alive() for process in started]
+    for process in started:
         process.kill()
     assert not any(hangs)
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(WORLD_SIZE)]

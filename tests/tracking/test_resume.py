@@ -1,11 +1,10 @@
 """Runs that are interrupted and resumed from Lightning's checkpoints, against the same runs left alone."""
 
-import math
-import os
 import signal
 import subprocess
 import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,12 +13,14 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint, OnExcept
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
-from lightning_bnmonitor import BatchNormMonitor, BatchNormTracker
+from lightning_bnmonitor import BatchNormMonitor
+from tests.tracking.small_models import assert_alike
 
 pytestmark = [
     pytest.mark.filterwarnings("ignore::lightning.fabric.utilities.warnings.PossibleUserWarning"),
     pytest.mark.filterwarnings("ignore:Checkpoint directory"),
     pytest.mark.filterwarnings("ignore:BatchNorm layers need attention"),
+    pytest.mark.slow,
     pytest.mark.filterwarnings("ignore:You're resuming from a checkpoint that ended"),
 ]
 BATCHES = 24  # in an epoch
@@ -116,16 +117,16 @@ class StopError(Exception):
     pass
 
 
-class SaveAndStop(Callback):
-    """Saves a checkpoint at one moment, and ends the run there as a crash does."""
+class Save(Callback):
+    """Saves checkpoints at given moments, each a kind and a step."""
 
-    def __init__(self, moment, step, path):
-        self.moment, self.step, self.path = moment, step, path
+    def __init__(self, folder, *moments):
+        self.folder, self.moments = folder, moments
 
-    def act(self, moment, trainer):
-        if moment == self.moment and trainer.global_step == self.step:
-            trainer.save_checkpoint(self.path)
-            raise StopError
+    def act(self, kind, trainer):
+        moment = kind, trainer.global_step
+        if moment in self.moments and not path_of(self.folder, *moment).exists():
+            trainer.save_checkpoint(path_of(self.folder, *moment))
 
     def on_train_batch_end(self, trainer, *_):
         self.act("batch end", trainer)
@@ -140,21 +141,20 @@ class SaveAndStop(Callback):
         self.act("epoch end", trainer)
 
 
-def assert_same(actual, expected, rel=1e-12, path=""):
-    """Equal values, floats to rounding, in nested containers."""
-    assert type(actual) is type(expected), path
-    if isinstance(actual, dict):
-        assert actual.keys() == expected.keys(), path
-        for key in actual:
-            assert_same(actual[key], expected[key], rel, f"{path}/{key}")
-    elif isinstance(actual, list):
-        assert len(actual) == len(expected), path
-        for index, (mine, theirs) in enumerate(zip(actual, expected, strict=True)):
-            assert_same(mine, theirs, rel, f"{path}/{index}")
-    elif isinstance(actual, float):
-        assert math.isclose(actual, expected, rel_tol=rel, abs_tol=rel), f"{path}: {actual} is not {expected}"
-    else:
-        assert actual == expected, path
+def path_of(folder, kind, step):
+    return folder / f"{kind} {step}.ckpt"
+
+
+class SaveAndStop(Callback):
+    """Saves a checkpoint at the end of a batch, and ends the run there as a crash does."""
+
+    def __init__(self, step, path):
+        self.step, self.path = step, path
+
+    def on_train_batch_end(self, trainer, *_):
+        if trainer.global_step == self.step:
+            trainer.save_checkpoint(self.path)
+            raise StopError
 
 
 OPTIONS = {
@@ -172,29 +172,57 @@ def left_alone(tmp_path_factory):
     return {name: run(folder, **options)[0] for name, options in OPTIONS.items()}
 
 
-MOMENTS = [
-    *(("batch end", step) for step in (1, 10, 12, 23, 24, 25, 40, 71)),
-    *(("validation", step) for step in (24, 48)),
-    *(("validation end", step) for step in (24, 48)),
-    *(("epoch end", step) for step in (24, 48)),
-]
+# Before, at and after a window's end, within a validation, after it, and at an epoch's end.
+MOMENTS = {
+    "epochs": [
+        *(("batch end", step) for step in (1, 12, 23, 24, 25, 71)),
+        *(("validation", 24), ("validation end", 48), ("epoch end", 24)),
+    ],
+    "two epochs": [("batch end", 24), ("batch end", 40), ("validation", 24), ("validation end", 48), ("epoch end", 48)],
+    "batches": [
+        *(("batch end", step) for step in (10, 23, 24, 71)),
+        *(("validation", 48), ("validation end", 24), ("epoch end", 24)),
+    ],
+    "half epochs": [
+        ("batch end", 12),
+        ("batch end", 23),
+        ("validation", 24),
+        ("validation end", 48),
+        ("epoch end", 24),
+    ],
+    "validation in mid-epoch": [("batch end", 12), ("batch end", 25), ("validation", 48), ("epoch end", 24)],
+}
 
 
-@pytest.mark.parametrize(("moment", "step"), MOMENTS, ids=lambda value: str(value).replace(" ", "-"))
-@pytest.mark.parametrize("windows", OPTIONS)
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory, left_alone):
+    """Folders with the checkpoints of runs that were saved at all moments, and not disturbed by that."""
+    folders = {}
+    for windows, moments in MOMENTS.items():
+        folders[windows] = folder = tmp_path_factory.mktemp("saved")
+        reports, _, _ = run(folder, Save(folder, *moments), **OPTIONS[windows])
+        assert_alike(reports, left_alone[windows], rounding(windows))
+        assert all(path_of(folder, *moment).exists() for moment in moments)
+    return folders
+
+
+def rounding(windows):
+    """In a window of two batches the noise is the difference of two numbers: its z has lost a digit."""
+    return 1e-11 if windows == "batches" else 1e-12
+
+
+@pytest.mark.parametrize(
+    ("windows", "kind", "step"), [(windows, *moment) for windows, moments in MOMENTS.items() for moment in moments]
+)
 def test_a_run_resumed_at_the_end_of_a_batch_has_the_reports_of_one_left_alone(
-    tmp_path, left_alone, windows, moment, step
+    tmp_path, left_alone, saved, windows, kind, step
 ):
-    path = tmp_path / "stopped.ckpt"
-    before, _, _ = run(tmp_path, SaveAndStop(moment, step, path), **OPTIONS[windows])
-    after, monitor, _ = run(tmp_path, ckpt_path=path, **OPTIONS[windows])
+    after, monitor, _ = run(tmp_path, ckpt_path=path_of(saved[windows], kind, step), **OPTIONS[windows])
     expected = left_alone[windows]
-    assert before.keys() | after.keys() == expected.keys()
-    # In a window of two batches the noise is the difference of two numbers: its z has lost a digit.
-    rel = 1e-11 if windows == "batches" else 1e-12
-    for end, report in (before | after).items():
-        assert_same(report, expected[end], rel)
-    assert_same(before_validation(monitor.report()), expected[max(expected)], rel)
+    assert {end for end in expected if end > step} <= after.keys() <= expected.keys()
+    for end, report in after.items():
+        assert_alike(report, expected[end], rounding(windows))
+    assert_alike(before_validation(monitor.report()), expected[max(expected)], rounding(windows))
 
 
 def test_a_run_that_goes_on_after_its_end_knows_its_history(tmp_path, left_alone):
@@ -202,13 +230,13 @@ def test_a_run_that_goes_on_after_its_end_knows_its_history(tmp_path, left_alone
     trainer.save_checkpoint(tmp_path / "end.ckpt")
     after, _, _ = run(tmp_path, ckpt_path=tmp_path / "end.ckpt")
     assert after.keys() == {72}
-    assert_same(after[72], left_alone["epochs"][72])
+    assert_alike(after[72], left_alone["epochs"][72])
 
 
 KILLED = """
 import os, signal, sys
 sys.path.insert(0, sys.argv[1])
-import test_resume
+from tests.tracking import test_resume
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
 
@@ -225,14 +253,14 @@ test_resume.run(sys.argv[2], Kill(), checkpoints, enable_checkpointing=True)
 def test_a_killed_run_resumes_as_of_its_last_checkpoint(tmp_path, left_alone):
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
-    here = os.path.dirname(__file__)
+    here = str(Path(__file__).parents[2])
     killed = subprocess.run([sys.executable, str(script), here, str(tmp_path)], timeout=120, capture_output=True)
     assert killed.returncode == -signal.SIGKILL, killed.stderr
     after, _, _ = run(tmp_path, ckpt_path=tmp_path / "step=30.ckpt")
     assert after.keys() == {48, 72}
     for end, report in after.items():
         # The weights themselves come from another process, where float32 sums may be rounded in another way.
-        assert_same(report, left_alone["epochs"][end], rel=1e-4)
+        assert_alike(report, left_alone["epochs"][end], bound=1e-4)
 
 
 class Interrupted(Net):
@@ -249,8 +277,7 @@ class Interrupted(Net):
         return loss
 
 
-@pytest.mark.parametrize("error", [KeyboardInterrupt, StopError])
-@pytest.mark.parametrize("at", [24, 30, 47])
+@pytest.mark.parametrize(("error", "at"), [(StopError, 24), (KeyboardInterrupt, 30), (StopError, 47)])
 def test_a_run_interrupted_within_a_batch_counts_what_was_run_and_says_so(tmp_path, left_alone, error, at):
     save = OnExceptionCheckpoint(tmp_path, "broken")
     run(tmp_path, save, model=Interrupted(error, at), enable_checkpointing=True)
@@ -272,10 +299,12 @@ def test_a_run_interrupted_within_a_batch_counts_what_was_run_and_says_so(tmp_pa
         assert later["num_batches"] == BATCHES
 
 
-def checkpoint_of(folder, **options):
-    path = folder / "saved.ckpt"
-    run(folder, SaveAndStop("batch end", 30, path), **options)
-    return path
+@pytest.fixture(scope="module")
+def stopped(tmp_path_factory):
+    """The checkpoint of a run that crashed six batches into its second epoch."""
+    folder = tmp_path_factory.mktemp("stopped")
+    run(folder, SaveAndStop(30, folder / "saved.ckpt"))
+    return folder / "saved.ckpt"
 
 
 def state_of(checkpoint):
@@ -283,15 +312,14 @@ def state_of(checkpoint):
     return checkpoint["callbacks"][key]
 
 
-def test_a_checkpoint_is_small_and_loads_with_weights_only(tmp_path):
-    checkpoint = torch.load(checkpoint_of(tmp_path), weights_only=True)
-    state = state_of(checkpoint)
+def test_a_checkpoint_is_small_and_loads_with_weights_only(tmp_path, stopped):
+    state = state_of(torch.load(stopped, weights_only=True))
     torch.save(state, tmp_path / "state")
     assert (tmp_path / "state").stat().st_size <= 1024 * (6 + 3 + 2) + 64 * 1024
     wide = tmp_path / "wide.ckpt"
-    run(tmp_path, SaveAndStop("batch end", 30, wide), model=Net((1000, 2000)))
+    run(tmp_path, SaveAndStop(30, wide), model=Net((100, 200)))
     torch.save(state_of(torch.load(wide, weights_only=True)), tmp_path / "state")
-    assert (tmp_path / "state").stat().st_size <= 1024 * 3002 + 64 * 1024
+    assert (tmp_path / "state").stat().st_size <= 1024 * 302 + 64 * 1024
 
 
 class Changed(Net):
@@ -304,8 +332,7 @@ class Changed(Net):
         checkpoint["optimizer_states"] = [torch.optim.SGD(self.parameters(), lr=0.05).state_dict()]
 
 
-def test_a_model_whose_layers_have_changed_goes_on_and_is_told_which(tmp_path):
-    path = checkpoint_of(tmp_path)
+def test_a_model_whose_layers_have_changed_goes_on_and_is_told_which(tmp_path, stopped):
     model = Changed((6, 5))
     model.extra = nn.BatchNorm1d(4)
     del model.never
@@ -314,31 +341,30 @@ def test_a_model_whose_layers_have_changed_goes_on_and_is_told_which(tmp_path):
         r"width: b; new: b, extra\."
     )
     with pytest.warns(UserWarning, match=message):
-        after, _, _ = run(tmp_path, ckpt_path=path, model=model)
+        after, _, _ = run(tmp_path, ckpt_path=stopped, model=model)
     assert after[48]["layers"]["a"]["num_batches"] == BATCHES
     assert after[48]["layers"]["b"]["num_batches"] == BATCHES - 6
     assert after[72]["layers"]["b"]["num_batches"] == BATCHES
 
 
-def test_nothing_is_said_if_no_layer_has_changed(tmp_path):
-    path = checkpoint_of(tmp_path)
+def test_nothing_is_said_if_no_layer_has_changed(tmp_path, stopped):
     with warnings.catch_warnings():
         warnings.filterwarnings("error", message="BatchNorm layers have changed")
-        run(tmp_path, ckpt_path=path)
+        run(tmp_path, ckpt_path=stopped)
 
 
-def test_a_checkpoint_without_the_monitor_is_no_trouble(tmp_path):
-    path = checkpoint_of(tmp_path)
-    checkpoint = torch.load(path, weights_only=True)
+def test_a_checkpoint_without_the_monitor_is_no_trouble(tmp_path, stopped):
+    path = tmp_path / "changed.ckpt"
+    checkpoint = torch.load(stopped, weights_only=True)
     checkpoint["callbacks"] = {}
     torch.save(checkpoint, path)
     after, _, _ = run(tmp_path, ckpt_path=path)
     assert after[48]["layers"]["a"]["num_batches"] == BATCHES - 6
 
 
-def test_a_state_of_another_version_is_left_out_with_a_warning(tmp_path):
-    path = checkpoint_of(tmp_path)
-    checkpoint = torch.load(path, weights_only=True)
+def test_a_state_of_another_version_is_left_out_with_a_warning(tmp_path, stopped):
+    path = tmp_path / "changed.ckpt"
+    checkpoint = torch.load(stopped, weights_only=True)
     state_of(checkpoint)["tracker"]["version"] = 1
     torch.save(checkpoint, path)
     with pytest.warns(UserWarning, match=r"statistics in the checkpoint are left out: .* got version 1"):
@@ -349,7 +375,7 @@ def test_a_state_of_another_version_is_left_out_with_a_warning(tmp_path):
 def test_early_stopping_finds_its_metric_in_the_first_validation_after_a_resume(tmp_path):
     options = {"val_check_interval": 0.25}
     path = tmp_path / "saved.ckpt"
-    run(tmp_path, SaveAndStop("batch end", 25, path), **options)
+    run(tmp_path, SaveAndStop(25, path), **options)
     strict = EarlyStopping("bn/eval_error_max", patience=100)
     _, _, trainer = run(tmp_path, strict, ckpt_path=path, **options)
     assert trainer.global_step == 72
@@ -358,17 +384,15 @@ def test_early_stopping_finds_its_metric_in_the_first_validation_after_a_resume(
 def test_two_monitors_keep_states_of_their_own(tmp_path, left_alone):
     path = tmp_path / "saved.ckpt"
     other = BatchNormMonitor(every_n_train_batches=10, include="a", log_key_prefix="other")
-    run(tmp_path, other, SaveAndStop("batch end", 25, path))
+    run(tmp_path, other, SaveAndStop(25, path))
     other = BatchNormMonitor(every_n_train_batches=10, include="a", log_key_prefix="other")
     after, _, _ = run(tmp_path, other, ckpt_path=path)
-    assert_same(after[72], left_alone["epochs"][72])
+    assert_alike(after[72], left_alone["epochs"][72])
     assert other.report()["a"].num_batches == 2  # 72 = 7 * 10 + 2
     assert list(other.report()) == ["a"]
 
 
-def test_a_checkpoint_that_was_tested_is_not_what_the_next_fit_goes_on_from(tmp_path):
-    path = checkpoint_of(tmp_path)
-
+def test_a_checkpoint_that_was_tested_is_not_what_the_next_fit_goes_on_from(tmp_path, stopped):
     class Tested(Net):
         def test_step(self, batch, batch_idx):
             self(batch[0])
@@ -378,47 +402,9 @@ def test_a_checkpoint_that_was_tested_is_not_what_the_next_fit_goes_on_from(tmp_
         default_root_dir=tmp_path, callbacks=[monitor], logger=False, enable_checkpointing=False, max_epochs=1,
         enable_progress_bar=False, enable_model_summary=False, accelerator="cpu",
     )  # fmt: skip
-    trainer.test(Tested(), loader(2), ckpt_path=path)
+    trainer.test(Tested(), loader(2), ckpt_path=stopped)
     trainer.fit(Net(), loader())
     assert monitor.report()["a"].num_batches == BATCHES
-
-
-def test_the_state_of_another_rank_is_history_alone():
-    torch.manual_seed(0)
-    layer = nn.BatchNorm1d(3)
-    with BatchNormTracker(layer) as tracker:
-        for _ in range(10):
-            layer(torch.randn(8, 3))
-        state = tracker.state_dict()
-        assert state["rank"] == 0
-        tracker.load_state_dict(state | {"rank": 1})
-        assert tracker.report()["(root)"].verdict == "unused"
-        for _ in range(30):
-            layer(torch.randn(8, 3))
-        report = tracker.report()["(root)"]
-        assert (report.num_batches, report.num_samples, report.verdict, report.flags) == (30, 240, "healthy", ())
-        assert report.evidence["updates_per_call"] == 1
-        tracker.reset()
-        layer(torch.randn(8, 3))
-        assert tracker.report()["(root)"].flags == ()
-
-
-def test_of_the_window_that_had_ended_on_another_rank_nothing_counts():
-    torch.manual_seed(0)
-    layer = nn.BatchNorm1d(3)
-    with BatchNormTracker(layer) as tracker:
-        for _ in range(30):
-            layer(torch.randn(8, 3))
-        tracker.close()
-        tracker.load_state_dict(tracker.state_dict() | {"rank": 1})
-        closed = tracker.report()["(root)"]
-        assert (closed.num_batches, closed.num_samples, closed.verdict, closed.flags) == (0, 0, "unused", ())
-        torch.testing.assert_close(closed.running_mean, layer.running_mean.double(), rtol=0, atol=0)
-        tracker.reset()
-        for _ in range(30):
-            layer(torch.randn(8, 3))
-        report = tracker.report()["(root)"]
-        assert (report.num_batches, report.verdict, report.flags) == (30, "healthy", ())
 
 
 def test_a_checkpoint_saved_by_model_checkpoint_while_validating_has_the_window_that_was_validated(tmp_path):

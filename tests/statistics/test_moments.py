@@ -18,8 +18,9 @@ from torchmetrics import MetricCollection
 
 from lightning_bnmonitor import ChannelMoments, Moments
 from lightning_bnmonitor.statistics.moments import merge_moments
+from tests import processes
 
-LAW = settings(max_examples=200, deadline=None)
+LAW = settings(max_examples=60, deadline=None)
 NO_DATA = "was called before the ``update`` method"
 SHAPES = [(7, 3), (7, 3, 5), (4, 3, 2, 5), (2, 3, 2, 3, 4), (7, 1), (1, 3, 6), (4, 1, 3, 2), (1, 1, 2)]
 
@@ -514,11 +515,12 @@ def run_rank(rank, folder):
 @pytest.fixture(scope="module")
 def ranks(tmp_path_factory):
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(run_rank, args=(str(folder),), nprocs=2)
+    processes.start(run_rank, str(folder), world_size=2)
     assert multiprocessing.active_children() == []
     return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", RANK_SIZES)
 def test_on_every_rank_compute_gives_the_moments_of_all_ranks(ranks, variant):
     everything = rank_batches(variant, 0) + rank_batches(variant, 1)
@@ -527,6 +529,7 @@ def test_on_every_rank_compute_gives_the_moments_of_all_ranks(ranks, variant):
     assert equal(ranks[0][variant]["first"], ranks[1][variant]["first"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", RANK_SIZES)
 def test_after_compute_every_rank_goes_on_with_its_own_data(ranks, variant):
     added = [normal((2, 3), -7.0, seed=100 + rank) for rank in range(2)]
@@ -537,6 +540,7 @@ def test_after_compute_every_rank_goes_on_with_its_own_data(ranks, variant):
         assert_moments(Moments(*results[variant]["second"]), *everything)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", RANK_SIZES)
 def test_forward_gives_the_moments_of_the_batch_on_this_rank(ranks, variant):
     for rank, results in enumerate(ranks):

@@ -1,0 +1,214 @@
+"""What is said of a layer: every number in it is in the evidence, and sentences are sentences."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+
+from lightning_bnmonitor.diagnosis.diagnosis import (
+    EVIDENCE,
+    FLAGS,
+    VERDICTS,
+    Diagnosis,
+)
+from tests.diagnosis.monitored_layers import checkpointed, frozen, norm, samples
+from tests.diagnosis.symptoms import (
+    CALLED,
+    INF,
+    NEVER_CALLED,
+    SYMPTOMS,
+    diagnosed,
+    numbers,
+    printed,
+    telling_evidence,
+    words_are_sound,
+)
+
+# The numbers of each explanation in the order in which they come.
+NUMBERS_OF_VERDICTS = {
+    "unused": [],
+    "no-running-stats": [],
+    "stale": ["eval_error"],
+    "frozen": ["eval_error"],
+    "insufficient-data": ["batches", "act_rmse"],
+    "tiny-batch": ["samples_per_batch", "jitter", "noise_error"],
+    "ordered-batches": ["ordering_ratio", "ordering_limit", "ordering_share", "trend_share"],
+    "grouped-batches": ["grouping_ratio", "batch_size", "grouping_limit", "grouping_share"],
+    "warming-up": ["initial_weight", "eval_error", "noise_error"],
+    "lagging": ["eval_error", "noise_error"],
+    "noisy": ["effective_momentum", "samples_per_batch", "noise_error"],
+    "drifting": ["drift_error", "eval_error"],
+    "healthy": ["eval_error", "noise_error", "now_error"],
+}
+NUMBERS_OF_FLAGS = {
+    "dead-channels": ["dead_channels", "num_features"],
+    "double-update": ["updates_per_call", "effective_momentum"],
+    "interrupted-batch": [],
+    "missed-calls": ["updates_per_call"],
+    "not-updating": ["calls_not_updating"],
+    "written-outside": [],
+}
+NUMBERS_OF_REMEDIES = {
+    "warming-up": ["recommended_momentum", "recommended_error", "batches_to_go"],
+    "lagging": ["recommended_momentum", "recommended_error"],
+    "noisy": ["recommended_momentum", "recommended_error", "recommended_batch_size"],
+    "double-update": ["compensated_momentum", "momentum"],
+}
+
+
+@pytest.mark.parametrize("verdict", NUMBERS_OF_VERDICTS)
+def test_an_explanation_has_the_numbers_that_it_speaks_of(verdict):
+    evidence = telling_evidence()
+    diagnosis = Diagnosis(verdict, (), True, evidence)
+    assert numbers(diagnosis.explanation) == [printed(evidence[name]) for name in NUMBERS_OF_VERDICTS[verdict]]
+    assert numbers(diagnosis.remedy) == [printed(evidence[name]) for name in NUMBERS_OF_REMEDIES.get(verdict, [])]
+    words_are_sound(diagnosis)
+
+
+@pytest.mark.parametrize("flag", NUMBERS_OF_FLAGS)
+def test_a_flag_adds_a_sentence_with_its_numbers(flag):
+    evidence = telling_evidence()
+    plain, flagged = Diagnosis("healthy", (), False, evidence), Diagnosis("healthy", (flag,), False, evidence)
+    assert flagged.explanation.startswith(plain.explanation)
+    added = flagged.explanation.removeprefix(plain.explanation)
+    assert re.match(r" [A-Z0-9].*\.$", added)
+    assert numbers(added) == [printed(evidence[name]) for name in NUMBERS_OF_FLAGS[flag]]
+    words_are_sound(flagged)
+
+
+def test_double_updates_are_compensated_once():
+    evidence = telling_evidence()
+    diagnosis = Diagnosis("noisy", ("double-update",), True, evidence)
+    assert printed(evidence["compensated_momentum"]) not in numbers(diagnosis.remedy)
+    words_are_sound(diagnosis)  # the momentum that is recommended against the noise is that of one update already
+    del evidence["recommended_momentum"]
+    for verdict in ("healthy", "noisy", "tiny-batch"):
+        remedy = Diagnosis(verdict, ("double-update",), True, evidence).remedy
+        expected = [printed(evidence[name]) for name in NUMBERS_OF_REMEDIES["double-update"]]
+        assert numbers(remedy)[-2:] == expected
+
+
+def test_all_flags_together_are_all_their_sentences():
+    evidence = telling_evidence()
+    one_by_one = [Diagnosis("unused", (flag,), False, evidence).explanation for flag in NUMBERS_OF_FLAGS]
+    plain = Diagnosis("unused", (), False, evidence).explanation
+    together = Diagnosis("unused", tuple(NUMBERS_OF_FLAGS), False, evidence).explanation
+    assert together == plain + "".join(text.removeprefix(plain) for text in one_by_one)
+
+
+def test_unknown_weights_are_explained_with_what_was_assumed():
+    diagnosis = diagnosed({"updates_per_call": 2.5, "assumed_updates": 2, "eval_error": 0.123})
+    assert diagnosis.verdict == "insufficient-data"
+    assert numbers(diagnosis.explanation)[:3] == ["2.5", "2", "0.123"]
+    words_are_sound(diagnosis)
+
+
+def test_a_reset_within_the_window_is_explained_by_what_is_known_of_it():
+    diagnosis = diagnosed({"updates_per_call": -0.5, "eval_error": 0.123})
+    assert numbers(diagnosis.explanation) == ["0.123"]
+    assert "reset within this window" in diagnosis.explanation
+    words_are_sound(diagnosis)
+
+
+@pytest.mark.parametrize("verdict", ["healthy", "noisy", "unused"])
+def test_calls_that_could_not_be_looked_at_are_mentioned(verdict):
+    calls = diagnosed(SYMPTOMS[verdict]).evidence
+    calls = {path: int(calls[f"calls_{path}"]) for path in CALLED.calls} | {"skipped": 17}
+    diagnosis = diagnosed({"calls": calls}, SYMPTOMS[verdict])
+    assert diagnosis.verdict == verdict
+    assert "17" in numbers(diagnosis.explanation)
+    assert len(diagnosis.explanation) > len(diagnosed(SYMPTOMS[verdict]).explanation)
+    words_are_sound(diagnosis)
+
+
+@pytest.mark.parametrize(
+    ("symptoms", "expected"),
+    [
+        ({"first_bad_batch": 7.0, "first_bad_channel": 0.0}, ["7", "0"]),
+        ({"non_finite_running_stats": 5.0}, ["5", "64"]),
+        ({"first_bad_batch": 7.0, "first_bad_channel": 3.0, "non_finite_running_stats": 5.0}, ["7", "3", "5", "64"]),
+    ],
+)
+def test_what_is_not_finite_is_said_with_its_place(symptoms, expected):
+    diagnosis = diagnosed({"non_finite_channels": 6.0}, symptoms)
+    assert diagnosis.verdict == "non-finite"
+    assert numbers(diagnosis.explanation) == expected
+    assert numbers(diagnosis.remedy) == []
+    assert ("reset_running_stats" in diagnosis.remedy) == ("non_finite_running_stats" in symptoms)
+    assert ("detect_anomaly" in diagnosis.remedy) == ("first_bad_batch" in symptoms)
+
+
+@pytest.mark.parametrize("flags", [{}, {"written_outside": True, "dead_channels": 3.0}, {"batches": 90.0}])
+@pytest.mark.parametrize("verdict", VERDICTS)
+def test_words_are_sound_for_every_verdict(verdict, flags):
+    diagnosis = diagnosed(SYMPTOMS[verdict], flags)
+    words_are_sound(diagnosis)
+    # What is sent to other ranks is all of it.
+    assert diagnosis.evidence.keys() <= set(EVIDENCE)
+    assert set(diagnosis.flags) <= set(FLAGS)
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [
+        (0.123456, "0.123"),
+        (12.0, "12"),
+        (999.4, "999"),
+        (999.6, "1000"),
+        (1234567.0, "1234567"),
+        (INF, "inf"),
+        (1.2e-7, "1.2e-07"),
+    ],
+)
+def test_numbers_are_printed_with_three_digits_and_counts_in_full(value, text):
+    assert f"an error of {text}." in Diagnosis("stale", (), True, {"eval_error": value}).explanation
+
+
+def test_a_layer_whose_calls_could_not_be_looked_at_is_not_said_not_to_have_been_called():
+    calls = {"calls": NEVER_CALLED | {"skipped": 5}}
+    explanation = diagnosed(calls, SYMPTOMS["unused"]).explanation
+    assert explanation.startswith("No call of it was counted in this window. 5 calls could not be looked at")
+
+
+def test_double_updates_of_a_cumulative_average_need_no_remedy(monitored):
+    layer = norm(momentum=None)
+    words_are_sound(monitored(layer).window(samples(40, 16), checkpointed(layer, False)).diagnosis)
+
+
+def test_tiny_batches_are_explained_without_weights(monitored):
+    layer = norm()
+    words_are_sound(monitored(layer).window(samples(40, 3), checkpointed(layer, False)).diagnosis)
+
+
+def test_a_layer_that_received_a_single_value_has_an_explanation_in_words(monitored):
+    words_are_sound(monitored(frozen(norm())).window(samples(1, 1)).diagnosis)
+
+
+@pytest.mark.parametrize("name", ["samples_per_batch", "batch_size", "ordering_ratio"])
+def test_large_numbers_are_readable(name):
+    evidence = telling_evidence() | {name: 12544.5}
+    text = "".join(Diagnosis(v, (), True, evidence).explanation for v in ("tiny-batch", "ordered-batches", "noisy"))
+    assert "e+" not in text + Diagnosis("grouped-batches", (), True, evidence).explanation
+
+
+def test_huge_errors_are_readable():
+    assert max(map(len, numbers(Diagnosis("stale", (), True, {"eval_error": 7.684269647594e19}).explanation))) < 10
+
+
+@pytest.mark.parametrize(
+    "diagnosis",
+    [
+        diagnosed({"batches": 1.0}),
+        diagnosed({"batches": 99.0}),
+        diagnosed({"dead_channels": 1.0}),
+        diagnosed({"dead_channels": 1.0, "num_features": 1}),
+        diagnosed({"updates_per_call": 1.0, "assumed_updates": 2}),
+        diagnosed({"updates_per_call": -1.0}),
+        diagnosed({"momentum": 0.001, "effective_momentum": 0.9, "warmup_error": 0.11}, SYMPTOMS["warming-up"]),
+    ],
+    ids=["batch", "call", "dead", "dead of 1", "updates", "negative updates", "batches to go"],
+)
+def test_one_is_singular(diagnosis):
+    text = f"{diagnosis.explanation} {diagnosis.remedy}"
+    assert not re.search(r"-?\b1 (batches|calls|times|channels)\b|\b1 of \d+ channels are", text), text
