@@ -12,11 +12,11 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex
-from test_report import layer, stateless, unused, with_error
 from torch import nn
 
 from lightning_bnmonitor import BatchNormTracker, Report
 from lightning_bnmonitor.diagnosis.diagnosis import VERDICTS
+from tests.report.made_reports import layer, stateless, unused, with_error
 
 NAN, INF = math.nan, math.inf
 

@@ -16,11 +16,11 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from matplotlib import pyplot as plt
-from test_report import layer, stateless, unused, with_error
 
 from lightning_bnmonitor import Report
 from lightning_bnmonitor.diagnosis.diagnosis import VERDICTS
 from lightning_bnmonitor.report.heatmap import Heatmap, grouped
+from tests.report.made_reports import layer, stateless, unused, with_error
 
 NAN, INF = math.nan, math.inf
 LEVELS = (0.0, 0.02, 0.05, 0.099, 0.1, 0.249, 0.25, 0.59, 0.61, 1.4, 1.6, 1e4, INF)

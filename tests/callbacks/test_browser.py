@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from selenium.webdriver.support.wait import WebDriverWait
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 WIDTHS = (1280, 800)
 LAYERS = ("stem.1", "body.1", "body.4", "body.7", "head.1")
 METRICS = ("eval_error", "act_rmse", "mean_shift", "log_var_ratio", "val_shift")

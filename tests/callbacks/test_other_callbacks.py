@@ -1,0 +1,214 @@
+"""The monitor beside other callbacks: averaging, finetuning, pruning, finders, progress bars."""
+
+import importlib.util
+
+import pytest
+import torch
+from lightning.pytorch.callbacks import (
+    BaseFinetuning,
+    BatchSizeFinder,
+    DeviceStatsMonitor,
+    EarlyStopping,
+    EMAWeightAveraging,
+    GradientAccumulationScheduler,
+    LearningRateFinder,
+    LearningRateMonitor,
+    ModelCheckpoint,
+    ModelPruning,
+    ModelSummary,
+    RichModelSummary,
+    RichProgressBar,
+    StochasticWeightAveraging,
+    Timer,
+    TQDMProgressBar,
+    WeightAveraging,
+)
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
+from torch.utils.data import DataLoader
+
+from lightning_bnmonitor import BatchNormMonitor
+from tests.callbacks.compared_fits import MOMENTUM, Net, both_orders, fit, samples, val_data
+from tests.callbacks.expected_warnings import EXPECTED_WARNINGS
+
+pytestmark = EXPECTED_WARNINGS
+
+
+def test_the_reference_notices_a_batch_that_is_missing(tmp_path):
+    ran = fit(tmp_path, twin=False).check(10, 20).check_healthy()
+    del ran.recorder.batches[-1]["net.a"][0]
+    with pytest.raises(AssertionError):
+        ran.check(10, 20)
+
+
+@both_orders
+def test_stochastic_weight_averaging(tmp_path, monitor_first):
+    def others():
+        return [StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2)]
+
+    ran = fit(tmp_path, others=others, monitor_first=monitor_first, max_epochs=4)
+    ran.check(10, 20, 30, 40, 50)  # the last epoch computes the averaged weights' statistics afresh
+    assert [ran.flags(i)["net.a"] for i in range(5)] == [(), (), (), (), ("written-outside",)]
+    assert ran.verdicts() == dict.fromkeys(("net.a", "net.b"), "healthy")
+
+
+@both_orders
+@pytest.mark.parametrize("averaging", [WeightAveraging, EMAWeightAveraging])
+@pytest.mark.parametrize("use_buffers", [True, False])
+def test_weight_averaging_swaps_weights_in_validation_and_the_report_is_of_those_that_train(
+    tmp_path, averaging, use_buffers, monitor_first
+):
+    def others():
+        return [averaging(use_buffers=use_buffers)]
+
+    ran = fit(tmp_path, others=others, monitor_first=monitor_first, val_check_interval=0.5)
+    ran.check(10, 20).check_healthy()
+
+
+class Unfreezes(BaseFinetuning):
+    def __init__(self, train_bn):
+        super().__init__()
+        self.train_bn = train_bn
+
+    def freeze_before_training(self, pl_module):
+        self.freeze([pl_module.net.conv, pl_module.net.a], train_bn=self.train_bn)
+
+    def finetune_function(self, pl_module, epoch, optimizer):
+        if epoch == 2:
+            self.unfreeze_and_add_param_group([pl_module.net.conv, pl_module.net.a], optimizer, lr=0.002)
+
+
+class FiltersParameters(Net):
+    def configure_optimizers(self):
+        return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.002)
+
+
+@both_orders
+def test_finetuning_that_freezes_batch_norm_is_stale_until_it_is_unfrozen(tmp_path, monitor_first):
+    ran = fit(tmp_path, FiltersParameters, lambda: [Unfreezes(False)], monitor_first=monitor_first, max_epochs=5)
+    ran.check(10, 20, 30, 40, 50)
+    assert [ran.verdicts(i)["net.a"] for i in (0, 1, 3, 4)] == ["stale", "stale", "healthy", "healthy"]
+    assert ran.verdicts(2)["net.a"] in ("warming-up", "healthy")
+    assert [ran.flags(i)["net.a"] for i in range(5)] == [("not-updating",), ("not-updating",), (), (), ()]
+    assert ran.reports[0]["net.a"].needs_attention
+    assert {ran.flags(i)["net.b"] for i in range(5)} == {()}
+    assert ran.reports[2]["net.a"].evidence["initial_weight"] == pytest.approx((1 - MOMENTUM) ** 10)
+
+
+def test_finetuning_that_trains_batch_norm_is_as_without_it(tmp_path):
+    ran = fit(tmp_path, FiltersParameters, lambda: [Unfreezes(True)], max_epochs=4)
+    ran.check(10, 20, 30, 40).check_healthy()
+
+
+def test_pruning_leaves_the_layers_alone(tmp_path):
+    def others():
+        return [ModelPruning("l1_unstructured", amount=0.3, parameter_names=["weight"], make_pruning_permanent=True)]
+
+    ran = fit(tmp_path, others=others)
+    ran.check(10, 20).check_healthy()
+
+
+@both_orders
+def test_callbacks_that_only_watch(tmp_path, monitor_first):
+    def others():
+        return [
+            *(LearningRateMonitor(), Timer(), TQDMProgressBar(), ModelSummary(max_depth=-1)),
+            *([DeviceStatsMonitor()] if importlib.util.find_spec("psutil") else []),
+            *(ModelCheckpoint(save_last=True), EarlyStopping("val_loss", patience=9)),
+            GradientAccumulationScheduler({0: 1, 1: 3}),
+        ]
+
+    kwargs = {"logger": [CSVLogger(tmp_path, name="csv"), TensorBoardLogger(tmp_path, name="tb")]}
+    ran = fit(
+        tmp_path, others=others, monitor_first=monitor_first, num_sanity_val_steps=2, enable_progress_bar=True, **kwargs
+    )
+    ran.check(10, 20).check_healthy()
+    assert "bn/eval_error_max" in (tmp_path / "csv" / "version_0" / "metrics.csv").read_text()
+
+
+@both_orders
+def test_rich_progress_bar_and_model_summary_with_an_example_input(tmp_path, monitor_first, capsys):
+    pytest.importorskip("rich")
+
+    class WithExample(Net):
+        example_input_array = torch.full((5, 1, 6), 1e3)
+
+    ran = fit(
+        tmp_path,
+        WithExample,
+        lambda: [RichProgressBar(), RichModelSummary(max_depth=-1)],
+        monitor_first=monitor_first,
+        enable_progress_bar=True,
+        enable_model_summary=True,
+    )
+    ran.check(10, 20).check_healthy()
+    assert "BatchNorm: running statistics in the last window" in capsys.readouterr().out
+
+
+# ----------------------------------------------------------------------------------------------- trials before training
+
+
+class OwnData(Net):
+    """Has its batch size and learning rate where the finders look for them."""
+
+    def __init__(self):
+        super().__init__()
+        self.batch_size, self.lr = 8, 0.002
+
+    def train_dataloader(self):
+        return DataLoader(samples(), batch_size=self.batch_size, shuffle=True)
+
+    def val_dataloader(self):
+        return val_data()
+
+
+class LearningRateFinderAt(LearningRateFinder):
+    def on_fit_start(self, trainer, pl_module):
+        pass
+
+    def on_train_epoch_start(self, trainer, pl_module):
+        if trainer.current_epoch == 1:
+            self.lr_find(trainer, pl_module)
+
+
+def finds_learning_rate(at_start=True):
+    finder = LearningRateFinder if at_start else LearningRateFinderAt
+    return [finder(min_lr=1e-4, max_lr=0.1, num_training_steps=25)]
+
+
+def finds_batch_size():
+    return [BatchSizeFinder(init_val=16, max_trials=2, steps_per_trial=2)]
+
+
+@pytest.mark.parametrize("finder", [finds_learning_rate, finds_batch_size])
+@both_orders
+def test_what_a_finder_tries_before_training_does_not_count(tmp_path, monitor_first, finder):
+    ran = fit(tmp_path, OwnData, finder, monitor_first=monitor_first, data=None, max_epochs=2)
+    batches = ran.trainer.num_training_batches
+    assert batches == (40 if finder is finds_learning_rate else 10)
+    ran.check(batches, 2 * batches)
+    assert set(ran.flags(0).values()) == set(ran.flags(1).values()) == {()}
+    for report in ran.reports:
+        assert {layer.evidence["updates_per_call"] for layer in report.values()} == {1}
+    weights = [layer.evidence["initial_weight"] for layer in ran.reports[0].values()]
+    assert weights == pytest.approx([(1 - MOMENTUM) ** batches] * 2)
+
+
+@both_orders
+@pytest.mark.parametrize(
+    ("window", "ends"),
+    [
+        ({}, [40, 80, 120]),
+        ({"every_n_train_batches": 28}, [28, 56, 84, 112, 120]),
+        ({"every_n_epochs": 2}, [80, 120]),
+    ],
+)
+def test_what_a_finder_tries_between_epochs_does_not_count(tmp_path, monitor_first, window, ends):
+    # (After a BatchSizeFinder there, Lightning 2.6 trains on nothing any more, with or without us.)
+    def others():
+        return finds_learning_rate(at_start=False)
+
+    ran = fit(tmp_path, OwnData, others, BatchNormMonitor(**window), monitor_first, data=None, max_epochs=3)
+    ran.check(*ends)
+    for report in ran.reports:
+        assert {layer.flags for layer in report.values()} == {()}
+        assert {layer.evidence["updates_per_call"] for layer in report.values()} == {1}
