@@ -3,7 +3,6 @@
 from collections import OrderedDict, defaultdict
 
 import numpy as np
-import pytest
 import pytorch_lightning
 import torch
 from lightning.pytorch import Callback, LightningModule, Trainer, seed_everything
@@ -175,8 +174,8 @@ def check_layer(layer, calls, buffers):
 class Ran:
     """A fit with the monitor: what it left, and what the recorder says of it."""
 
-    def __init__(self, trainer, model, monitor, recorder, windows):
-        self.trainer, self.model, self.monitor, self.recorder = trainer, model, monitor, recorder
+    def __init__(self, trainer, model, monitor, recorder, windows, twin=None):
+        self.trainer, self.model, self.monitor, self.recorder, self.twin = trainer, model, monitor, recorder, twin
         self.ends, self.reports = windows.ends, windows.reports
 
     def check(self, *ends, without=()):
@@ -235,7 +234,10 @@ def fit(
     twin=True,
     **options,
 ):
-    """Train with the monitor, and once more without it (``twin``), which must leave the same to the last bit."""
+    """Train with the monitor, and once more without it (``twin``), which must leave the same to the last bit.
+
+    ``twin`` may be that of an earlier fit which differs in what concerns the monitor alone.
+    """
     monitor = BatchNormMonitor() if monitor is None else monitor
     recorder = (OtherRecorder if other_package else Recorder)()
     windows = (OtherWindows if other_package else Windows)(monitor)
@@ -252,8 +254,10 @@ def fit(
     beside = [monitor, *others()] if monitor_first else [*others(), monitor]
     trainer, model, state = train(tmp_path, recorder, *beside, windows)
     assert (len(_global_optimizer_post_hooks), len(_global_optimizer_pre_hooks)) == optimizer_hooks
+    if twin is True:
+        twin = train(tmp_path / "twin", *others())
     if twin:
-        other_trainer, other, other_state = train(tmp_path / "twin", *others())
+        other_trainer, other, other_state = twin
         assert hooks_of(model) == hooks_of(other)
         assert trainer.global_step == other_trainer.global_step
         one, two = model.state_dict(), other.state_dict()
@@ -261,9 +265,10 @@ def fit(
         for key in one:
             assert torch.equal(one[key], two[key]), key
         assert torch.equal(state, other_state)
-    return Ran(trainer, model, monitor, recorder, windows)
+    return Ran(trainer, model, monitor, recorder, windows, twin)
 
 
-# ------------------------------------------------------------------------------------- callbacks that write the weights
-
-both_orders = pytest.mark.parametrize("monitor_first", [True, False])
+def fit_in_both_orders(tmp_path, *args, **options):
+    """With the monitor before and after the other callbacks, and once without it."""
+    first = fit(tmp_path / "first", *args, **options)
+    return first, fit(tmp_path / "last", *args, monitor_first=False, twin=first.twin, **options)

@@ -16,8 +16,6 @@ from tensorboard.backend.event_processing.event_file_loader import RawEventFileL
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.plugins.custom_scalar import layout_pb2
 
-# ------------------------------------------------------------------------------------------------ what event files hold
-
 
 class Events(NamedTuple):
     scalars: dict

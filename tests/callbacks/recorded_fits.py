@@ -323,8 +323,5 @@ def read_csv(folder: Path) -> list[dict[str, str]]:
         return list(csv.DictReader(lines))
 
 
-# -------------------------------------------------------------------------------------------------------------- windows
-
-
 def windows_of(size: int, total: int) -> list[tuple[int, int]]:
     return [(start, min(start + size, total)) for start in range(0, total, size)]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import warnings
+from functools import cache
 
 import pytest
 from lightning.pytorch import Callback
@@ -27,9 +28,6 @@ from tests.callbacks.event_files import events
 from tests.callbacks.expected_warnings import EXPECTED_WARNINGS
 
 pytestmark = EXPECTED_WARNINGS
-
-
-# ------------------------------------------------------------------------------------------------------------- failures
 
 
 class Broken(RuntimeError):  # noqa: N818
@@ -57,17 +55,26 @@ def messages(caught):
     return [str(w.message) for w in caught if "did not log" in str(w.message)]
 
 
+@pytest.fixture(scope="module")
+def unmonitored():
+    """What training without the monitor leaves after so many epochs."""
+    return cache(lambda max_epochs: weights(*fit(False, max_epochs=max_epochs)))
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("methods", "what"),
+    ("methods", "what", "first"),
     [
-        (["add_image"], {"heatmap"}),
-        (["add_text"], {"report"}),
-        (["add_custom_scalars"], {"charts"}),
-        (["add_image", "add_text", "add_custom_scalars"], {"heatmap", "report", "charts"}),
+        (["add_image"], {"heatmap"}, True),
+        (["add_text"], {"report"}, False),
+        (["add_custom_scalars"], {"charts"}, True),
+        (["add_image", "add_text", "add_custom_scalars"], {"heatmap", "report", "charts"}, True),
+        (["add_image", "add_text", "add_custom_scalars"], {"heatmap", "report", "charts"}, False),
     ],
 )
-@pytest.mark.parametrize("first", [True, False])
-def test_what_a_writer_cannot_take_is_warned_of_once_and_all_else_is_logged(tmp_path, run, methods, what, first):
+def test_what_a_writer_cannot_take_is_warned_of_once_and_all_else_is_logged(
+    tmp_path, run, unmonitored, methods, what, first
+):
     broken = Writes(tmp_path / "broken", failing(SummaryWriter, methods, Broken("no")))
     whole, other = TensorBoardLogger(tmp_path / "whole"), LikeWandb()
     loggers = [broken, whole, other] if first else [whole, other, broken]
@@ -75,7 +82,7 @@ def test_what_a_writer_cannot_take_is_warned_of_once_and_all_else_is_logged(tmp_
         warnings.simplefilter("always")
         outcome = weights(*fit(loggers, BatchNormMonitor(), max_epochs=4))
     assert sorted(messages(caught)) == sorted(f"Writes did not log the BatchNorm {kind}: Broken('no')" for kind in what)
-    assert_same(outcome, weights(*fit(False, max_epochs=4)))
+    assert_same(outcome, unmonitored(4))
     found, expected = events(broken.log_dir), events(whole.log_dir)
     assert found.scalars == expected.scalars == run.events.scalars
     assert len(found.texts["bn/report"]) == 4 * ("report" not in what)
@@ -89,13 +96,13 @@ def test_what_a_writer_cannot_take_is_warned_of_once_and_all_else_is_logged(tmp_
 
 
 @pytest.mark.parametrize(("method", "kind"), [("log_image", "heatmap"), ("log_text", "report")])
-def test_what_a_logger_cannot_take_is_warned_of_once_and_all_else_is_logged(tmp_path, method, kind):
+def test_what_a_logger_cannot_take_is_warned_of_once_and_all_else_is_logged(unmonitored, method, kind):
     broken, whole = failing(LikeWandb, [method], Broken("no"))(), LikeWandb()
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         outcome = weights(*fit([broken, whole], BatchNormMonitor(every_n_train_batches=8)))
     assert messages(caught) == [f"FailingLikeWandb did not log the BatchNorm {kind}: Broken('no')"]
-    assert_same(outcome, weights(*fit(False)))
+    assert_same(outcome, unmonitored(2))
     assert broken.of_ours() == whole.of_ours()
     assert len(whole.of_ours()) == 4
     assert len(whole.texts) == 4
@@ -123,13 +130,13 @@ class Lost(TensorBoardLogger):
 
 
 @pytest.mark.parametrize("batch", [3, BATCHES + 3], ids=["in the first window", "in the second window"])
-def test_a_logger_that_loses_its_writer_does_not_end_the_run(tmp_path, batch):
+def test_a_logger_that_loses_its_writer_does_not_end_the_run(tmp_path, unmonitored, batch):
     broken, whole = Lost(tmp_path), LikeWandb()
     lose = At(batch, lambda _: setattr(broken, "is_lost", True))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         outcome = weights(*fit([broken, whole], BatchNormMonitor(), lose, log_every_n_steps=1000))
-    assert_same(outcome, weights(*fit(False)))
+    assert_same(outcome, unmonitored(2))
     assert any("Lost did not log the BatchNorm report" in message for message in messages(caught))
     assert len(whole.texts) == 2
     assert whole.images[-1][2] == STEPS[1]

@@ -33,9 +33,6 @@ from tests.callbacks.expected_warnings import EXPECTED_WARNINGS
 pytestmark = EXPECTED_WARNINGS
 
 
-# --------------------------------------------------------------------------------------------------------------- resume
-
-
 def of_monitor(path):
     (state,) = [
         state
@@ -129,18 +126,19 @@ def test_a_second_fit_begins_a_new_history(tmp_path, run):
     assert found.categories() == OURS
 
 
-@pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda it: pickle.loads(pickle.dumps(it))], ids=["deepcopy", "pickle"]
-)
-def test_a_copy_made_in_mid_fit_has_the_report_and_changes_nothing(tmp_path, run, copied):
-    logger, monitor, copies = board(tmp_path), BatchNormMonitor(), []
-    at = At(2 * BATCHES + 5, lambda trainer: copies.append(copied(monitor)))
-    fit(logger, monitor, at, max_epochs=4)
+def test_a_copy_made_in_mid_fit_has_the_report_and_changes_nothing(tmp_path, run):
+    logger, monitor, twins = board(tmp_path), BatchNormMonitor(), []
+
+    def copies(_):
+        twins.extend([copy.deepcopy(monitor), pickle.loads(pickle.dumps(monitor))])
+
+    fit(logger, monitor, At(2 * BATCHES + 5, copies), max_epochs=4)
     found = events(logger.log_dir)
     assert found.texts == run.events.texts
     assert found.images["bn/heatmap"][-1] == run.events.images["bn/heatmap"][-1]
-    (twin,) = copies
-    assert verdicts(twin.report()) == verdicts(run.reports[1])
-    again = board(tmp_path, version="again")
-    fit(again, twin, max_epochs=1)
-    assert events(again.log_dir).texts["bn/report"] == run.events.texts["bn/report"][:1]
+    assert len(twins) == 2
+    for number, twin in enumerate(twins):
+        assert verdicts(twin.report()) == verdicts(run.reports[1])
+        again = board(tmp_path, version=f"again {number}")
+        fit(again, twin, max_epochs=1)
+        assert events(again.log_dir).texts["bn/report"] == run.events.texts["bn/report"][:1]

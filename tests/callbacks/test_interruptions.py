@@ -74,15 +74,14 @@ def test_every_hook_is_gone_after_fit(tmp_path):
 
 @pytest.mark.usefixtures("restored_signals")
 @pytest.mark.parametrize(
-    ("exception", "arrives_as"), [(RuntimeError("broken"), RuntimeError), (KeyboardInterrupt(), SystemExit)]
-)
-@pytest.mark.parametrize(
-    ("step", "epoch", "batch", "window"),
+    ("step", "epoch", "batch", "window", "exception", "arrives_as"),
     [
-        ("training_step", 0, 0, (0, 0)),
-        ("training_step", 0, 4, (0, 4)),  # in the first window: of the window so far
-        ("training_step", 1, 2, (0, 6)),  # later: of the last one finished
-        ("validation_step", 0, 1, (0, 6)),
+        ("training_step", 0, 0, (0, 0), RuntimeError("broken"), RuntimeError),
+        ("training_step", 0, 4, (0, 4), RuntimeError("broken"), RuntimeError),  # of the window so far
+        ("training_step", 0, 4, (0, 4), KeyboardInterrupt(), SystemExit),
+        ("training_step", 1, 2, (0, 6), RuntimeError("broken"), RuntimeError),  # later: of the last one finished
+        ("validation_step", 0, 1, (0, 6), RuntimeError("broken"), RuntimeError),
+        ("validation_step", 0, 1, (0, 6), KeyboardInterrupt(), SystemExit),
     ],
 )
 def test_every_hook_is_gone_after_an_interruption_and_the_report_tells_of_the_batches_before(
@@ -166,15 +165,15 @@ def identical(one, other) -> bool:
     return one == other
 
 
-@pytest.mark.parametrize("arguments", [{}, {"capture": "pass"}, {"every_n_train_batches": 4}])
-def test_training_with_the_monitor_is_bit_identical_to_training_without_it(tmp_path, arguments):
+def test_training_with_the_monitor_is_bit_identical_to_training_without_it(tmp_path):
     options = {"num_sanity_val_steps": 1, "accumulate_grad_batches": 2}
     without = trajectory(tmp_path / "without", **options)
-    monitor = BatchNormMonitor(**arguments)
-    monitored = trajectory(tmp_path / "monitored", monitor, **options)
-    assert len(monitor.report()) == 2
     assert sum("num_batches_tracked" in name for name in without["weights and buffers"]) == 2
     assert [len(losses) for losses in without["losses"]] == [3, 3]
-    assert without.keys() == monitored.keys()
-    for what in without:
-        assert identical(monitored[what], without[what]), what
+    for arguments in ({}, {"capture": "pass", "every_n_train_batches": 4}):
+        monitor = BatchNormMonitor(**arguments)
+        monitored = trajectory(tmp_path / f"monitored {len(arguments)}", monitor, **options)
+        assert len(monitor.report()) == 2
+        assert without.keys() == monitored.keys()
+        for what in without:
+            assert identical(monitored[what], without[what]), (arguments, what)

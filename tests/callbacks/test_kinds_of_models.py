@@ -19,8 +19,8 @@ from tests.callbacks.compared_fits import (
     Net,
     Steps,
     Windows,
-    both_orders,
     fit,
+    fit_in_both_orders,
     hooks_of,
     network,
     samples,
@@ -218,22 +218,20 @@ class Lazy(Net):
         self.net.b = nn.LazyBatchNorm1d(momentum=MOMENTUM)
 
 
-@both_orders
 @pytest.mark.parametrize("materialised", ["in training", "in the sanity check", "by the model summary"])
-def test_lazy_layers(tmp_path, materialised, monitor_first):
+def test_lazy_layers(tmp_path, materialised):
     if materialised == "by the model summary":
-        ran = fit(tmp_path, lambda: Lazy(True), lambda: [ModelSummary()], monitor_first=monitor_first)
+        fits = fit_in_both_orders(tmp_path, lambda: Lazy(True), lambda: [ModelSummary()])
     else:
-        steps = 1 if materialised == "in the sanity check" else 0
-        ran = fit(tmp_path, Lazy, num_sanity_val_steps=steps, monitor_first=monitor_first)
-    ran.check(10, 20).check_healthy()
-    assert {layer.type for layer in ran.reports[-1].values()} == {"BatchNorm1d"}
-    weights = [layer.evidence["initial_weight"] for layer in ran.reports[0].values()]
-    assert weights == pytest.approx([(1 - MOMENTUM) ** 10] * 2)
+        fits = [fit(tmp_path, Lazy, num_sanity_val_steps=int(materialised == "in the sanity check"))]
+    for ran in fits:
+        ran.check(10, 20).check_healthy()
+        assert {layer.type for layer in ran.reports[-1].values()} == {"BatchNorm1d"}
+        weights = [layer.evidence["initial_weight"] for layer in ran.reports[0].values()]
+        assert weights == pytest.approx([(1 - MOMENTUM) ** 10] * 2)
 
 
-@both_orders
-def test_layers_made_by_configure_model(tmp_path, monitor_first):
+def test_layers_made_by_configure_model(tmp_path):
     class Late(Steps, LightningModule):
         def __init__(self):
             super().__init__()
@@ -243,7 +241,8 @@ def test_layers_made_by_configure_model(tmp_path, monitor_first):
             if self.net is None:
                 self.net = network()
 
-    fit(tmp_path, Late, lambda: [ModelSummary()], monitor_first=monitor_first).check(10, 20).check_healthy()
+    for ran in fit_in_both_orders(tmp_path, Late, lambda: [ModelSummary()]):
+        ran.check(10, 20).check_healthy()
 
 
 @pytest.mark.parametrize("buffers", ["its own", "copies"])
@@ -341,21 +340,29 @@ def compiled_by(how):
     return model
 
 
+def data_with_a_shorter_last_batch():
+    return DataLoader(samples(BATCHES * BATCH_SIZE - 5), batch_size=BATCH_SIZE, shuffle=True)
+
+
+@pytest.fixture(scope="module")
+def eager(tmp_path_factory):
+    """The fit that is not compiled."""
+    folder, data = tmp_path_factory.mktemp("eager"), data_with_a_shorter_last_batch
+    return fit(folder, WrappedNet, data=data, twin=False).check(10, 20)
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["module.compile, dynamic", "the whole, by aot_eager", "inductor"])
-def test_compiled_models_with_a_shorter_last_batch(tmp_path, how):
+def test_compiled_models_with_a_shorter_last_batch(tmp_path, how, eager):
     if how == "inductor" and not (importlib.util.find_spec("torch._inductor") and _has_compiler()):
         pytest.skip("there is no C++ compiler")
 
-    def data():
-        return DataLoader(samples(BATCHES * BATCH_SIZE - 5), batch_size=BATCH_SIZE, shuffle=True)
-
-    eager = fit(tmp_path, WrappedNet, data=data, twin=False).check(10, 20)
     torch._dynamo.reset()
     seed_everything(3, verbose=False)
     model, monitor = compiled_by(how), BatchNormMonitor()
     windows = Windows(monitor)
     trainer = trainer_for(tmp_path, [monitor, windows])
-    trainer.fit(model, data(), val_data())
+    trainer.fit(model, data_with_a_shorter_last_batch(), val_data())
     assert windows.ends == [10, 20]
     for report, expected in zip(windows.reports, eager.reports, strict=True):
         for name, layer in report.items():

@@ -78,10 +78,10 @@ def test_log_var_ratio_of_a_layer_is_a_mean_of_magnitudes(tmp_path):
     assert value > 5
 
 
-@pytest.mark.parametrize("logger", ["none", "csv", "tensorboard", "both"])
+@pytest.mark.parametrize("logger", ["none", "both"])
 def test_metrics_reach_every_logger_there_is(tmp_path, logger):
     tensorboard, in_csv = TensorBoardLogger(tmp_path / "tb"), CSVLogger(tmp_path / "csv")
-    loggers = {"none": False, "csv": in_csv, "tensorboard": tensorboard, "both": [tensorboard, in_csv]}[logger]
+    loggers = {"none": False, "both": [tensorboard, in_csv]}[logger]
     recorder, monitor, judgements = Recorder(), BatchNormMonitor(), []
     judge = OnTrainBatchEnd(lambda count: judgements.append(len(monitor.report().unhealthy)) if count % 6 == 0 else 0)
     trainer = trainer_for(tmp_path, recorder, monitor, judge, max_epochs=2, logger=loggers)
@@ -89,14 +89,13 @@ def test_metrics_reach_every_logger_there_is(tmp_path, logger):
     windows = [recorder.expected((0, 6)), recorder.expected((6, 12))]
     expected = {tag: [(5, close(windows[0][tag])), (11, close(windows[1][tag]))] for tag in windows[0]}
     expected[JUDGED] = list(zip([5, 11], judgements, strict=True))
-    if logger in ("tensorboard", "both"):
+    if logger == "both":
         scalars = events(tmp_path / "tb")
         assert {tag: scalars[tag] for tag in ours(scalars)} == expected
-    if logger in ("csv", "both"):
         rows = read_csv(tmp_path / "csv")
         logged = {tag: [(int(row["step"]), float(row[tag])) for row in rows if row[tag]] for tag in ours(rows[0])}
         assert logged == expected
-    if logger == "none":
+    else:
         assert not list(tmp_path.iterdir())
     ours_in_callback_metrics = {name: trainer.callback_metrics[name] for name in ours(trainer.callback_metrics)}
     windows[1][JUDGED] = judgements[1]
@@ -138,12 +137,15 @@ def test_model_checkpoint_sees_the_window_that_has_just_ended(tmp_path, argument
     }
 
 
-@pytest.mark.parametrize("tag", sorted(SUMMARY_TAGS - {JUDGED}))
-def test_every_summary_tag_can_be_monitored_by_model_checkpoint_with_its_defaults(tmp_path, tag):
-    recorder, checkpoint = Recorder(), ModelCheckpoint(dirpath=tmp_path, monitor=tag)
-    trainer_for(tmp_path, recorder, BatchNormMonitor(), checkpoint, max_epochs=3).fit(Net(), train_data(), val_data())
-    windows = [recorder.expected(window)[tag] for window in windows_of(6, 18)]
-    assert float(checkpoint.best_model_score) == close(min(windows))
+def test_every_summary_tag_can_be_monitored_by_model_checkpoint_with_its_defaults(tmp_path):
+    tags = sorted(SUMMARY_TAGS - {JUDGED})
+    recorder, checkpoints = Recorder(), [ModelCheckpoint(dirpath=tmp_path / tag, monitor=tag) for tag in tags]
+    trainer = trainer_for(tmp_path, recorder, BatchNormMonitor(), *checkpoints, max_epochs=3)
+    trainer.fit(Net(), train_data(), val_data())
+    windows = [recorder.expected(window) for window in windows_of(6, 18)]
+    assert [float(checkpoint.best_model_score) for checkpoint in checkpoints] == [
+        close(min(window[tag] for window in windows)) for tag in tags
+    ]
 
 
 class Settling(Net):
@@ -160,6 +162,16 @@ class Settling(Net):
         return torch.optim.SGD(self.parameters(), lr=0.0)
 
 
+@pytest.fixture(scope="module")
+def settling_errors(tmp_path_factory):
+    """The errors of its first epochs."""
+    recorder = Recorder()
+    trainer_for(tmp_path_factory.mktemp("settling"), recorder, max_epochs=4).fit(Settling(), train_data())
+    errors = [recorder.expected(window)["bn/eval_error_max"] for window in windows_of(6, 24)]
+    assert all(later < 0.95 * earlier for earlier, later in pairwise(errors))
+    return errors
+
+
 @pytest.mark.parametrize(
     ("options", "validates"),
     [
@@ -169,14 +181,11 @@ class Settling(Net):
         ({"val_check_interval": 1.0, "limit_val_batches": 1}, True),
     ],
 )
-def test_early_stopping_stops_in_the_epoch_whose_own_window_crosses_its_threshold(tmp_path, options, validates):
-    recorder = Recorder()
-    trainer_for(tmp_path, recorder, max_epochs=6).fit(Settling(), train_data())
-    errors = [recorder.expected(window)["bn/eval_error_max"] for window in windows_of(6, 36)]
-    assert all(later < 0.95 * earlier for earlier, later in pairwise(errors))
+def test_early_stopping_stops_in_the_epoch_whose_own_window_crosses_its_threshold(
+    tmp_path, options, validates, settling_errors
+):
     crossing = 3  # an epoch that is validated also where every other one is
-    threshold = (errors[crossing - 1] + errors[crossing]) / 2
-
+    threshold = (settling_errors[crossing - 1] + settling_errors[crossing]) / 2
     stopping = EarlyStopping(monitor="bn/eval_error_max", stopping_threshold=threshold)
     trainer = trainer_for(tmp_path, stopping, BatchNormMonitor(), max_epochs=6, **options)
     trainer.fit(Settling(), train_data(), val_data() if validates else None)
@@ -241,8 +250,7 @@ def test_a_model_whose_only_layer_has_no_running_statistics_logs_that_none_is_un
     assert trainer.callback_metrics[JUDGED] == 0
 
 
-@pytest.mark.parametrize("poison", [math.nan, math.inf])
-@pytest.mark.parametrize("buffer", ["running_mean", "running_var"])
+@pytest.mark.parametrize(("buffer", "poison"), [("running_mean", math.nan), ("running_var", math.inf)])
 def test_a_running_statistic_that_is_not_finite_makes_the_largest_eval_error_infinite(tmp_path, buffer, poison):
     class Poisoned(Net):
         def on_train_start(self):

@@ -27,7 +27,7 @@ from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader
 
 from lightning_bnmonitor import BatchNormMonitor
-from tests.callbacks.compared_fits import MOMENTUM, Net, both_orders, fit, samples, val_data
+from tests.callbacks.compared_fits import MOMENTUM, Net, fit, fit_in_both_orders, samples, val_data
 from tests.callbacks.expected_warnings import EXPECTED_WARNINGS
 
 pytestmark = EXPECTED_WARNINGS
@@ -40,28 +40,30 @@ def test_the_reference_notices_a_batch_that_is_missing(tmp_path):
         ran.check(10, 20)
 
 
-@both_orders
-def test_stochastic_weight_averaging(tmp_path, monitor_first):
+def test_stochastic_weight_averaging(tmp_path):
     def others():
         return [StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2)]
 
-    ran = fit(tmp_path, others=others, monitor_first=monitor_first, max_epochs=4)
-    ran.check(10, 20, 30, 40, 50)  # the last epoch computes the averaged weights' statistics afresh
-    assert [ran.flags(i)["net.a"] for i in range(5)] == [(), (), (), (), ("written-outside",)]
-    assert ran.verdicts() == dict.fromkeys(("net.a", "net.b"), "healthy")
+    for ran in fit_in_both_orders(tmp_path, others=others, max_epochs=4):
+        ran.check(10, 20, 30, 40, 50)  # the last epoch computes the averaged weights' statistics afresh
+        assert [ran.flags(i)["net.a"] for i in range(5)] == [(), (), (), (), ("written-outside",)]
+        assert ran.verdicts() == dict.fromkeys(("net.a", "net.b"), "healthy")
+        for report in ran.reports[:4]:
+            assert (report["net.a"].momentum, report["net.a"].evidence["updates_per_call"]) == (MOMENTUM, 1)
+        weights = [report["net.a"].evidence["initial_weight"] for report in ran.reports]
+        assert weights == [*(pytest.approx((1 - MOMENTUM) ** (10 * epoch)) for epoch in range(1, 5)), 0]
+        assert ran.reports[4]["net.a"].momentum is None
 
 
-@both_orders
-@pytest.mark.parametrize("averaging", [WeightAveraging, EMAWeightAveraging])
-@pytest.mark.parametrize("use_buffers", [True, False])
+@pytest.mark.parametrize(("averaging", "use_buffers"), [(WeightAveraging, True), (EMAWeightAveraging, False)])
 def test_weight_averaging_swaps_weights_in_validation_and_the_report_is_of_those_that_train(
-    tmp_path, averaging, use_buffers, monitor_first
+    tmp_path, averaging, use_buffers
 ):
     def others():
         return [averaging(use_buffers=use_buffers)]
 
-    ran = fit(tmp_path, others=others, monitor_first=monitor_first, val_check_interval=0.5)
-    ran.check(10, 20).check_healthy()
+    for ran in fit_in_both_orders(tmp_path, others=others, val_check_interval=0.5):
+        ran.check(10, 20).check_healthy()
 
 
 class Unfreezes(BaseFinetuning):
@@ -82,16 +84,15 @@ class FiltersParameters(Net):
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.002)
 
 
-@both_orders
-def test_finetuning_that_freezes_batch_norm_is_stale_until_it_is_unfrozen(tmp_path, monitor_first):
-    ran = fit(tmp_path, FiltersParameters, lambda: [Unfreezes(False)], monitor_first=monitor_first, max_epochs=5)
-    ran.check(10, 20, 30, 40, 50)
-    assert [ran.verdicts(i)["net.a"] for i in (0, 1, 3, 4)] == ["stale", "stale", "healthy", "healthy"]
-    assert ran.verdicts(2)["net.a"] in ("warming-up", "healthy")
-    assert [ran.flags(i)["net.a"] for i in range(5)] == [("not-updating",), ("not-updating",), (), (), ()]
-    assert ran.reports[0]["net.a"].needs_attention
-    assert {ran.flags(i)["net.b"] for i in range(5)} == {()}
-    assert ran.reports[2]["net.a"].evidence["initial_weight"] == pytest.approx((1 - MOMENTUM) ** 10)
+def test_finetuning_that_freezes_batch_norm_is_stale_until_it_is_unfrozen(tmp_path):
+    for ran in fit_in_both_orders(tmp_path, FiltersParameters, lambda: [Unfreezes(False)], max_epochs=5):
+        ran.check(10, 20, 30, 40, 50)
+        assert [ran.verdicts(i)["net.a"] for i in (0, 1, 3, 4)] == ["stale", "stale", "healthy", "healthy"]
+        assert ran.verdicts(2)["net.a"] in ("warming-up", "healthy")
+        assert [ran.flags(i)["net.a"] for i in range(5)] == [("not-updating",), ("not-updating",), (), (), ()]
+        assert ran.reports[0]["net.a"].needs_attention
+        assert {ran.flags(i)["net.b"] for i in range(5)} == {()}
+        assert ran.reports[2]["net.a"].evidence["initial_weight"] == pytest.approx((1 - MOMENTUM) ** 10)
 
 
 def test_finetuning_that_trains_batch_norm_is_as_without_it(tmp_path):
@@ -107,8 +108,7 @@ def test_pruning_leaves_the_layers_alone(tmp_path):
     ran.check(10, 20).check_healthy()
 
 
-@both_orders
-def test_callbacks_that_only_watch(tmp_path, monitor_first):
+def test_callbacks_that_only_watch(tmp_path):
     def others():
         return [
             *(LearningRateMonitor(), Timer(), TQDMProgressBar(), ModelSummary(max_depth=-1)),
@@ -117,31 +117,26 @@ def test_callbacks_that_only_watch(tmp_path, monitor_first):
             GradientAccumulationScheduler({0: 1, 1: 3}),
         ]
 
-    kwargs = {"logger": [CSVLogger(tmp_path, name="csv"), TensorBoardLogger(tmp_path, name="tb")]}
-    ran = fit(
-        tmp_path, others=others, monitor_first=monitor_first, num_sanity_val_steps=2, enable_progress_bar=True, **kwargs
-    )
-    ran.check(10, 20).check_healthy()
+    options = {"logger": [CSVLogger(tmp_path, name="csv"), TensorBoardLogger(tmp_path, name="tb")]}
+    options |= {"num_sanity_val_steps": 2, "enable_progress_bar": True}
+    for ran in fit_in_both_orders(tmp_path, others=others, **options):
+        ran.check(10, 20).check_healthy()
     assert "bn/eval_error_max" in (tmp_path / "csv" / "version_0" / "metrics.csv").read_text()
 
 
-@both_orders
-def test_rich_progress_bar_and_model_summary_with_an_example_input(tmp_path, monitor_first, capsys):
+def test_rich_progress_bar_and_model_summary_with_an_example_input(tmp_path, capsys):
     pytest.importorskip("rich")
 
     class WithExample(Net):
         example_input_array = torch.full((5, 1, 6), 1e3)
 
-    ran = fit(
-        tmp_path,
-        WithExample,
-        lambda: [RichProgressBar(), RichModelSummary(max_depth=-1)],
-        monitor_first=monitor_first,
-        enable_progress_bar=True,
-        enable_model_summary=True,
-    )
-    ran.check(10, 20).check_healthy()
-    assert "BatchNorm: running statistics in the last window" in capsys.readouterr().out
+    def others():
+        return [RichProgressBar(), RichModelSummary(max_depth=-1)]
+
+    options = {"enable_progress_bar": True, "enable_model_summary": True}
+    for ran in fit_in_both_orders(tmp_path, WithExample, others, **options):
+        ran.check(10, 20).check_healthy()
+    assert capsys.readouterr().out.count("BatchNorm: running statistics in the last window") == 2
 
 
 # ----------------------------------------------------------------------------------------------- trials before training
@@ -180,35 +175,36 @@ def finds_batch_size():
 
 
 @pytest.mark.parametrize("finder", [finds_learning_rate, finds_batch_size])
-@both_orders
-def test_what_a_finder_tries_before_training_does_not_count(tmp_path, monitor_first, finder):
-    ran = fit(tmp_path, OwnData, finder, monitor_first=monitor_first, data=None, max_epochs=2)
-    batches = ran.trainer.num_training_batches
-    assert batches == (40 if finder is finds_learning_rate else 10)
-    ran.check(batches, 2 * batches)
-    assert set(ran.flags(0).values()) == set(ran.flags(1).values()) == {()}
-    for report in ran.reports:
-        assert {layer.evidence["updates_per_call"] for layer in report.values()} == {1}
-    weights = [layer.evidence["initial_weight"] for layer in ran.reports[0].values()]
-    assert weights == pytest.approx([(1 - MOMENTUM) ** batches] * 2)
+def test_what_a_finder_tries_before_training_does_not_count(tmp_path, finder):
+    for ran in fit_in_both_orders(tmp_path, OwnData, finder, data=None, max_epochs=2):
+        batches = ran.trainer.num_training_batches
+        assert batches == (40 if finder is finds_learning_rate else 10)
+        ran.check(batches, 2 * batches)
+        assert set(ran.flags(0).values()) == set(ran.flags(1).values()) == {()}
+        for report in ran.reports:
+            assert {layer.evidence["updates_per_call"] for layer in report.values()} == {1}
+        weights = [layer.evidence["initial_weight"] for layer in ran.reports[0].values()]
+        assert weights == pytest.approx([(1 - MOMENTUM) ** batches] * 2)
 
 
-@both_orders
-@pytest.mark.parametrize(
-    ("window", "ends"),
-    [
-        ({}, [40, 80, 120]),
-        ({"every_n_train_batches": 28}, [28, 56, 84, 112, 120]),
-        ({"every_n_epochs": 2}, [80, 120]),
-    ],
-)
-def test_what_a_finder_tries_between_epochs_does_not_count(tmp_path, monitor_first, window, ends):
+def test_what_a_finder_tries_between_epochs_does_not_count(tmp_path):
     # (After a BatchSizeFinder there, Lightning 2.6 trains on nothing any more, with or without us.)
     def others():
         return finds_learning_rate(at_start=False)
 
-    ran = fit(tmp_path, OwnData, others, BatchNormMonitor(**window), monitor_first, data=None, max_epochs=3)
-    ran.check(*ends)
-    for report in ran.reports:
-        assert {layer.flags for layer in report.values()} == {()}
-        assert {layer.evidence["updates_per_call"] for layer in report.values()} == {1}
+    twin = True
+    for number, (window, monitor_first, ends) in enumerate(
+        [
+            ({}, True, [40, 80]),
+            ({}, False, [40, 80]),
+            ({"every_n_train_batches": 28}, True, [28, 56, 80]),
+            ({"every_n_train_batches": 28}, False, [28, 56, 80]),
+            ({"every_n_epochs": 2}, True, [80]),
+        ]
+    ):
+        monitor, options = BatchNormMonitor(**window), {"data": None, "max_epochs": 2, "twin": twin}
+        ran = fit(tmp_path / str(number), OwnData, others, monitor, monitor_first, **options).check(*ends)
+        twin = ran.twin
+        for report in ran.reports:
+            assert {layer.flags for layer in report.values()} == {()}
+            assert {layer.evidence["updates_per_call"] for layer in report.values()} == {1}

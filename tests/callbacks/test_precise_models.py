@@ -28,9 +28,6 @@ from tests.callbacks.precise_fits import (
 pytestmark = EXPECTED_WARNINGS
 
 
-# ---------------------------------------------------------------------------------------------- how the model is called
-
-
 class Picky(Net):
     """Its forward takes two arguments."""
 
@@ -131,8 +128,9 @@ def test_frozen_layers_are_left_alone_until_they_are_unfrozen(tmp_path):
     assert precise.recalibration.left_alone == {}
 
 
-@pytest.mark.parametrize("precision", ["bf16-mixed", "bf16-true", "64-true"])
-@pytest.mark.parametrize("restore", [False, True])
+@pytest.mark.parametrize(
+    ("precision", "restore"), [("bf16-mixed", True), ("bf16-true", True), ("64-true", True), ("bf16-true", False)]
+)
 def test_precisions(tmp_path, precision, restore):
     one, two = Trace(), Trace()
     _, model = fit(tmp_path, PreciseBatchNorm(ALL, restore=restore), one, precision=precision)

@@ -36,27 +36,33 @@ pytestmark = EXPECTED_WARNINGS
 # ----------------------------------------------------------------------------------------------------- averaged weights
 
 
-@pytest.mark.parametrize("restore", [False, True])
-@pytest.mark.parametrize("first", [False, True])
-def test_stochastic_weight_averaging(tmp_path, first, restore):
-    def callbacks(*precise):
-        swa = StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2)
-        return [*precise, swa] if first else [swa, *precise]
+@pytest.mark.slow
+def test_stochastic_weight_averaging(tmp_path):
+    def swa():
+        return StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2)
 
-    checkpoint = ModelCheckpoint(tmp_path, save_last=True)
-    precise = PreciseBatchNorm(ALL, restore=restore)
-    _, model = fit(tmp_path, *callbacks(precise), checkpoint, max_epochs=3)
-    _, other = fit(tmp_path / "other", *callbacks(), max_epochs=3)
-    assert [is_exact(state) for state in model.validated] == [True] * 4
-    assert is_exact(model.state_dict())
-    assert is_exact(saved(tmp_path / "last.ckpt")["state_dict"])
-    assert same(model.state_dict(), other.state_dict(), STATS) == []
-    assert model.net.a.momentum == MOMENTUM
+    _, other = fit(tmp_path / "other", swa(), max_epochs=3)
+    for first, restore in ((False, False), (True, False), (False, True), (True, True)):
+        folder, precise = tmp_path / f"{first} {restore}", PreciseBatchNorm(ALL, restore=restore)
+        callbacks = [precise, swa()] if first else [swa(), precise]
+        _, model = fit(folder, *callbacks, ModelCheckpoint(folder, save_last=True), max_epochs=3)
+        assert [is_exact(state) for state in model.validated] == [True] * 4
+        assert is_exact(model.state_dict())
+        assert is_exact(saved(folder / "last.ckpt")["state_dict"])
+        assert same(model.state_dict(), other.state_dict(), STATS) == []
+        assert model.net.a.momentum == MOMENTUM
 
 
-@pytest.mark.parametrize(("first", "restore"), [(False, False), (True, True), (False, True)])
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("averaging", "use_buffers"), [(WeightAveraging, True), (EMAWeightAveraging, True), (EMAWeightAveraging, False)]
+    ("averaging", "use_buffers", "first", "restore"),
+    [
+        (WeightAveraging, True, True, True),
+        (EMAWeightAveraging, True, False, False),
+        (EMAWeightAveraging, False, False, False),
+        (EMAWeightAveraging, False, True, True),
+        (EMAWeightAveraging, False, False, True),
+    ],
 )
 def test_averaged_weights_have_their_own_exact_statistics(tmp_path, averaging, use_buffers, first, restore):
     def callbacks(*precise):
@@ -80,10 +86,17 @@ def test_averaged_weights_have_their_own_exact_statistics(tmp_path, averaging, u
 # ------------------------------------------------------------------------------------------------------------ restoring
 
 
-@pytest.mark.parametrize("options", [{}, {"val_check_interval": 0.5}, {"accumulate_grad_batches": 2}], ids=str)
-@pytest.mark.parametrize("inference_mode", [False, True])
-def test_training_is_bit_identical_with_restore(tmp_path, options, inference_mode):
-    options = options | {"inference_mode": inference_mode, "max_epochs": 3}
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"val_check_interval": 0.5},
+        {"val_check_interval": 0.5, "inference_mode": False, "accumulate_grad_batches": 2},
+    ],
+    ids=str,
+)
+def test_training_is_bit_identical_with_restore(tmp_path, options):
+    options = options | {"max_epochs": 3}
     one, two = Trace(), Trace()
     mine = fit(tmp_path, PreciseBatchNorm(ALL, restore=True), one, **options)
     others = fit(tmp_path, two, **options)
@@ -124,16 +137,18 @@ def test_the_statistics_stay_exact_until_the_checkpoint_is_written_and_longer(tm
     }
 
 
-@pytest.mark.parametrize(("interval", "inference_mode"), [(1.0, True), (0.5, True), (0.5, False)])
-def test_a_resumed_run_is_bit_identical_to_one_without(tmp_path, interval, inference_mode):
-    options = {"val_check_interval": interval, "inference_mode": inference_mode, "max_epochs": 3}
+@pytest.mark.slow
+@pytest.mark.parametrize("inference_mode", [True, False])
+def test_a_resumed_run_is_bit_identical_to_one_without(tmp_path, inference_mode):
+    """From checkpoints of validations within an epoch and at its end."""
+    options = {"val_check_interval": 0.5, "inference_mode": inference_mode, "max_epochs": 2}
     checkpoint = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{step}")
     plain = fit(tmp_path, two := Trace(), model=ByStep(), **options)
     fit(tmp_path, PreciseBatchNorm(ALL, restore=True), checkpoint, model=ByStep(), **options)
     paths = list(tmp_path.glob("*.ckpt"))
-    assert len(paths) == 3 / interval
+    assert len(paths) == 4
     for path in paths:
-        left = 3 * BATCHES - saved(path)["global_step"]
+        left = 2 * BATCHES - saved(path)["global_step"]
         assert is_exact(saved(path)["state_dict"])
         if left:
             resumed = PreciseBatchNorm(ALL, restore=True)
@@ -145,24 +160,19 @@ def test_a_resumed_run_is_bit_identical_to_one_without(tmp_path, interval, infer
 
 def test_a_run_that_goes_on_after_its_end_is_bit_identical_to_a_longer_one_without(tmp_path):
     fit(tmp_path, PreciseBatchNorm(ALL, restore=True), ModelCheckpoint(tmp_path), model=ByStep())
-    plain = fit(tmp_path, model=ByStep(), max_epochs=4)
+    plain = fit(tmp_path, model=ByStep(), max_epochs=3)
     [path] = tmp_path.glob("*.ckpt")
-    for again in (PreciseBatchNorm(ALL, restore=True), PreciseBatchNorm(ALL, restore=True)):
-        mine = fit(tmp_path, again, model=ByStep(), max_epochs=4, ckpt_path=path)
-        same_training(mine, plain, STATS)
+    mine = fit(tmp_path, PreciseBatchNorm(ALL, restore=True), model=ByStep(), max_epochs=3, ckpt_path=path)
+    same_training(mine, plain, STATS)
 
 
 def test_a_second_fit_goes_on_with_the_statistics_of_training(tmp_path):
     trainer, model = fit(tmp_path, PreciseBatchNorm(ALL, restore=True), one := Trace(), model=ByStep())
     trainer.fit_loop.max_epochs = 4
     trainer.fit(model, train_data(), val_data())
-    fit(tmp_path, two := Trace(), model=ByStep(), max_epochs=2)
-    one.states, tail = one.states[: 2 * BATCHES], one.states[2 * BATCHES :]
-    one.check(two, but=("torch", "random", "numpy"))
     other_trainer, other = fit(tmp_path, two := Trace(), model=ByStep())
     other_trainer.fit_loop.max_epochs = 4
     other_trainer.fit(other, train_data(), val_data())
-    one.states, two.states = tail, two.states[2 * BATCHES :]
     one.check(two, but=("torch", "random", "numpy"))
     assert is_exact(model.state_dict())
     assert sum(type(callback).__name__ == "_Restorer" for callback in trainer.callbacks) == 1
@@ -194,16 +204,18 @@ class Stops(Callback):
         setattr(self, hook, stop)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("error", "hook"),
+    ("error", "hook", "restore"),
     [
-        (StopError, "on_validation_batch_end"),
-        (KeyboardInterrupt, "on_validation_batch_end"),
-        (StopError, "on_validation_end"),
-        (StopError, "on_train_batch_end"),
+        (StopError, "on_validation_batch_end", True),
+        (KeyboardInterrupt, "on_validation_batch_end", True),
+        (StopError, "on_validation_end", True),
+        (StopError, "on_train_batch_end", True),
+        (StopError, "on_validation_batch_end", False),
+        (StopError, "on_train_batch_end", False),
     ],
 )
-@pytest.mark.parametrize("restore", [False, True])
 def test_a_new_fit_after_one_that_was_interrupted(tmp_path, error, hook, restore):
     precise = PreciseBatchNorm(ALL, restore=restore)
     caught = SystemExit if error is KeyboardInterrupt else error

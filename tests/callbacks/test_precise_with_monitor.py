@@ -1,5 +1,7 @@
 """`PreciseBatchNorm` beside the monitor, which reports what training did and knows who wrote."""
 
+from functools import cache
+
 import pytest
 import torch
 from lightning.pytorch import Callback
@@ -21,9 +23,6 @@ from tests.callbacks.precise_fits import (
 )
 
 pytestmark = EXPECTED_WARNINGS
-
-
-# --------------------------------------------------------------------------------------------------- beside the monitor
 
 
 class Windows(Callback):
@@ -69,15 +68,31 @@ MONITORED = {
 }
 
 
-@pytest.mark.parametrize(
+@pytest.fixture(scope="module")
+def alone(tmp_path_factory):
+    """The reports of the monitor alone, fitted once for each of ``MONITORED``."""
+
+    @cache
+    def reports(how):
+        options, more = MONITORED[how]
+        return with_monitor(tmp_path_factory.mktemp("alone"), options=options, max_epochs=3, **more)[0]
+
+    return reports
+
+
+both_orders = pytest.mark.parametrize(
     ("how", "monitor_first"), [*((how, True) for how in MONITORED), ("epochs", False), ("batches", False)]
 )
-def test_with_restore_the_monitor_reports_what_it_does_without(tmp_path, how, monitor_first):
+
+
+@pytest.mark.slow
+@both_orders
+def test_with_restore_the_monitor_reports_what_it_does_without(tmp_path, how, monitor_first, alone):
     options, more = MONITORED[how]
     kwargs = {"options": options, "max_epochs": 3, **more}
     precise = PreciseBatchNorm(ALL, restore=True)
     reports, model, _ = with_monitor(tmp_path, precise, monitor_first=monitor_first, **kwargs)
-    plain, _, _ = with_monitor(tmp_path, **kwargs)
+    plain = alone(how)
     assert [step for step, _ in reports] == [step for step, _ in plain] != []
     for (_, one), (_, two) in zip(reports, plain, strict=True):
         assert close(one.to_dict(), two.to_dict())
@@ -85,14 +100,13 @@ def test_with_restore_the_monitor_reports_what_it_does_without(tmp_path, how, mo
     assert all(is_exact(state) for state in model.validated)
 
 
-@pytest.mark.parametrize(
-    ("how", "monitor_first"), [*((how, True) for how in MONITORED), ("epochs", False), ("batches", False)]
-)
-def test_without_restore_the_monitor_knows_who_wrote(tmp_path, how, monitor_first):
+@pytest.mark.slow
+@both_orders
+def test_without_restore_the_monitor_knows_who_wrote(tmp_path, how, monitor_first, alone):
     options, more = MONITORED[how]
     kwargs = {"options": options, "max_epochs": 3, **more}
     reports, _, _ = with_monitor(tmp_path, PreciseBatchNorm(ALL), monitor_first=monitor_first, **kwargs)
-    plain, _, _ = with_monitor(tmp_path, **kwargs)
+    plain = alone(how)
     assert [step for step, _ in reports] == [step for step, _ in plain] != []
     for (_, one), (_, two) in zip(reports, plain, strict=True):
         for name, layer in one.items():
@@ -102,16 +116,23 @@ def test_without_restore_the_monitor_knows_who_wrote(tmp_path, how, monitor_firs
             assert torch.equal(layer.population_var, two[name].population_var)
 
 
-@pytest.mark.parametrize("restore", [True, False])
-@pytest.mark.parametrize("how", ["epochs", "batches, validation within", "two epochs", "max_steps"])
-def test_the_monitor_after_a_resume(tmp_path, how, restore):
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("how", "restore"),
+    [
+        *((how, True) for how in ("epochs", "batches, validation within", "two epochs", "max_steps")),
+        ("batches, validation within", False),
+        ("max_steps", False),
+    ],
+)
+def test_the_monitor_after_a_resume(tmp_path, how, restore, alone):
     options, more = MONITORED[how]
     kwargs = {"options": options, "max_epochs": 3, **more}
 
     def precise():
         return PreciseBatchNorm(ALL, restore=restore)
 
-    plain, _, _ = with_monitor(tmp_path / "plain", *([] if restore else [precise()]), **kwargs)
+    plain = alone(how) if restore else with_monitor(tmp_path / "plain", precise(), **kwargs)[0]
     checkpoint = ModelCheckpoint(tmp_path, save_top_k=-1, filename="{step}")
     with_monitor(tmp_path, precise(), checkpoint, **kwargs)
     for path in sorted(tmp_path.glob("*.ckpt"))[:2]:

@@ -28,9 +28,6 @@ from tests.callbacks.recorded_fits import (
 pytestmark = EXPECTED_WARNINGS
 
 
-# --------------------------------------------------------------------------------------------------------------- report
-
-
 def test_the_report_before_fit_is_empty():
     report = BatchNormMonitor().report()
     assert isinstance(report, Report)

@@ -33,9 +33,6 @@ from tests.callbacks.recorded_fits import (
 pytestmark = EXPECTED_WARNINGS
 
 
-# ----------------------------------------------------------------------------------------- when layers need attention
-
-
 class AtRest(Net):
     """Learns nothing. One layer is healthy from the first epoch of 20 batches on, the other noisy."""
 
@@ -97,10 +94,9 @@ def test_the_number_of_layers_that_need_attention_is_logged_for_each_window(tmp_
     assert trainer.callback_metrics[JUDGED] == 2
 
 
-@pytest.mark.parametrize("arguments", [{}, {"on_unhealthy": "warn"}])
-def test_each_layer_and_verdict_is_warned_of_once_in_a_fit(tmp_path, arguments):
+def test_each_layer_and_verdict_is_warned_of_once_in_a_fit(tmp_path):
     spoil = OnTrainEpochStart({2: poison("narrow"), 4: poison("wide")})
-    monitor, by_epoch = BatchNormMonitor(**arguments), []
+    monitor, by_epoch = BatchNormMonitor(), []
 
     class Count(Callback):
         def on_train_epoch_start(self, trainer, pl_module):
@@ -143,17 +139,18 @@ def test_many_layers_are_warned_of_in_one_line_the_first_five_by_name(tmp_path):
     assert len(message.splitlines()) == 1
 
 
-@pytest.mark.parametrize("on_unhealthy", ["warn", "raise"])
 @pytest.mark.parametrize("window", ["healthy", "too short to tell"])
-def test_where_no_layer_needs_attention_there_is_no_warning_and_nothing_is_raised(tmp_path, window, on_unhealthy):
-    model, monitor = AtRest(), BatchNormMonitor(on_unhealthy=on_unhealthy)
+def test_where_no_layer_needs_attention_there_is_no_warning_and_nothing_is_raised(tmp_path, window):
+    model, monitor = AtRest(), BatchNormMonitor(on_unhealthy="warn")
+    raises = BatchNormMonitor(on_unhealthy="raise", log_key_prefix="raises")
     if window == "healthy":
         model.body.narrow.momentum = 0.05
         torch.optim.swa_utils.update_bn(train_data(20), model)
     num_batches = 20 if window == "healthy" else 6
-    assert warned(lambda: fit(tmp_path, monitor, model=model, num_batches=num_batches, max_epochs=2)) == []
+    assert warned(lambda: fit(tmp_path, monitor, raises, model=model, num_batches=num_batches, max_epochs=2)) == []
     verdict = "healthy" if window == "healthy" else "insufficient-data"
-    assert [layer.verdict for layer in monitor.report().values()] == [verdict] * 2
+    for report in (monitor.report(), raises.report()):
+        assert [layer.verdict for layer in report.values()] == [verdict] * 2
 
 
 def test_to_ignore_is_silent_and_still_counts(tmp_path):
@@ -218,18 +215,14 @@ def test_the_monitor_that_raised_can_be_used_for_another_fit(tmp_path):
     assert hooks_of(model) == 0
 
 
-@pytest.mark.parametrize(
-    "duplicate", [lambda error: pickle.loads(pickle.dumps(error)), copy.deepcopy, copy.copy],
-    ids=["pickle", "deepcopy", "copy"],
-)  # fmt: skip
-def test_what_is_raised_can_be_sent_between_processes(tmp_path, duplicate):
+def test_what_is_raised_can_be_sent_between_processes(tmp_path):
     with pytest.raises(UnhealthyBatchNormError) as raised:
         fit(tmp_path, BatchNormMonitor(on_unhealthy="raise"), OnTrainEpochStart({0: poison("wide")}))
-    same = duplicate(raised.value)
-    assert type(same) is UnhealthyBatchNormError
-    assert isinstance(same, RuntimeError)
-    assert str(same) == str(raised.value)
-    assert same.report.to_dict() == raised.value.report.to_dict()
+    for same in (pickle.loads(pickle.dumps(raised.value)), copy.deepcopy(raised.value), copy.copy(raised.value)):
+        assert type(same) is UnhealthyBatchNormError
+        assert isinstance(same, RuntimeError)
+        assert str(same) == str(raised.value)
+        assert same.report.to_dict() == raised.value.report.to_dict()
 
 
 def test_the_summary_at_the_end_of_fit_is_short_for_a_deep_network(tmp_path, capsys):

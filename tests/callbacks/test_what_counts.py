@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
-from lightning.pytorch.callbacks import StochasticWeightAveraging
 
 from lightning_bnmonitor import BatchNormMonitor
 from tests.callbacks.expected_warnings import EXPECTED_WARNINGS
@@ -66,8 +65,7 @@ def test_validation_counts_nothing(tmp_path):
     assert counts[1::2] == expected  # and after it
 
 
-@pytest.mark.parametrize("method", ["validate", "test", "predict"])
-def test_evaluation_outside_of_fit_counts_nothing_and_puts_no_hook_on_the_model(tmp_path, method):
+def test_evaluation_outside_of_fit_counts_nothing_and_puts_no_hook_on_the_model(tmp_path):
     model, monitor, hooks = Net(), BatchNormMonitor(), []
 
     class Looks(Callback):
@@ -77,14 +75,15 @@ def test_evaluation_outside_of_fit_counts_nothing_and_puts_no_hook_on_the_model(
         on_test_batch_end = on_predict_batch_end = on_validation_batch_end
 
     trainer = trainer_for(tmp_path, monitor, Looks())
-    evaluate = getattr(trainer, method)
-    evaluate(model, val_data())
-    assert len(monitor.report()) == 0
+    for evaluate in (trainer.validate, trainer.test, trainer.predict):
+        evaluate(model, val_data())
+        assert len(monitor.report()) == 0
     trainer.fit(model, train_data())
     before = monitor.report().to_dict()
-    evaluate(model, val_data())
-    assert monitor.report().to_dict() == before
-    assert hooks == [0] * 6
+    for evaluate in (trainer.validate, trainer.test, trainer.predict):
+        evaluate(model, val_data())
+        assert monitor.report().to_dict() == before
+    assert hooks == [0] * 18
 
 
 def test_a_frozen_layer_inside_a_training_model_is_counted_and_its_inputs_are_the_population(tmp_path):
@@ -131,29 +130,6 @@ def test_a_fit_without_a_training_batch_logs_nothing(tmp_path, options):
         assert ours(events(file.parent)) == set()
     assert all(layer.num_batches == 0 and layer.population_mean.isnan().all() for layer in monitor.report().values())
     assert hooks_of(model) == 0
-
-
-# ----------------------------------------------------------------------------------------------- beside other callbacks
-
-
-@pytest.mark.parametrize("monitor_first", [True, False])
-def test_stochastic_weight_averaging_may_reset_the_count_of_batches_before_or_after_the_monitor(
-    tmp_path, monitor_first
-):
-    monitor, averaging = BatchNormMonitor(), StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2)
-    seen = []
-
-    class Look(Callback):
-        def on_validation_start(self, trainer, pl_module):
-            layer = monitor.report()["body.wide"]
-            seen.append((layer.momentum, layer.flags, layer.evidence["initial_weight"]))
-            assert layer.evidence["updates_per_call"] == 1
-
-    callbacks = [monitor, averaging] if monitor_first else [averaging, monitor]
-    trainer_for(tmp_path, *callbacks, Look(), max_epochs=4).fit(Net(), train_data(), val_data())
-    assert seen[:4] == [(0.1, (), pytest.approx(0.9 ** (BATCHES * epoch))) for epoch in range(1, 5)]
-    assert seen[4:] == [(None, ("written-outside",), 0.0)]  # the averaged weights' statistics are computed afresh
-    assert monitor.report()["body.wide"].momentum is None
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"every_n_train_batches": 4}])
