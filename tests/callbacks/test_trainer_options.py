@@ -34,13 +34,17 @@ OPTIONS = {
     "limit_val_batches=1": ({"limit_val_batches": 1, "num_sanity_val_steps": -1}, 10),
     "both limits by share": ({"limit_train_batches": 0.8, "limit_val_batches": 0.5}, 8),
     "overfit_batches by share": ({"overfit_batches": 0.9}, 9),
-    "val_check_interval, accumulated": ({"val_check_interval": 0.3, "accumulate_grad_batches": 4}, 10),
-    "clipped, anomalies detected": ({"gradient_clip_val": 0.1, "detect_anomaly": True}, 10),
-    "grad mode in validation": ({"inference_mode": False}, 10),
-    "loaders reloaded": ({"reload_dataloaders_every_n_epochs": 1}, 10),
-    "profiled": ({"profiler": "simple"}, 10),
-    "deterministic": ({"deterministic": True, "benchmark": False}, 10),
-    "sync_batchnorm": ({"sync_batchnorm": True}, 10),
+    "val_check_interval, accumulated, grad mode in validation": (
+        {"val_check_interval": 0.3, "accumulate_grad_batches": 4, "inference_mode": False},
+        10,
+    ),
+    "what should change nothing": (
+        {
+            **{"gradient_clip_val": 0.1, "detect_anomaly": True, "deterministic": True, "benchmark": False},
+            **{"profiler": "simple", "reload_dataloaders_every_n_epochs": 1, "sync_batchnorm": True},
+        },
+        10,
+    ),
 }
 
 
