@@ -30,6 +30,7 @@ from tests.callbacks.recorded_fits import (
 pytestmark = EXPECTED_WARNINGS
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_layers", "per_layer", "logged"),
     [(100, "auto", True), (101, "auto", False), (101, True, True), (2, False, False)],

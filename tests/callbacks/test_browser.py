@@ -12,6 +12,7 @@ from selenium.webdriver.support.wait import WebDriverWait
 
 from lightning_bnmonitor import BatchNormMonitor
 from tests.callbacks.dashboard_fits import Net, data, fit
+from tests.callbacks.expected_warnings import EXPECTED_WARNINGS
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MOMENTA = {"stem": 0.02, "body_1": 0.1, "body_2": 0.1, "body_3": 0.1, "head": 0.02}
@@ -26,6 +27,7 @@ SUMMARY = (
 )
 
 pytestmark = [
+    *EXPECTED_WARNINGS,
     pytest.mark.slow,
     pytest.mark.skipif(
         shutil.which("chromium") is None or not Path("/usr/bin/chromedriver").exists(),

@@ -40,6 +40,7 @@ def test_the_reference_notices_a_batch_that_is_missing(tmp_path):
         ran.check(10, 20)
 
 
+@pytest.mark.slow
 def test_stochastic_weight_averaging(tmp_path):
     def others():
         return [StochasticWeightAveraging(swa_lrs=0.01, swa_epoch_start=2)]
@@ -84,6 +85,7 @@ class FiltersParameters(Net):
         return torch.optim.SGD([p for p in self.parameters() if p.requires_grad], lr=0.002)
 
 
+@pytest.mark.slow
 def test_finetuning_that_freezes_batch_norm_is_stale_until_it_is_unfrozen(tmp_path):
     for ran in fit_in_both_orders(tmp_path, FiltersParameters, lambda: [Unfreezes(False)], max_epochs=5):
         ran.check(10, 20, 30, 40, 50)
@@ -108,6 +110,7 @@ def test_pruning_leaves_the_layers_alone(tmp_path):
     ran.check(10, 20).check_healthy()
 
 
+@pytest.mark.slow
 def test_callbacks_that_only_watch(tmp_path):
     def others():
         return [
@@ -174,6 +177,7 @@ def finds_batch_size():
     return [BatchSizeFinder(init_val=16, max_trials=2, steps_per_trial=2)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("finder", [finds_learning_rate, finds_batch_size])
 def test_what_a_finder_tries_before_training_does_not_count(tmp_path, finder):
     for ran in fit_in_both_orders(tmp_path, OwnData, finder, data=None, max_epochs=2):
@@ -187,6 +191,7 @@ def test_what_a_finder_tries_before_training_does_not_count(tmp_path, finder):
         assert weights == pytest.approx([(1 - MOMENTUM) ** batches] * 2)
 
 
+@pytest.mark.slow
 def test_what_a_finder_tries_between_epochs_does_not_count(tmp_path):
     # (After a BatchSizeFinder there, Lightning 2.6 trains on nothing any more, with or without us.)
     def others():

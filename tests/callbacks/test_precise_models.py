@@ -176,6 +176,7 @@ def without_prefix(state):
     return {key.replace("_orig_mod.", "").replace("inner.", ""): value for key, value in state.items()}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["module.compile", "torch.compile", "aot_eager"])
 def test_compiled_models_are_not_compiled_again(tmp_path, how):
     torch._dynamo.reset()

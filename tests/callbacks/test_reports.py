@@ -48,6 +48,7 @@ def test_the_report_tells_of_the_window_so_far_until_the_first_has_ended_and_the
             assert report[name].summary() == {metric: close(value) for metric, value in expected.items()}
 
 
+@pytest.mark.slow
 def test_asking_for_reports_in_mid_window_changes_nothing_that_is_logged(tmp_path):
     def logged(name, *callbacks):
         monitor = BatchNormMonitor()

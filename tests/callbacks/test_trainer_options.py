@@ -142,6 +142,7 @@ class Data(LightningDataModule):
         return val_data()
 
 
+@pytest.mark.slow
 def test_lightning_cli_reads_the_monitor_from_a_file(tmp_path):
     pytest.importorskip("jsonargparse")
     from lightning.pytorch.cli import LightningCLI

@@ -87,6 +87,7 @@ def fit(tmp_path, monitor, *callbacks, model=None, num_batches=20, **options):
     return trainer
 
 
+@pytest.mark.slow
 def test_the_number_of_layers_that_need_attention_is_logged_for_each_window(tmp_path):
     spoil = OnTrainEpochStart({1: poison("narrow"), 2: poison("wide")})
     trainer = fit(tmp_path, BatchNormMonitor(), spoil, max_epochs=4, logger=True)
@@ -94,6 +95,7 @@ def test_the_number_of_layers_that_need_attention_is_logged_for_each_window(tmp_
     assert trainer.callback_metrics[JUDGED] == 2
 
 
+@pytest.mark.slow
 def test_each_layer_and_verdict_is_warned_of_once_in_a_fit(tmp_path):
     spoil = OnTrainEpochStart({2: poison("narrow"), 4: poison("wide")})
     monitor, by_epoch = BatchNormMonitor(), []
@@ -225,6 +227,7 @@ def test_what_is_raised_can_be_sent_between_processes(tmp_path):
         assert same.report.to_dict() == raised.value.report.to_dict()
 
 
+@pytest.mark.slow
 def test_the_summary_at_the_end_of_fit_is_short_for_a_deep_network(tmp_path, capsys):
     monitor = BatchNormMonitor()
     trainer_for(tmp_path, monitor, max_epochs=2).fit(Net(SideBySide(150)), train_data(10))
