@@ -116,6 +116,7 @@ NAMES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("names", NAMES.values(), ids=NAMES)
 def test_names_come_out_of_tensorboards_renderer_as_they_are_and_in_their_cells(tmp_path, names):
     logger, monitor = board(tmp_path), BatchNormMonitor()
@@ -149,6 +150,7 @@ def test_without_dashboard_there_are_only_the_same_scalars(tmp_path, run):
 # -------------------------------------------------------------------------------------------------------- short windows
 
 
+@pytest.mark.slow
 def test_of_many_short_windows_few_are_drawn_but_the_first_and_the_last(tmp_path):
     logger, monitor = board(tmp_path), BatchNormMonitor(every_n_train_batches=1, on_unhealthy="ignore")
     look = Look(monitor)
@@ -198,6 +200,7 @@ def generators():
     return [torch.get_rng_state().tolist(), random.getstate(), name, keys.tolist(), rest]
 
 
+@pytest.mark.slow
 def test_training_is_bit_identical_with_and_without_dashboard_and_monitor(tmp_path):
     def outcome(*callbacks):
         torch.manual_seed(3)

@@ -51,6 +51,7 @@ def assert_got_everything(logger, run):
         assert logger.images == []
 
 
+@pytest.mark.slow
 def test_several_loggers_get_theirs_each(tmp_path, run):
     loggers = [
         board(tmp_path),

@@ -103,6 +103,7 @@ def test_a_checkpoint_from_before_there_was_a_dashboard_loads(tmp_path, run):
     assert found.at("bn/heatmap") == STEPS[2:]
 
 
+@pytest.mark.slow
 def test_the_state_of_a_hundred_windows_is_small(tmp_path):
     path = tmp_path / "saved.ckpt"
     names = {f"layer{index}": 0.1 for index in range(10)}

@@ -61,6 +61,7 @@ def in_a_child(tmp_path_factory):
     return folder, json.loads(done.stdout.splitlines()[-1])
 
 
+@pytest.mark.slow
 def test_nothing_is_drawn_where_nobody_takes_pictures(in_a_child):
     drawn = in_a_child[1]["drawn"]
     assert drawn.pop("TensorBoardLogger")

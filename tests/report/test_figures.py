@@ -240,6 +240,7 @@ def test_of_many_channels_the_60_worst_are_drawn_in_their_order():
     assert f"channel {errors.argmax()}" in axes[1, 0].get_xlabel()
 
 
+@pytest.mark.slow
 def test_below_is_the_course_of_the_worst_channel():
     report = tracked(5, num_batches=40, change=lambda x, index: x + 3 * (index > 30) * torch.eye(5)[2])
     fig, axes = report.plot()
@@ -291,6 +292,7 @@ ODD_LAYERS = {
 ODD_CHANNELS = ("NaN", "Inf", "dead")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
     [pytest.param(make, id=id) for id, make in ODD_LAYERS.items() if id not in ODD_CHANNELS],
@@ -304,6 +306,7 @@ def test_any_layer_is_drawn_without_an_error_or_a_warning(make):
     fig.canvas.draw()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("bad", ODD_CHANNELS)
 def test_an_odd_channel_leaves_the_others_as_they_are_drawn(bad):
     report = ODD_LAYERS[bad]()

@@ -135,6 +135,7 @@ def test_columns_are_runs_of_equally_many_windows_and_hold_their_largest_error(n
     np.testing.assert_array_equal(errors_of(heatmap), reference.errors(names))
 
 
+@pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(num_windows=st.integers(1, 130), seed=st.integers(0, 2**32 - 1))
 def test_the_verdict_of_a_column_is_that_of_its_largest_error(num_windows, seed):
@@ -211,6 +212,7 @@ def test_groups_keep_their_history_when_layers_come_go_or_are_first_called_in_an
     np.testing.assert_array_equal(errors_of(heatmap), np.float32([[0.5, 0.25]] * len(heatmap.rows)))
 
 
+@pytest.mark.slow
 @settings(max_examples=12, deadline=None)
 @given(at=st.integers(0, 250), more=st.integers(1, 130), seed=st.integers(0, 2**32 - 1))
 def test_a_saved_heatmap_goes_on_as_one_that_never_stopped(at, more, seed):
@@ -253,6 +255,7 @@ def test_a_saved_state_stays_as_it_is_when_the_heatmap_goes_on_and_when_it_is_lo
     assert errors_of(resumed)[0, -1] == np.float32(0.9)
 
 
+@pytest.mark.slow
 def test_the_state_is_small_however_many_layers_and_windows_there_are():
     names = [f"encoder.stage{index // 100}.block{index // 4}.norm{index % 4}" for index in range(1000)]
     report = Report([with_error(name, 0.1) for name in names])
@@ -451,6 +454,7 @@ def worst_case(num_layers=60, num_windows=60, name="encoder.blocks.with_a_rather
     return heatmap
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num_layers", "num_windows", "name"),
     [
@@ -516,6 +520,7 @@ def test_the_steps_under_the_columns_stay_apart(num_windows):
     assert all(40 < label[-1] - label[0] < 70 for label in labels), "seven digits take less than 70 pixels"
 
 
+@pytest.mark.slow
 def test_the_same_history_is_the_same_picture():
     first, second = worst_case(20, 30), worst_case(20, 30)
     picture = first.draw()
