@@ -12,11 +12,11 @@ import pytest
 import torch
 from matplotlib import pyplot as plt
 from matplotlib.colors import to_hex
-from test_report import layer, stateless, unused, with_error
 from torch import nn
 
 from lightning_bnmonitor import BatchNormTracker, Report
 from lightning_bnmonitor.diagnosis.diagnosis import VERDICTS
+from tests.report.made_reports import layer, stateless, unused, with_error
 
 NAN, INF = math.nan, math.inf
 
@@ -103,7 +103,7 @@ def test_a_layer_without_a_noise_floor_has_no_bar():
     assert [bar.get_height() for bar in ax.patches] == [0, 0.05]
 
 
-@pytest.mark.parametrize("num_layers", [0, 1, 2, 60, 61, 200])
+@pytest.mark.parametrize("num_layers", [0, 1, 60, 61, 200])
 def test_any_number_of_layers_is_drawn_and_named_as_far_as_there_is_room(num_layers):
     layers = [with_error(f"layer{index}", 0.01 * (1 + index)) for index in range(num_layers)]
     fig, ax = Report(layers).plot()
@@ -117,12 +117,18 @@ def test_any_number_of_layers_is_drawn_and_named_as_far_as_there_is_room(num_lay
     assert right > num_layers - 1
 
 
-@pytest.mark.parametrize("name", ["$a", "$a_b$", r"$\frac$", "a_b^c", "a\\b", "ä→β", "a\nb", "_hidden", "x" * 200, ""])
-def test_any_name_is_a_label_as_it_is(name):
-    fig, ax = Report([with_error(name, 0.3), with_error("other", 0.1)]).plot()
+def test_any_name_is_a_label_as_it_is():
+    names = ["$a", "$a_b$", r"$\frac$", "a_b^c", "a\\b", "ä→β", "a\nb", "_hidden", "", "x" * 200]
+    fig, ax = Report([with_error(name, 0.3) for name in names]).plot()
     fig.canvas.draw()
-    text = ax.get_xticklabels()[0].get_text()
-    assert text == name.replace("\n", " ") or (len(name) == 200 and text[0] == "…" and name.endswith(text[1:]))
+    *labels, long = [label.get_text() for label in ax.get_xticklabels()]
+    assert labels == [name.replace("\n", " ") for name in names[:-1]]
+    assert long[0] == "…"
+    assert names[-1].endswith(long[1:])
+
+
+@pytest.mark.parametrize("name", [r"$\frac$", "a\nb", ""])
+def test_any_name_can_be_the_title_of_a_layers_figure(name):
     fig, _ = layer(name).plot()
     fig.canvas.draw()
 
@@ -151,7 +157,7 @@ def test_a_figure_is_made_if_there_are_no_axes(of):
 
 
 @pytest.mark.parametrize("of", ["report", "layer"])
-@pytest.mark.parametrize("within", ["figure", "subfigure", "subfigure of a subfigure"])
+@pytest.mark.parametrize("within", ["figure", "subfigure of a subfigure"])
 def test_given_axes_are_drawn_in_and_their_own_figure_is_returned(of, within):
     what, count = drawers()[of]
     fig = plt.figure()
@@ -234,6 +240,7 @@ def test_of_many_channels_the_60_worst_are_drawn_in_their_order():
     assert f"channel {errors.argmax()}" in axes[1, 0].get_xlabel()
 
 
+@pytest.mark.slow
 def test_below_is_the_course_of_the_worst_channel():
     report = tracked(5, num_batches=40, change=lambda x, index: x + 3 * (index > 30) * torch.eye(5)[2])
     fig, axes = report.plot()
@@ -262,8 +269,7 @@ def one_bad(bad, channel=1):
 
 
 ODD_LAYERS = {
-    "never called": lambda: unused("layer"),
-    "really never called": lambda: tracked(num_batches=0),
+    "never called": lambda: tracked(num_batches=0),
     "one batch": lambda: tracked(num_batches=1),
     "no running statistics": lambda: stateless("layer"),
     "NaN": lambda: tracked(change=one_bad(NAN)),
@@ -283,9 +289,13 @@ ODD_LAYERS = {
 }
 
 
+ODD_CHANNELS = ("NaN", "Inf", "dead")
+
+
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "make",
-    [pytest.param(make, id=id) for id, make in ODD_LAYERS.items()],
+    [pytest.param(make, id=id) for id, make in ODD_LAYERS.items() if id not in ODD_CHANNELS],
 )
 def test_any_layer_is_drawn_without_an_error_or_a_warning(make):
     report = make()
@@ -296,7 +306,8 @@ def test_any_layer_is_drawn_without_an_error_or_a_warning(make):
     fig.canvas.draw()
 
 
-@pytest.mark.parametrize("bad", ["NaN", "Inf", "dead"])
+@pytest.mark.slow
+@pytest.mark.parametrize("bad", ODD_CHANNELS)
 def test_an_odd_channel_leaves_the_others_as_they_are_drawn(bad):
     report = ODD_LAYERS[bad]()
     fig, axes = report.plot()
@@ -306,3 +317,5 @@ def test_an_odd_channel_leaves_the_others_as_they_are_drawn(bad):
         low, high = ax.get_ylim()
         shown = [value for value in expected.tolist() if math.isfinite(value)]
         assert low <= min(shown) <= max(shown) <= high < 1e3
+    fig, _ = Report([report]).plot()
+    fig.canvas.draw()

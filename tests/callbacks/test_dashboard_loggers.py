@@ -1,0 +1,83 @@
+"""Which logger gets what of the dashboard."""
+
+from __future__ import annotations
+
+import inspect
+
+import numpy as np
+import pytest
+from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
+
+from lightning_bnmonitor import BatchNormMonitor
+from lightning_bnmonitor.report.heatmap import Heatmap
+from tests.callbacks.dashboard_fits import OURS, STEPS, LikeWandb, OnlyImages, OnlyText, Plain, board, fit
+from tests.callbacks.event_files import events
+from tests.callbacks.expected_warnings import EXPECTED_WARNINGS
+
+pytestmark = EXPECTED_WARNINGS
+
+
+@pytest.mark.parametrize("method", ["log_text", "log_image"])
+def test_the_loggers_here_take_what_the_one_of_lightning_takes(method):
+    def parameters(cls):
+        its = inspect.signature(getattr(cls, method)).parameters.values()
+        return [(parameter.name, parameter.kind, parameter.default) for parameter in its]
+
+    assert parameters(LikeWandb) == parameters(WandbLogger)
+
+
+def assert_got_everything(logger, run):
+    steps = STEPS[:2]
+    assert [step for step, _ in logger.of_ours()] == steps
+    if isinstance(logger, OnlyText):
+        for (key, columns, table, dataframe, step), (_, text) in zip(
+            logger.texts, run.events.texts["bn/report"][:2], strict=True
+        ):
+            assert (key, dataframe, len(columns)) == ("bn/report", None, 1)
+            assert table == [[text]]
+            assert step == steps.pop(0)
+    else:
+        assert logger.texts == []
+    if isinstance(logger, OnlyImages):
+        assert [step for _, _, step, _ in logger.images] == STEPS[:2]
+        heatmap = Heatmap()
+        for (key, images, step, kwargs), report in zip(logger.images, run.reports[:2], strict=True):
+            assert (key, kwargs) == ("bn/heatmap", {})
+            heatmap.add(report, step)
+            (image,) = images
+            assert image.dtype == np.uint8
+            np.testing.assert_array_equal(image, heatmap.draw())
+    else:
+        assert logger.images == []
+
+
+@pytest.mark.slow
+def test_several_loggers_get_theirs_each(tmp_path, run):
+    loggers = [
+        board(tmp_path),
+        OnlyText(),
+        CSVLogger(tmp_path),
+        LikeWandb(),
+        OnlyImages(),
+        Plain(),
+        TensorBoardLogger(tmp_path),
+    ]
+    fit(loggers, BatchNormMonitor())
+    for logger in loggers:
+        if isinstance(logger, Plain):
+            assert_got_everything(logger, run)
+        elif isinstance(logger, TensorBoardLogger):
+            found = events(logger.log_dir)
+            assert found.texts["bn/report"] == run.events.texts["bn/report"][:2]
+            assert found.at("bn/heatmap") == STEPS[:2]
+            assert found.categories() == OURS
+
+
+def test_the_tensorboard_logger_of_pytorch_lightning_gets_the_same(tmp_path, run):
+    loggers = pytest.importorskip("pytorch_lightning.loggers")
+    logger = loggers.TensorBoardLogger(tmp_path)
+    fit(logger, BatchNormMonitor(), max_epochs=4)
+    found = events(logger.log_dir)
+    assert found.texts == run.events.texts
+    assert found.layouts == run.events.layouts
+    assert found.images["bn/heatmap"][-1] == run.events.images["bn/heatmap"][-1]
