@@ -18,7 +18,7 @@ from torch import nn
 
 from lightning_bnmonitor import recalibrate
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "against_peers.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "against_peers.py"
 Table = dict[str, dict[str, str]]
 
 

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 import overhead  # noqa: E402
 

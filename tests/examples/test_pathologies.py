@@ -10,7 +10,7 @@ from pathlib import Path
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-PATHOLOGIES = Path(__file__).parents[1] / "examples" / "pathologies.py"
+PATHOLOGIES = Path(__file__).parents[2] / "examples" / "pathologies.py"
 
 
 def test_every_pathology_is_named_and_every_remedy_helps_and_all_can_be_looked_at(tmp_path: Path) -> None:

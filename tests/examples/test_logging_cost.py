@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "logging_cost.py"
+SCRIPT = Path(__file__).parents[2] / "examples" / "logging_cost.py"
 LAYERS, WINDOWS, BATCHES = 24, 4, 3
 
 
