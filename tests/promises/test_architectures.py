@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +22,7 @@ from torch.utils.data import DataLoader
 from lightning_bnmonitor import BatchNormMonitor, BatchNormTracker, LayerReport, Report
 from tests.promises.architectures import ARCHITECTURES, Architecture
 
-STEPS = 3
+STEPS = 2  # the second with other weights, and a batch of another size
 
 
 def seed() -> None:
@@ -99,7 +100,9 @@ def built(architecture: str) -> Architecture:
     return model.train(), inputs
 
 
+@functools.cache
 def train(architecture: str, monitored: bool) -> Run:
+    """A training, from which several tests read."""
     model, inputs = built(architecture)
     before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05)
@@ -117,17 +120,12 @@ def train(architecture: str, monitored: bool) -> Run:
 
 @pytest.fixture(scope="module", params=ARCHITECTURES)
 def architecture(request: pytest.FixtureRequest) -> str:
+    """Of the module, so that all tests of one follow each other and read from the same training."""
     return request.param
 
 
-@pytest.fixture(scope="module")
-def run(architecture: str) -> Iterator[Run]:
-    """A monitored training, from which the tests of an architecture read."""
-    return train(architecture, monitored=True)
-
-
 def assert_exact(layer: LayerReport, mean: Tensor, var: Tensor, serial: bool) -> None:
-    """Within the bounds of ``tests/test_exactness.py``; the rounding of 3 batches averages out no better than of 1."""
+    """Within the bounds of ``test_exactness.py``; the rounding of 2 batches averages out no better than of 1."""
     mean_error, var_error = (layer.population_mean - mean).abs(), (layer.population_var - var).abs()
     assert torch.all(mean_error <= 2e-8 * (var.sqrt() + mean.abs()) * (40 if serial else 4) + 1e-12)
     assert torch.all(var_error <= 2e-6 * (var + layer.eps))
@@ -141,21 +139,18 @@ def assert_same_weights(one: nn.Module, other: nn.Module) -> None:
         assert torch.equal(value, states[1][name]), name
 
 
-def test_no_layer_is_missed(run: Run) -> None:
+def test_no_layer_and_no_call_is_missed_and_every_layer_is_exact(architecture: str) -> None:
+    run = train(architecture, monitored=True)
     assert batch_norms(run.model)
     assert run.report is not None
     assert sorted(run.report) == sorted(batch_norms(run.model))
 
-
-def test_every_call_is_counted_and_only_layers_without_any_are_unused(run: Run) -> None:
     calls = {name: len(batches) for name, batches in run.received.batches.items()}
     assert sum(calls.values()) >= STEPS
     assert {name: layer.num_batches for name, layer in run.report.items()} == calls
     unused = {name for name, layer in run.report.items() if layer.verdict == "unused"}
     assert unused == {name for name, num in calls.items() if num == 0}
 
-
-def test_every_layer_is_exact(run: Run) -> None:
     for name, batches in run.received.batches.items():
         if batches:
             layer = run.report[name]
@@ -164,8 +159,8 @@ def test_every_layer_is_exact(run: Run) -> None:
             assert_exact(layer, *run.received.moments(name), serial=name in run.received.serial)
 
 
-def test_training_is_bit_identical_without_the_tracker(architecture: str, run: Run) -> None:
-    unmonitored = train(architecture, monitored=False)
+def test_training_is_bit_identical_without_the_tracker(architecture: str) -> None:
+    run, unmonitored = train(architecture, monitored=True), train(architecture, monitored=False)
     assert_same_weights(run.model, unmonitored.model)
     assert run.losses == unmonitored.losses
     assert run.rng == unmonitored.rng

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_bnmonitor import BatchNormTracker, LayerReport
 
-LAW = settings(max_examples=200, deadline=None)
+LAW = settings(max_examples=100, deadline=None)
 C = 5
 
 LAYERS: dict[str, tuple[type[nn.Module], tuple[int, ...], torch.memory_format]] = {
@@ -118,7 +118,7 @@ def run(layer: nn.Module, batches: list[Tensor], capture: str = "auto") -> tuple
 # --- read off the kernel ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ratio", [0.0, 0.5, 3.0, 9.0, 90.0])
+@pytest.mark.parametrize("ratio", [0.0, 9.0, 90.0])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_what_the_kernel_saved_is_exact_enough(kind: str, ratio: float) -> None:
     torch.manual_seed(0)
@@ -148,7 +148,7 @@ PRACTICE = {
 
 
 @pytest.mark.parametrize("num_batches", [1, 20])
-@pytest.mark.parametrize("ratio", [0.0, 1.0, 9.0])
+@pytest.mark.parametrize("ratio", [0.0, 9.0])
 @pytest.mark.parametrize("case", PRACTICE)
 def test_batches_of_a_size_as_in_practice_are_as_exact(case: str, ratio: float, num_batches: int) -> None:
     shape, memory_format, path, serial = PRACTICE[case]
@@ -630,25 +630,3 @@ def test_the_layers_of_a_network_are_each_exact() -> None:
         assert_saved_bounds(layer, received[name])
         assert torch.equal(layer.running_mean, model[int(name)].running_mean.double())
         assert torch.equal(layer.running_var, model[int(name)].running_var.double())
-
-
-def test_the_published_experiment_comes_out_to_four_digits() -> None:
-    torch.manual_seed(21)
-    y = torch.randn(20, 3, 1, 1)
-    model = nn.Sequential(nn.BatchNorm2d(3)).train()
-    with BatchNormTracker(model) as tracker:
-        for _ in range(2000):
-            model(torch.randn_like(y))
-    layer = tracker.report()["0"]
-    assert_path(layer, "saved", 2000)
-    assert layer.num_samples == 40_000
-
-    def four_digits(values: Tensor) -> list[float]:
-        return [round(value, 4) for value in values.tolist()]
-
-    assert four_digits(layer.population_mean) == [0.0039, 0.0015, 0.0095]
-    assert four_digits(layer.population_var) == [1.0029, 1.0026, 0.9947]
-    assert four_digits(layer.running_mean) == [-0.0628, 0.0649, 0.0600]
-    assert four_digits(layer.running_var) == [1.0812, 1.0318, 1.0721]
-    assert round(float((layer.running_mean - layer.population_mean).abs().mean()), 4) == 0.0602
-    assert round(float((layer.running_var - layer.population_var).abs().mean()), 4) == 0.0616

@@ -36,8 +36,10 @@ pytestmark = MARKS
 PLACES = ["before the first layer", "between two layers", "after the last layer", "backward", "optimizer step"]
 
 
-@pytest.mark.parametrize(("batch", "window"), [(4, (0, 5)), (BATCHES + 3, (0, BATCHES))])
-@pytest.mark.parametrize("place", PLACES)
+@pytest.mark.parametrize(
+    ("place", "batch", "window"),
+    [*((place, 4, (0, 5)) for place in PLACES), ("between two layers", BATCHES + 3, (0, BATCHES))],
+)
 def test_an_exception_comes_out_unchanged_and_the_report_tells_of_what_was_seen(tmp_path, place, batch, window):
     error, monitor = BoomError("broken"), BatchNormMonitor()
     model = Net(place, batch, error)
@@ -77,21 +79,20 @@ def test_the_error_of_batch_norm_at_one_value_per_channel_comes_through_unchange
     assert_usable(tmp_path, model, monitor)
 
 
-@pytest.mark.parametrize("order", ["first", "last"])
 @pytest.mark.parametrize(
-    ("hook", "window"),
+    ("hook", "window", "order"),
     [
-        ("on_train_epoch_start", (0, 6)),
-        ("on_train_batch_start", (0, 6)),
-        ("on_before_zero_grad", (0, 6)),
-        ("on_before_backward", (0, 6)),
-        ("on_after_backward", (0, 6)),
-        ("on_before_optimizer_step", (0, 6)),
-        ("on_train_batch_end", (0, 6)),
-        ("on_validation_start", (6, 12)),
-        ("on_validation_batch_end", (6, 12)),
-        ("on_validation_end", (6, 12)),
-        ("on_train_epoch_end", (6, 12)),
+        *(("on_train_epoch_start", (0, 6), order) for order in ("first", "last")),
+        *(("on_train_batch_start", (0, 6), order) for order in ("first", "last")),
+        ("on_before_zero_grad", (0, 6), "first"),  # where the monitor has no hook, the order is of no importance
+        ("on_before_backward", (0, 6), "first"),
+        ("on_after_backward", (0, 6), "first"),
+        ("on_before_optimizer_step", (0, 6), "first"),
+        *(("on_train_batch_end", (0, 6), order) for order in ("first", "last")),
+        *(("on_validation_start", (6, 12), order) for order in ("first", "last")),
+        ("on_validation_batch_end", (6, 12), "first"),
+        ("on_validation_end", (6, 12), "first"),
+        *(("on_train_epoch_end", (6, 12), order) for order in ("first", "last")),
     ],
 )
 def test_an_exception_in_another_callback_loses_nothing(tmp_path, hook, window, order):

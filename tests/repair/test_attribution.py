@@ -69,13 +69,12 @@ def test_all_numbers_are_those_of_hand_written_buffers_and_paired_losses(loss):
 
 @pytest.mark.parametrize("how", SPOILED)
 @pytest.mark.parametrize("name", LAYERS)
-@pytest.mark.parametrize("loss", [per_sample, mean_loss])
-def test_the_one_layer_that_is_spoiled_is_named(name, how, loss):
+def test_the_one_layer_that_is_spoiled_is_named(name, how):
     model, batches = healthy()
     with torch.no_grad():
         SPOILED[how](norms(model)[name])
     everything = Everything(model)
-    found = attribute(model, batches, loss)
+    found = attribute(model, batches)
     everything.assert_same()
     assert found.worst == name
     assert found.is_significant
@@ -205,7 +204,7 @@ def test_layers_that_are_equally_far_off_are_taken_in_the_order_of_the_model():
     assert found.worst == "blocks.0.norm"
 
 
-@pytest.mark.parametrize("num_spoiled", [1, 2, 3, 12])
+@pytest.mark.parametrize("num_spoiled", [1, 3, 12])
 def test_no_pass_is_made_for_layers_that_explain_less_than_a_hundredth(num_spoiled):
     model, batches = healthy(Net(num_blocks=10), num_batches=3)
     with torch.no_grad():

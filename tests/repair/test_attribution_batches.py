@@ -161,9 +161,16 @@ def batch_sampler_with_generator(data, **kwargs):
     return DataLoader(data, batch_sampler=sampler, **kwargs), [generator]
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
 @pytest.mark.parametrize(
-    "make", [global_generator, own_generator, sampler_with_generator, batch_sampler_with_generator]
+    ("make", "num_workers"),
+    [
+        (global_generator, 0),
+        (global_generator, 1),  # a worker's seed is drawn from the loader's generator, not from that of a sampler
+        (own_generator, 0),
+        (own_generator, 1),
+        (sampler_with_generator, 0),
+        (batch_sampler_with_generator, 0),
+    ],
 )
 def test_a_shuffling_loader_gives_the_same_batches_in_each_pass_and_its_generators_are_as_before(make, num_workers):
     model, _ = healthy()

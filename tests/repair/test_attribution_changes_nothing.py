@@ -33,9 +33,11 @@ from tests.repair.unchanged import Everything, bits
 # ------------------------------------------------------------------------------------------------------- left as it was
 
 
-@pytest.mark.parametrize("error", [OSError, KeyboardInterrupt])
 @pytest.mark.parametrize("where", ["forward", "loss", "batches"])
-@pytest.mark.parametrize("call", [0, 1, *range(3, 24, 3), 23])
+@pytest.mark.parametrize(
+    ("error", "call"),
+    [*((KeyboardInterrupt, call) for call in (0, 1, *range(3, 19, 3))), *((OSError, call) for call in (0, 10))],
+)
 def test_all_is_as_before_whenever_something_is_raised(error, where, call):
     model, batches = healthy(Net(p=0.2), num_batches=3)
     with torch.no_grad():
@@ -309,27 +311,31 @@ class Attributing(pl.Callback):
         self.found.append(attribute(pl_module, self.batches, forward=forward))
 
 
-@pytest.mark.parametrize("hook", ["on_train_batch_end", "on_validation_epoch_end", "on_train_epoch_end", "on_fit_end"])
-def test_a_monitor_reports_as_if_nothing_had_been_run(hook, tmp_path):
+def trained_by_lightning(batches, folder, *callbacks):
+    """What a monitor reports of a training, and the weights."""
+    torch.manual_seed(2)
+    module, monitor = Lit(), BatchNormMonitor()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        trainer = pl.Trainer(
+            max_epochs=2,
+            accelerator="cpu",
+            callbacks=[monitor, *callbacks],
+            default_root_dir=folder,
+            logger=False,
+            enable_checkpointing=False,
+            enable_progress_bar=False,
+            enable_model_summary=False,
+        )
+        trainer.fit(module, DataLoader(batches, batch_size=None), DataLoader(batches, batch_size=None))
+    return contents(monitor.report()), [bits(tensor) for tensor in module.state_dict().values()]
+
+
+def test_a_monitor_reports_as_if_nothing_had_been_run(tmp_path):
     _, batches = healthy(num_batches=4)
-    reports = []
-    for attributing in (False, True):
-        torch.manual_seed(2)
-        module, monitor, own = Lit(), BatchNormMonitor(), Attributing(hook, batches[:2])
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            trainer = pl.Trainer(
-                max_epochs=2,
-                accelerator="cpu",
-                callbacks=[monitor, *([own] if attributing else [])],
-                default_root_dir=tmp_path,
-                logger=False,
-                enable_checkpointing=False,
-                enable_progress_bar=False,
-                enable_model_summary=False,
-            )
-            trainer.fit(module, DataLoader(batches, batch_size=None), DataLoader(batches, batch_size=None))
-        assert bool(own.found) == attributing
-        assert all(part.name.startswith("net.") for found in own.found for part in found.contributions)
-        reports.append((contents(monitor.report()), [bits(tensor) for tensor in module.state_dict().values()]))
-    assert reports[0] == reports[1]
+    undisturbed = trained_by_lightning(batches, tmp_path)
+    for hook in ("on_train_batch_end", "on_validation_epoch_end", "on_train_epoch_end", "on_fit_end"):
+        attributing = Attributing(hook, batches[:2])
+        assert trained_by_lightning(batches, tmp_path, attributing) == undisturbed, hook
+        assert attributing.found
+        assert all(part.name.startswith("net.") for found in attributing.found for part in found.contributions)

@@ -7,7 +7,8 @@ import torch
 from torch import nn
 
 from lightning_bnmonitor import attribute_eval_gap
-from tests.repair.gap_results import CASES, assert_printed
+from lightning_bnmonitor.repair.attribution import Contribution
+from tests.repair.gap_results import CASES, assert_printed, attribution
 from tests.repair.spoiled_models import INF, NAN, assert_plain, attribute, per_sample, spoil_nan
 from tests.repair.unchanged import Everything
 
@@ -85,3 +86,8 @@ def test_exact_statistics_that_make_the_loss_infinite_have_nothing_to_explain():
     assert found.gap == -INF
     assert not found.is_significant
     assert "as good as" not in assert_printed(found)
+
+
+@pytest.mark.parametrize("name", ["encoder." * 30 + "norm", "nan", "5", "1e5", "a | b", "-", "漢字"])
+def test_odd_names_are_printed(name):
+    assert_printed(attribution(contributions=(Contribution(name, 0.5, 0.9, 0.01),)))

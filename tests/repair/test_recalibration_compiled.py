@@ -56,14 +56,18 @@ needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inducto
 
 
 @pytest.mark.usefixtures("fresh_compiler")
-@pytest.mark.parametrize("tracked", [False, True])
-@pytest.mark.parametrize("how", [by_wrapping, in_place, its_parts])
-@pytest.mark.parametrize("backend", ["aot_eager", pytest.param("inductor", marks=needs_compiler)])
+@pytest.mark.parametrize(
+    ("backend", "how", "tracked"),
+    [
+        pytest.param("inductor", by_wrapping, False, marks=needs_compiler),
+        ("eager", by_wrapping, True),
+        ("eager", in_place, True),
+        ("eager", its_parts, False),
+    ],
+)
 def test_a_compiled_model_gets_what_an_eager_one_gets_and_is_not_compiled_again(
     backend: str, how: Callable[[nn.Module, str], nn.Module], tracked: bool
 ) -> None:
-    if backend == "inductor" and (tracked or how is not by_wrapping):
-        return  # one is enough
     eager, batches = trained(Net()), data()
     eager.drop.p = 0.0
     model = how(copy.deepcopy(eager), backend)
