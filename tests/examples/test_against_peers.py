@@ -18,6 +18,7 @@ from torch import nn
 
 from lightning_bnmonitor import recalibrate
 
+pytestmark = pytest.mark.slow
 SCRIPT = Path(__file__).parents[2] / "examples" / "against_peers.py"
 Table = dict[str, dict[str, str]]
 

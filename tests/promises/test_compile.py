@@ -338,7 +338,7 @@ def test_a_trainer_counts_every_batch_of_a_compiled_module_in_two_fits(what: str
     for _ in range(2):
         monitor = BatchNormMonitor()
         trainer = Trainer(
-            max_epochs=2,
+            max_epochs=1,
             accelerator="cpu",
             callbacks=[monitor],
             default_root_dir=str(tmp_path),

@@ -168,7 +168,7 @@ LAYOUTS: dict[str, Callable[[float], Tensor]] = {
     "sliced": lambda ratio: (torch.randn(16, C, 60, 60) + ratio)[:, :, ::2, ::2],
     "channels sliced": lambda ratio: (torch.randn(16, 2 * C, 8, 8) + ratio)[:, ::2],
     "expanded": lambda ratio: (torch.randn(16, C, 1, 8) + ratio).expand(-1, -1, 8, -1),
-    "large and permuted": lambda ratio: (torch.randn(32, 112, C, 112) + ratio).permute(0, 2, 1, 3),
+    "large and permuted": lambda ratio: (torch.randn(32, 28, C, 28) + ratio).permute(0, 2, 1, 3),
 }
 
 
