@@ -22,6 +22,7 @@ from torch.utils.data import DataLoader
 from lightning_bnmonitor import BatchNormMonitor, BatchNormTracker, LayerReport, Report
 from tests.promises.architectures import ARCHITECTURES, Architecture
 
+pytestmark = pytest.mark.slow
 STEPS = 2  # the second with other weights, and a batch of another size
 
 

@@ -95,6 +95,7 @@ def calls(report: Report, prefix: str = "part.") -> list[dict[str, float]]:
     return [{key: report[prefix + name].evidence[key] for key in keys} for name in LAYERS]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("compiled", "fullgraph"), [*((way, True) for way in WAYS), (by_wrapping, False)])
 def test_twelve_calls_a_step_compile_one_graph_and_all_are_counted_also_if_it_was_run_compiled_before(
     compiled: Callable[..., nn.Module], fullgraph: bool
@@ -119,6 +120,7 @@ def test_twelve_calls_a_step_compile_one_graph_and_all_are_counted_also_if_it_wa
     assert [report["part." + name].num_samples for name in LAYERS] == [24 * 4 * 36, 24 * 4 * 16, 24 * 4]
 
 
+@pytest.mark.slow
 def test_a_model_is_counted_after_an_unmonitored_sibling_of_its_class_was_compiled() -> None:
     train(torch.compile(Net(), backend="eager"))
     model = torch.compile(Net(), backend="eager")
@@ -136,6 +138,7 @@ def test_a_model_compiled_after_attaching_is_counted_although_a_sibling_was_comp
     assert [entry["calls_traced"] for entry in calls(tracker.report(), "")] == [3, 3, 3]
 
 
+@pytest.mark.slow
 def test_batches_of_other_sizes_and_evaluation_compile_no_more_graphs_than_without() -> None:
     def run(model: nn.Module) -> tuple[int, int]:
         torch._dynamo.reset()
@@ -157,6 +160,7 @@ def test_batches_of_other_sizes_and_evaluation_compile_no_more_graphs_than_witho
     assert report["third.1"].num_samples == 4 + 5 + 6 + 7 + 9
 
 
+@pytest.mark.slow
 def test_a_frozen_layer_in_a_training_model_is_counted_and_evaluation_is_not() -> None:
     model = torch.compile(Net(), backend="eager")
     with BatchNormTracker(model) as tracker:
@@ -203,6 +207,7 @@ def test_what_is_called_between_two_windows_belongs_to_neither(compiled: Callabl
         assert [entry["calls_traced"] for entry in calls(tracker.close(), "")] == [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_what_a_compiled_function_calls_between_two_windows_belongs_to_neither() -> None:
     """Nothing drains the model there: the tracker does when it is asked."""
     model = Net()
@@ -240,6 +245,7 @@ def test_history_crosses_windows() -> None:
             tracker.reset()
 
 
+@pytest.mark.slow
 def test_where_dynamo_gives_up_and_runs_eagerly_the_calls_are_read_off_the_kernel() -> None:
     model = torch.compile(Net(), backend="eager", dynamic=False)
     with BatchNormTracker(model) as tracker, torch._dynamo.config.patch(recompile_limit=2):
@@ -248,6 +254,7 @@ def test_where_dynamo_gives_up_and_runs_eagerly_the_calls_are_read_off_the_kerne
     assert calls(tracker.report(), "") == [{"calls_saved": 3, "calls_traced": 2, "calls_pass": 0}] * 3
 
 
+@pytest.mark.slow
 def test_a_graph_break_in_the_model_loses_no_call() -> None:
     class Broken(Net):
         def forward(self, x: Tensor) -> Tensor:
@@ -328,6 +335,7 @@ class Module(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["module", "net"])
 def test_a_trainer_counts_every_batch_of_a_compiled_module_in_two_fits(what: str, tmp_path: object) -> None:
     module = Module()
@@ -398,6 +406,7 @@ def assert_bit_identical(model: nn.Module, backend: str, **kwargs: object) -> Re
     return with_monitor["report"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("reentrant", "backend"),
     [(None, "aot_eager"), (True, "aot_eager"), pytest.param(False, "inductor", marks=needs_compiler)],
@@ -411,6 +420,7 @@ def test_training_is_bit_identical_with_and_without_the_monitor_also_under_activ
     assert [report[name].evidence["updates_per_call"] for name in LAYERS] == [1, 1, 1]
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize(
     "kwargs",
@@ -427,6 +437,7 @@ def test_inductor_trains_bit_identically_with_and_without_the_monitor(kwargs: di
     assert [entry["calls_traced"] for entry in calls(report, "")] == [6, 6, 6]
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize(("layer", "shape"), [(nn.BatchNorm2d(8), (16, 8, 6, 6)), (nn.BatchNorm1d(8), (4096, 8))])
 def test_compiled_moments_are_as_exact_as_those_of_a_serial_kernel(layer: nn.Module, shape: tuple[int, ...]) -> None:
@@ -448,6 +459,7 @@ def test_compiled_moments_are_as_exact_as_those_of_a_serial_kernel(layer: nn.Mod
         assert ((reported.population_var - var).abs() / (var + layer.eps)).max() <= 2e-6
 
 
+@pytest.mark.slow
 @needs_compiler
 def test_with_all_options_of_the_compilers_modes_every_call_is_recorded() -> None:
     mode, options = "max-autotune", torch._inductor.list_mode_options()
@@ -467,6 +479,7 @@ def test_with_all_options_of_the_compilers_modes_every_call_is_recorded() -> Non
     assert (error < 1e-5).all()
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize(
     ("shape", "dtype"), [((64, 4), torch.float32), ((64, 4), torch.float64), ((16, 4, 5, 5), torch.float32)]

@@ -67,6 +67,7 @@ def extra_operations_a_step(depth: int, capture: str = "auto") -> float:
     return (len(with_.names) - len(without.names)) / STEPS
 
 
+@pytest.mark.slow
 def test_a_training_step_has_few_more_operations_however_deep_the_network() -> None:
     shallow, deep = extra_operations_a_step(5), extra_operations_a_step(25)
     print(f"operations added to a training step: {shallow:.2f} with 5 layers, {deep:.2f} with 25")
@@ -74,11 +75,13 @@ def test_a_training_step_has_few_more_operations_however_deep_the_network() -> N
     assert deep <= shallow + 0.1
 
 
+@pytest.mark.slow
 def test_a_pass_is_a_few_operations_for_each_layer() -> None:
     by_depth = {depth: extra_operations_a_step(depth, "pass") for depth in (5, 10)}
     assert by_depth[10] - by_depth[5] <= 5 * 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capture", ["auto", "pass"])
 def test_training_steps_wait_for_no_device(capture: str) -> None:
     with_, without = operations_of_training(5, capture), operations_of_training(5, None)
@@ -98,6 +101,7 @@ def test_a_value_that_is_read_would_be_noticed() -> None:
     assert operations.copies_elsewhere == ["aten._to_copy.default"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capture", ["auto", "pass"])
 def test_training_steps_do_without_the_values_on_the_device(capture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_bnmonitor.capture.layer_hook._is_abstract", lambda x: False)  # that would skip them
@@ -188,6 +192,7 @@ class Skipping(nn.Module):
         return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num", "width", "probability", "capture", "dtype"),
     [

@@ -147,7 +147,7 @@ PRACTICE = {
 }
 
 
-@pytest.mark.parametrize("num_batches", [1, 20])
+@pytest.mark.parametrize("num_batches", [1, pytest.param(20, marks=pytest.mark.slow)])
 @pytest.mark.parametrize("ratio", [0.0, 9.0])
 @pytest.mark.parametrize("case", PRACTICE)
 def test_batches_of_a_size_as_in_practice_are_as_exact(case: str, ratio: float, num_batches: int) -> None:
@@ -532,6 +532,7 @@ stds = st.sampled_from([1e-3, 1.0, 1e3])
 seeds = st.integers(0, 2**31)
 
 
+@pytest.mark.slow
 @LAW
 @given(kind=kinds, ratio=ratios, std=stds, num=st.integers(1, 4), batch=st.integers(2, 9), seed=seeds)
 def test_a_pass_is_exact_from_the_first_batch_on_however_far_from_0(
@@ -543,6 +544,7 @@ def test_a_pass_is_exact_from_the_first_batch_on_however_far_from_0(
     assert_pass_bounds(layer, received)
 
 
+@pytest.mark.slow
 @LAW
 @given(kind=kinds, ratio=ratios, std=stds, num=st.integers(1, 4), batch=st.integers(2, 9), seed=seeds)
 def test_float64_models_are_exact_to_float64(
@@ -574,6 +576,7 @@ def test_a_channel_that_never_varies_has_its_exact_mean_and_no_variance() -> Non
 # --- the merge --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @LAW
 @given(
     kind=kinds,

@@ -138,6 +138,7 @@ VARIANTS: dict[str, tuple[Forward, float, dict[str, Any], set[str]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("forward", "dropout", "options", "paths"), VARIANTS.values(), ids=VARIANTS)
 def test_everything_computed_is_bit_identical_with_and_without_the_tracker(
     forward: Forward, dropout: float, options: dict[str, Any], paths: set[str]
@@ -156,6 +157,7 @@ def test_everything_computed_is_bit_identical_with_and_without_the_tracker(
         assert sum(captured.values()) == STEPS * 7
 
 
+@pytest.mark.slow
 def test_the_comparison_notices_a_single_further_draw_of_any_generator() -> None:
     draws: list[Callable[[], Any]] = [lambda: torch.rand(1), lambda: np.random.rand(), lambda: random.random()]
     plain = train(eager, 0.0, lambda model: contextlib.nullcontext())

@@ -145,6 +145,7 @@ def test_trackers_that_are_dropped_with_their_models_while_attached_leave_nothin
             _CompilerSettings.release()
 
 
+@pytest.mark.slow
 def test_four_hundred_windows_take_no_more_memory_than_a_hundred():
     model, x = single(), torch.randn(8, C)
 

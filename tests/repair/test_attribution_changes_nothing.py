@@ -230,6 +230,7 @@ def test_it_works_in_inference_mode_and_on_a_model_that_was_made_there(spoiled):
     everything.assert_same()
 
 
+@pytest.mark.slow
 def test_a_compiled_model_is_attributed_as_the_one_that_is_compiled(spoiled):
     model, batches = spoiled
     expected = attribute(model, batches)
@@ -331,6 +332,7 @@ def trained_by_lightning(batches, folder, *callbacks):
     return contents(monitor.report()), [bits(tensor) for tensor in module.state_dict().values()]
 
 
+@pytest.mark.slow
 def test_a_monitor_reports_as_if_nothing_had_been_run(tmp_path):
     _, batches = healthy(num_batches=4)
     undisturbed = trained_by_lightning(batches, tmp_path)

@@ -104,6 +104,7 @@ def test_the_reports_tell_the_errors_of_before_and_after() -> None:
     torch.testing.assert_close(result.after["0"].running_mean.float(), model[0].running_mean, rtol=0, atol=0)
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(
     sizes=st.lists(st.integers(2, 20), min_size=1, max_size=9),

@@ -17,6 +17,8 @@ from tests.repair.exact_population import C, assert_written, data
 from tests.repair.small_models import Net, trained
 from tests.repair.unchanged import Unchanged, bits
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def fresh_compiler() -> Iterator[None]:

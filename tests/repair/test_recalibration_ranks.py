@@ -19,6 +19,8 @@ from lightning_bnmonitor import recalibrate
 from tests.repair.exact_population import C, assert_written
 from tests.repair.unchanged import Everything, buffers_of
 
+pytestmark = pytest.mark.slow
+
 
 def share(rank: int, sizes: list[int]) -> list[Tensor]:
     generator = torch.Generator().manual_seed(10 + rank)
