@@ -19,8 +19,6 @@ from tests.repair.exact_population import SIZES, C, Recorder, assert_written, da
 from tests.repair.small_models import Net, single, trained
 from tests.repair.unchanged import Unchanged, buffers_of
 
-# ------------------------------------------------------------------------------------------------------ what is written
-
 
 def test_what_is_written_is_the_population_variance_and_not_the_mean_of_batch_variances() -> None:
     model = nn.BatchNorm1d(1)
@@ -275,9 +273,6 @@ def test_activation_checkpointing_inside_counts_each_call_once(use_reentrant: bo
     result = recalibrate(model, batches)
     assert result.after["norm"].num_batches == len(SIZES)
     assert_written(model.norm, batches)
-
-
-# -------------------------------------------------------------------------------------------------------- several ranks
 
 
 def test_the_result_is_of_the_published_type() -> None:
