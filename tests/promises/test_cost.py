@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import random
 import weakref
 from typing import Any
@@ -42,18 +43,19 @@ def chain(depth: int) -> nn.Sequential:
     return nn.Sequential(*[nn.Sequential(nn.Linear(C, C), nn.BatchNorm1d(C)) for _ in range(depth)])
 
 
-def operations_of_training(depth: int, monitored: bool, capture: str = "auto") -> Operations:
+@functools.cache
+def operations_of_training(depth: int, capture: str | None) -> Operations:
+    """Of one that is monitored in this way, or not at all; several tests look at each."""
     torch.manual_seed(0)
     model = chain(depth)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
-    tracker = BatchNormTracker(model, capture=capture)
-    with tracker if monitored else contextlib.nullcontext():
+    with contextlib.nullcontext() if capture is None else BatchNormTracker(model, capture=capture) as tracker:
         with Operations() as operations:
             for _ in range(STEPS):
                 optimizer.zero_grad()
                 model(torch.randn(4, C)).square().mean().backward()
                 optimizer.step()
-        if monitored:
+        if tracker is not None:
             for layer in tracker.report().values():
                 path = "calls_saved" if capture == "auto" else "calls_pass"
                 assert layer.evidence[path] == layer.num_batches == STEPS
@@ -61,25 +63,28 @@ def operations_of_training(depth: int, monitored: bool, capture: str = "auto") -
 
 
 def extra_operations_a_step(depth: int, capture: str = "auto") -> float:
-    with_, without = (operations_of_training(depth, monitored, capture) for monitored in (True, False))
+    with_, without = operations_of_training(depth, capture), operations_of_training(depth, None)
     return (len(with_.names) - len(without.names)) / STEPS
 
 
+@pytest.mark.slow
 def test_a_training_step_has_few_more_operations_however_deep_the_network() -> None:
-    shallow, deep = extra_operations_a_step(5), extra_operations_a_step(50)
-    print(f"operations added to a training step: {shallow:.2f} with 5 layers, {deep:.2f} with 50")
+    shallow, deep = extra_operations_a_step(5), extra_operations_a_step(25)
+    print(f"operations added to a training step: {shallow:.2f} with 5 layers, {deep:.2f} with 25")
     assert 0 < shallow <= 5
     assert deep <= shallow + 0.1
 
 
+@pytest.mark.slow
 def test_a_pass_is_a_few_operations_for_each_layer() -> None:
     by_depth = {depth: extra_operations_a_step(depth, "pass") for depth in (5, 10)}
     assert by_depth[10] - by_depth[5] <= 5 * 12
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capture", ["auto", "pass"])
 def test_training_steps_wait_for_no_device(capture: str) -> None:
-    with_, without = (operations_of_training(5, monitored, capture) for monitored in (True, False))
+    with_, without = operations_of_training(5, capture), operations_of_training(5, None)
     added = set(with_.names) - set(without.names)
     assert added
     forbidden = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "masked_select", "unique", "equal.default")
@@ -96,10 +101,11 @@ def test_a_value_that_is_read_would_be_noticed() -> None:
     assert operations.copies_elsewhere == ["aten._to_copy.default"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("capture", ["auto", "pass"])
 def test_training_steps_do_without_the_values_on_the_device(capture: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("lightning_bnmonitor.capture.layer_hook._is_abstract", lambda x: False)  # that would skip them
-    model = chain(3)
+    model = chain(2)
     with BatchNormTracker(model, capture=capture) as tracker:
         model.to("meta")  # a device that raises if a value is copied from it
         optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
@@ -109,7 +115,7 @@ def test_training_steps_do_without_the_values_on_the_device(capture: str, monkey
             optimizer.zero_grad()
             model(torch.randn(4, C, device="meta")).square().mean().backward()
             optimizer.step()
-        assert [layer.num_calls for layer in tracker._layers] == [STEPS + 1] * 3
+        assert [layer.num_calls for layer in tracker._layers] == [STEPS + 1] * 2
         assert all(len(layer.stash) < STASH_LIMIT < STEPS for layer in tracker._layers)  # so they were merged
         assert list(tracker._placement.windows) == [torch.device("meta")]
 
@@ -186,11 +192,21 @@ class Skipping(nn.Module):
         return x
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
-    ("capture", "dtype"), [("auto", torch.float32), ("pass", torch.float32), ("auto", torch.float64)]
+    ("num", "width", "probability", "capture", "dtype"),
+    [
+        (6, 512, 0.0, "auto", torch.float32),
+        (6, 512, 0.5, "pass", torch.float32),
+        (6, 512, 0.5, "auto", torch.float64),
+        (20, 32, 0.0, "pass", torch.float32),
+        (20, 32, 0.5, "auto", torch.float32),
+        (20, 32, 0.0, "auto", torch.float64),
+        (20, 32, 0.5, "auto", torch.float64),
+        (1, 1, 0.0, "auto", torch.float64),
+        (1, 1, 0.5, "pass", torch.float32),
+    ],
 )
-@pytest.mark.parametrize("probability", [0.0, 0.5])
-@pytest.mark.parametrize(("num", "width"), [(6, 512), (20, 32), (1, 1)])
 def test_the_tracker_never_holds_more_than_a_kibibyte_a_channel_and_64_more(
     num: int, width: int, probability: float, capture: str, dtype: torch.dtype
 ) -> None:
@@ -218,8 +234,8 @@ def test_the_tracker_never_holds_more_than_a_kibibyte_a_channel_and_64_more(
         ([8], torch.float64, STASH_LIMIT // 2),
         ([20_000], torch.float32, 53),  # (1024 - 600) / 8 bytes, and little more
         ([20_000], torch.float64, 26),
-        ([64] * 300, torch.float32, 51),  # 850 bytes a layer less
-        ([1] * 500, torch.float32, STASH_LIMIT // 2),
+        ([64] * 100, torch.float32, 52),  # 850 bytes a layer less
+        ([1] * 120, torch.float32, STASH_LIMIT // 2),
     ],
 )
 def test_of_wide_layers_fewer_calls_wait_once_they_have_a_window(

@@ -18,7 +18,8 @@ from torch import nn
 
 from lightning_bnmonitor import recalibrate
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "against_peers.py"
+pytestmark = pytest.mark.slow
+SCRIPT = Path(__file__).parents[2] / "examples" / "against_peers.py"
 Table = dict[str, dict[str, str]]
 
 

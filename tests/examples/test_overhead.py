@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).parent.parent / "examples"
+EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
 import overhead  # noqa: E402
 
@@ -31,6 +31,7 @@ class Clock:
         return self.now
 
 
+@pytest.mark.slow
 def test_every_table_has_its_rows_and_every_target_its_verdict() -> None:
     command = [sys.executable, str(EXAMPLES / "overhead.py"), "--quick", "--rounds", "2", "--repeats", "1"]
     done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600)
@@ -42,7 +43,7 @@ def test_every_table_has_its_rows_and_every_target_its_verdict() -> None:
     assert rows[2][0] == "a step without monitor"
     assert [cell == "-" for row in rows[3:-1] for cell in row[1:]].count(True) == 1  # no stacking in compiled code
     assert rows[-1][0] == "**direct share of ours**"
-    assert all(cell.endswith("%") for cell in rows[-1][1:])
+    assert all(cell.endswith("%") and 0 < float(cell.split()[0]) < 100 for cell in rows[-1][1:])
     assert len(memory.splitlines()) == 2 + len(overhead.VARIANTS) - 2
     assert [row.split("|")[2].strip() for row in windows.splitlines()[2:]] == ["1000", "10000"]
     verdicts = done.stdout.rstrip().split("\n\n")[-1].splitlines()
@@ -160,10 +161,9 @@ def test_hooks_are_wrapped_where_they_sit_and_no_others() -> None:
     training.monitor.close()
 
 
-@pytest.mark.parametrize("name", list(QUICK))
-def test_the_direct_share_is_a_share(name: str) -> None:
-    shares = overhead.direct_shares(QUICK[name], steps=3)
-    assert len(shares) == QUICK[name].chunks
+def test_the_direct_share_is_a_share() -> None:
+    shares = overhead.direct_shares(QUICK["narrow MLP"], steps=3)
+    assert len(shares) == QUICK["narrow MLP"].chunks
     assert all(0 < share < 1 for share in shares)
 
 

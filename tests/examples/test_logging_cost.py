@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-SCRIPT = Path(__file__).parent.parent / "examples" / "logging_cost.py"
-LAYERS, WINDOWS, BATCHES = 24, 4, 3
+pytestmark = pytest.mark.slow
+SCRIPT = Path(__file__).parents[2] / "examples" / "logging_cost.py"
+LAYERS, WINDOWS, BATCHES = 12, 2, 2
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads resident memory from /proc")

@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 import pytest
 import torch
 import torch._dynamo
+import torch._inductor
 from lightning.pytorch import LightningModule, Trainer
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
@@ -94,39 +95,32 @@ def calls(report: Report, prefix: str = "part.") -> list[dict[str, float]]:
     return [{key: report[prefix + name].evidence[key] for key in keys} for name in LAYERS]
 
 
-@pytest.mark.parametrize("fullgraph", [False, True])
-@pytest.mark.parametrize("compiled", WAYS)
-def test_twelve_calls_a_step_compile_one_graph_and_all_are_counted(
-    compiled: Callable[..., nn.Module], fullgraph: bool
-) -> None:
-    train(Twelve(compiled(Net(), fullgraph)))
-    graphs_without = graphs()
-    torch._dynamo.reset()
-    counters.clear()
-    model = Twelve(compiled(Net(), fullgraph))
-    with BatchNormTracker(model) as tracker:
-        train(model)
-    assert graphs() == graphs_without
-    report = tracker.report()
-    assert calls(report) == [{"calls_saved": 0, "calls_traced": 36, "calls_pass": 0}] * 3
-    assert [report["part." + name].num_samples for name in LAYERS] == [36 * 4 * 36, 36 * 4 * 16, 36 * 4]
-
-
-@pytest.mark.parametrize("fullgraph", [False, True])
-@pytest.mark.parametrize("compiled", WAYS)
-def test_a_model_that_was_run_compiled_before_is_counted_in_two_trackings(
+@pytest.mark.slow
+@pytest.mark.parametrize(("compiled", "fullgraph"), [*((way, True) for way in WAYS), (by_wrapping, False)])
+def test_twelve_calls_a_step_compile_one_graph_and_all_are_counted_also_if_it_was_run_compiled_before(
     compiled: Callable[..., nn.Module], fullgraph: bool
 ) -> None:
     model = Twelve(compiled(Net(), fullgraph))
     train(model, steps=2)
+    graphs_without = graphs()
     for steps in (2, 3):
         with BatchNormTracker(model) as tracker:
             train(model, steps)
         assert [entry["calls_traced"] for entry in calls(tracker.report())] == [12 * steps] * 3
         train(model, steps=1)  # and what is not tracked is not counted
         assert [entry["calls_traced"] for entry in calls(tracker.report())] == [12 * steps] * 3
+    torch._dynamo.reset()
+    counters.clear()
+    model = Twelve(compiled(Net(), fullgraph))
+    with BatchNormTracker(model) as tracker:
+        train(model, steps=2)
+    assert graphs() == graphs_without
+    report = tracker.report()
+    assert calls(report) == [{"calls_saved": 0, "calls_traced": 24, "calls_pass": 0}] * 3
+    assert [report["part." + name].num_samples for name in LAYERS] == [24 * 4 * 36, 24 * 4 * 16, 24 * 4]
 
 
+@pytest.mark.slow
 def test_a_model_is_counted_after_an_unmonitored_sibling_of_its_class_was_compiled() -> None:
     train(torch.compile(Net(), backend="eager"))
     model = torch.compile(Net(), backend="eager")
@@ -144,6 +138,7 @@ def test_a_model_compiled_after_attaching_is_counted_although_a_sibling_was_comp
     assert [entry["calls_traced"] for entry in calls(tracker.report(), "")] == [3, 3, 3]
 
 
+@pytest.mark.slow
 def test_batches_of_other_sizes_and_evaluation_compile_no_more_graphs_than_without() -> None:
     def run(model: nn.Module) -> tuple[int, int]:
         torch._dynamo.reset()
@@ -165,6 +160,7 @@ def test_batches_of_other_sizes_and_evaluation_compile_no_more_graphs_than_witho
     assert report["third.1"].num_samples == 4 + 5 + 6 + 7 + 9
 
 
+@pytest.mark.slow
 def test_a_frozen_layer_in_a_training_model_is_counted_and_evaluation_is_not() -> None:
     model = torch.compile(Net(), backend="eager")
     with BatchNormTracker(model) as tracker:
@@ -211,6 +207,7 @@ def test_what_is_called_between_two_windows_belongs_to_neither(compiled: Callabl
         assert [entry["calls_traced"] for entry in calls(tracker.close(), "")] == [1, 1, 1]
 
 
+@pytest.mark.slow
 def test_what_a_compiled_function_calls_between_two_windows_belongs_to_neither() -> None:
     """Nothing drains the model there: the tracker does when it is asked."""
     model = Net()
@@ -248,6 +245,7 @@ def test_history_crosses_windows() -> None:
             tracker.reset()
 
 
+@pytest.mark.slow
 def test_where_dynamo_gives_up_and_runs_eagerly_the_calls_are_read_off_the_kernel() -> None:
     model = torch.compile(Net(), backend="eager", dynamic=False)
     with BatchNormTracker(model) as tracker, torch._dynamo.config.patch(recompile_limit=2):
@@ -256,6 +254,7 @@ def test_where_dynamo_gives_up_and_runs_eagerly_the_calls_are_read_off_the_kerne
     assert calls(tracker.report(), "") == [{"calls_saved": 3, "calls_traced": 2, "calls_pass": 0}] * 3
 
 
+@pytest.mark.slow
 def test_a_graph_break_in_the_model_loses_no_call() -> None:
     class Broken(Net):
         def forward(self, x: Tensor) -> Tensor:
@@ -336,6 +335,7 @@ class Module(LightningModule):
         return torch.optim.SGD(self.parameters(), lr=0.01)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("what", ["module", "net"])
 def test_a_trainer_counts_every_batch_of_a_compiled_module_in_two_fits(what: str, tmp_path: object) -> None:
     module = Module()
@@ -346,7 +346,7 @@ def test_a_trainer_counts_every_batch_of_a_compiled_module_in_two_fits(what: str
     for _ in range(2):
         monitor = BatchNormMonitor()
         trainer = Trainer(
-            max_epochs=2,
+            max_epochs=1,
             accelerator="cpu",
             callbacks=[monitor],
             default_root_dir=str(tmp_path),
@@ -368,12 +368,11 @@ def trained(
     dtype: torch.dtype = torch.float32,
     autocast: bool = False,
     memory_format: torch.memory_format = torch.contiguous_format,
-    fullgraph: bool = False,
 ) -> dict[str, object]:
     """All that a training run changes, and the report."""
     torch._dynamo.reset()
     model = copy.deepcopy(model).to(dtype=dtype, memory_format=memory_format)
-    compiled = torch.compile(model, backend=backend, fullgraph=fullgraph)
+    compiled = torch.compile(model, backend=backend)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     tracker = BatchNormTracker(compiled)
     if monitored:
@@ -407,64 +406,65 @@ def assert_bit_identical(model: nn.Module, backend: str, **kwargs: object) -> Re
     return with_monitor["report"]
 
 
-@pytest.mark.parametrize("reentrant", [None, False, True])
-def test_training_is_bit_identical_with_and_without_the_monitor(reentrant: bool | None) -> None:
-    report = assert_bit_identical(Net(reentrant, dropout=0.1), "aot_eager")
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("reentrant", "backend"),
+    [(None, "aot_eager"), (True, "aot_eager"), pytest.param(False, "inductor", marks=needs_compiler)],
+)
+def test_training_is_bit_identical_with_and_without_the_monitor_also_under_activation_checkpointing(
+    reentrant: bool | None, backend: str
+) -> None:
+    report = assert_bit_identical(Net(reentrant, dropout=0.1), backend)
     assert [entry["calls_traced"] for entry in calls(report, "")] == [6, 6, 6]
     # Compiled checkpointing recomputes the data, not the update of the buffers.
     assert [report[name].evidence["updates_per_call"] for name in LAYERS] == [1, 1, 1]
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize(
     "kwargs",
     [
         {},
-        {"fullgraph": True},
         {"memory_format": torch.channels_last},
         {"autocast": True},
         {"dtype": torch.bfloat16},
     ],
-    ids=["default", "fullgraph", "channels-last", "bf16-autocast", "bf16"],
+    ids=["default", "channels-last", "bf16-autocast", "bf16"],
 )
 def test_inductor_trains_bit_identically_with_and_without_the_monitor(kwargs: dict[str, object]) -> None:
     report = assert_bit_identical(Net(dropout=0.1), "inductor", **kwargs)
     assert [entry["calls_traced"] for entry in calls(report, "")] == [6, 6, 6]
 
 
+@pytest.mark.slow
 @needs_compiler
-def test_inductor_trains_bit_identically_under_activation_checkpointing() -> None:
-    report = assert_bit_identical(Net(reentrant=False), "inductor")
-    assert [entry["calls_traced"] for entry in calls(report, "")] == [6, 6, 6]
-
-
-@needs_compiler
-@pytest.mark.parametrize("ratio", [0.0, 1.0, 9.0, 30.0])
 @pytest.mark.parametrize(("layer", "shape"), [(nn.BatchNorm2d(8), (16, 8, 6, 6)), (nn.BatchNorm1d(8), (4096, 8))])
-def test_compiled_moments_are_as_exact_as_those_of_a_serial_kernel(
-    layer: nn.Module, shape: tuple[int, ...], ratio: float
-) -> None:
+def test_compiled_moments_are_as_exact_as_those_of_a_serial_kernel(layer: nn.Module, shape: tuple[int, ...]) -> None:
     generator = torch.Generator().manual_seed(3)
     std = torch.logspace(-2, 2, 8).view(-1, *[1] * (len(shape) - 2))
     model = torch.compile(nn.Sequential(copy.deepcopy(layer)))
-    batches = []
-    with BatchNormTracker(model) as tracker:
-        for _ in range(20):
-            batches.append((torch.randn(shape, generator=generator) + ratio) * std)
-            model(batches[-1].requires_grad_()).sum().backward()
-    values = torch.cat(batches).detach().double().transpose(0, 1).flatten(1)
-    reported = tracker.report()["0"]
-    assert reported.evidence["calls_traced"] == 20
-    assert reported.num_samples == values.shape[1]
-    var = values.var(dim=1)
-    assert ((reported.population_mean - values.mean(dim=1)).abs() / var.sqrt()).max() <= 40 * 2e-8 * (1 + ratio)
-    assert ((reported.population_var - var).abs() / (var + layer.eps)).max() <= 2e-6
+    for ratio in (0.0, 1.0, 9.0, 30.0):
+        batches = []
+        with BatchNormTracker(model) as tracker:  # one for each: none knows of an earlier window how far it is from 0
+            for _ in range(20):
+                batches.append((torch.randn(shape, generator=generator) + ratio) * std)
+                model(batches[-1].requires_grad_()).sum().backward()
+        values = torch.cat(batches).detach().double().transpose(0, 1).flatten(1)
+        reported = tracker.report()["0"]
+        assert reported.evidence["calls_traced"] == 20
+        assert reported.num_samples == values.shape[1]
+        var = values.var(dim=1)
+        assert ((reported.population_mean - values.mean(dim=1)).abs() / var.sqrt()).max() <= 40 * 2e-8 * (1 + ratio)
+        assert ((reported.population_var - var).abs() / (var + layer.eps)).max() <= 2e-6
 
 
+@pytest.mark.slow
 @needs_compiler
-@pytest.mark.parametrize("mode", ["reduce-overhead", "max-autotune", "max-autotune-no-cudagraphs"])
-def test_every_mode_of_the_compiler_records_every_call(mode: str) -> None:
-    torch._dynamo.reset()
+def test_with_all_options_of_the_compilers_modes_every_call_is_recorded() -> None:
+    mode, options = "max-autotune", torch._inductor.list_mode_options()
+    for other in ("reduce-overhead", "max-autotune-no-cudagraphs"):
+        assert options[other].items() <= options[mode].items()
     net = Net()
     compiled, batches = torch.compile(net, mode=mode), []
     with BatchNormTracker(compiled) as tracker:
@@ -479,6 +479,7 @@ def test_every_mode_of_the_compiler_records_every_call(mode: str) -> None:
     assert (error < 1e-5).all()
 
 
+@pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize(
     ("shape", "dtype"), [((64, 4), torch.float32), ((64, 4), torch.float64), ((16, 4, 5, 5), torch.float32)]

@@ -16,7 +16,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_bnmonitor import BatchNormTracker, LayerReport
 
-LAW = settings(max_examples=200, deadline=None)
+LAW = settings(max_examples=100, deadline=None)
 C = 5
 
 LAYERS: dict[str, tuple[type[nn.Module], tuple[int, ...], torch.memory_format]] = {
@@ -118,7 +118,7 @@ def run(layer: nn.Module, batches: list[Tensor], capture: str = "auto") -> tuple
 # --- read off the kernel ----------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("ratio", [0.0, 0.5, 3.0, 9.0, 90.0])
+@pytest.mark.parametrize("ratio", [0.0, 9.0, 90.0])
 @pytest.mark.parametrize("kind", LAYERS)
 def test_what_the_kernel_saved_is_exact_enough(kind: str, ratio: float) -> None:
     torch.manual_seed(0)
@@ -147,8 +147,8 @@ PRACTICE = {
 }
 
 
-@pytest.mark.parametrize("num_batches", [1, 20])
-@pytest.mark.parametrize("ratio", [0.0, 1.0, 9.0])
+@pytest.mark.parametrize("num_batches", [1, pytest.param(20, marks=pytest.mark.slow)])
+@pytest.mark.parametrize("ratio", [0.0, 9.0])
 @pytest.mark.parametrize("case", PRACTICE)
 def test_batches_of_a_size_as_in_practice_are_as_exact(case: str, ratio: float, num_batches: int) -> None:
     shape, memory_format, path, serial = PRACTICE[case]
@@ -168,7 +168,7 @@ LAYOUTS: dict[str, Callable[[float], Tensor]] = {
     "sliced": lambda ratio: (torch.randn(16, C, 60, 60) + ratio)[:, :, ::2, ::2],
     "channels sliced": lambda ratio: (torch.randn(16, 2 * C, 8, 8) + ratio)[:, ::2],
     "expanded": lambda ratio: (torch.randn(16, C, 1, 8) + ratio).expand(-1, -1, 8, -1),
-    "large and permuted": lambda ratio: (torch.randn(32, 112, C, 112) + ratio).permute(0, 2, 1, 3),
+    "large and permuted": lambda ratio: (torch.randn(32, 28, C, 28) + ratio).permute(0, 2, 1, 3),
 }
 
 
@@ -532,6 +532,7 @@ stds = st.sampled_from([1e-3, 1.0, 1e3])
 seeds = st.integers(0, 2**31)
 
 
+@pytest.mark.slow
 @LAW
 @given(kind=kinds, ratio=ratios, std=stds, num=st.integers(1, 4), batch=st.integers(2, 9), seed=seeds)
 def test_a_pass_is_exact_from_the_first_batch_on_however_far_from_0(
@@ -543,6 +544,7 @@ def test_a_pass_is_exact_from_the_first_batch_on_however_far_from_0(
     assert_pass_bounds(layer, received)
 
 
+@pytest.mark.slow
 @LAW
 @given(kind=kinds, ratio=ratios, std=stds, num=st.integers(1, 4), batch=st.integers(2, 9), seed=seeds)
 def test_float64_models_are_exact_to_float64(
@@ -574,6 +576,7 @@ def test_a_channel_that_never_varies_has_its_exact_mean_and_no_variance() -> Non
 # --- the merge --------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 @LAW
 @given(
     kind=kinds,
@@ -630,25 +633,3 @@ def test_the_layers_of_a_network_are_each_exact() -> None:
         assert_saved_bounds(layer, received[name])
         assert torch.equal(layer.running_mean, model[int(name)].running_mean.double())
         assert torch.equal(layer.running_var, model[int(name)].running_var.double())
-
-
-def test_the_published_experiment_comes_out_to_four_digits() -> None:
-    torch.manual_seed(21)
-    y = torch.randn(20, 3, 1, 1)
-    model = nn.Sequential(nn.BatchNorm2d(3)).train()
-    with BatchNormTracker(model) as tracker:
-        for _ in range(2000):
-            model(torch.randn_like(y))
-    layer = tracker.report()["0"]
-    assert_path(layer, "saved", 2000)
-    assert layer.num_samples == 40_000
-
-    def four_digits(values: Tensor) -> list[float]:
-        return [round(value, 4) for value in values.tolist()]
-
-    assert four_digits(layer.population_mean) == [0.0039, 0.0015, 0.0095]
-    assert four_digits(layer.population_var) == [1.0029, 1.0026, 0.9947]
-    assert four_digits(layer.running_mean) == [-0.0628, 0.0649, 0.0600]
-    assert four_digits(layer.running_var) == [1.0812, 1.0318, 1.0721]
-    assert round(float((layer.running_mean - layer.population_mean).abs().mean()), 4) == 0.0602
-    assert round(float((layer.running_var - layer.population_var).abs().mean()), 4) == 0.0616

@@ -138,25 +138,26 @@ VARIANTS: dict[str, tuple[Forward, float, dict[str, Any], set[str]]] = {
 }
 
 
-@pytest.mark.parametrize("capture", ["auto", "pass"])
+@pytest.mark.slow
 @pytest.mark.parametrize(("forward", "dropout", "options", "paths"), VARIANTS.values(), ids=VARIANTS)
 def test_everything_computed_is_bit_identical_with_and_without_the_tracker(
-    forward: Forward, dropout: float, options: dict[str, Any], paths: set[str], capture: str
+    forward: Forward, dropout: float, options: dict[str, Any], paths: set[str]
 ) -> None:
-    trackers: list[BatchNormTracker] = []
-
-    def tracker_of(model: nn.Module) -> BatchNormTracker:
-        trackers.append(BatchNormTracker(model, capture=capture))
-        return trackers[0]
-
-    monitored = train(forward, dropout, tracker_of, **options)
     unmonitored = train(forward, dropout, lambda model: contextlib.nullcontext(), **options)
-    assert_identical(monitored, unmonitored)
-    captured = calls_by_path(trackers[0])
-    assert set(captured) == (paths if capture == "auto" else {"calls_pass"})
-    assert sum(captured.values()) == STEPS * 7
+    for capture in ("auto", "pass"):
+        trackers: list[BatchNormTracker] = []
+
+        def tracker_of(model: nn.Module, capture: str = capture, trackers: list[Any] = trackers) -> BatchNormTracker:
+            trackers.append(BatchNormTracker(model, capture=capture))
+            return trackers[0]
+
+        assert_identical(train(forward, dropout, tracker_of, **options), unmonitored)
+        captured = calls_by_path(trackers[0])
+        assert set(captured) == (paths if capture == "auto" else {"calls_pass"})
+        assert sum(captured.values()) == STEPS * 7
 
 
+@pytest.mark.slow
 def test_the_comparison_notices_a_single_further_draw_of_any_generator() -> None:
     draws: list[Callable[[], Any]] = [lambda: torch.rand(1), lambda: np.random.rand(), lambda: random.random()]
     plain = train(eager, 0.0, lambda model: contextlib.nullcontext())

@@ -1,0 +1,85 @@
+"""The examples, run as a user runs them."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+pytestmark = pytest.mark.slow
+EXAMPLES = Path(__file__).parents[2] / "examples"
+
+
+# Inductor would compile for minutes what is asserted of no other backend: that it is exact is asserted elsewhere.
+WITHOUT_INDUCTOR = """
+import functools, runpy, sys
+from torch import nn
+nn.Module.compile = functools.partialmethod(nn.Module.compile, backend="aot_eager")
+sys.argv = sys.argv[1:]
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+def run(name: str, *arguments: str) -> str:
+    launch = ["-c", WITHOUT_INDUCTOR] if "--compile" in arguments else []
+    command = [sys.executable, *launch, str(EXAMPLES / name), *arguments]
+    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
+    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=900, env=one_thread).stdout
+
+
+def test_the_published_experiment_gives_every_published_digit() -> None:
+    output = run("ema_vs_exact.py")
+    assert output.count("same") == 6
+    assert "0.0602" in output
+    assert "RMS z of the running mean 1.17, of the running variance 0.92." in output
+    assert "(root): healthy." in output
+
+
+def test_no_healthy_layer_is_said_to_need_attention_and_no_sick_one_is_missed() -> None:
+    summary = run("false_alarms.py", "--seeds", "1", "--epochs", "2").splitlines()[-1]
+    found = re.fullmatch(
+        r"(\d+) of (\d+) healthy layer-windows \(.*\) were said to need attention, (\d+) of (\d+) sick ones \(.*\)\.",
+        summary,
+    )
+    assert found is not None, summary
+    alarms, healthy, recognised, sick = map(int, found.groups())
+    assert alarms == 0
+    assert healthy >= 100
+    assert recognised == sick >= 20
+
+
+def test_the_main_example_compiles_reports_repairs_and_says_how_to_look_at_it(tmp_path: Path) -> None:
+    output = run(
+        "synthetic.py",
+        *("--logdir", str(tmp_path), "--epochs", "2", "--batch-size", "256", "--seed", "3", "--compile", "--repair"),
+    )
+    table = output[output.index("eval_error") :].splitlines()
+    names = [row.split()[0] for row in table[2:7]]
+    assert names[0] == "stem.1"
+    assert sorted(names) == ["body.1", "body.4", "body.7", "head.1", "stem.1"]
+    assert output.rstrip().splitlines()[-1].endswith(f"tensorboard --logdir {tmp_path}")
+    events = EventAccumulator(str(tmp_path / "synthetic" / "version_0"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("bn.eval_error/stem.1")] == [7, 15]
+    assert events.Scalars("bn.eval_error/stem.1")[-1].value > 0.5
+    assert re.search(r"Running statistics cost .* of the loss, \d+% of that by", output)
+    loss, repaired = (float(re.search(f"{state} +(\\S+)", output)[1]) for state in ("as it is", "exact statistics"))
+    assert repaired < loss
+    *_, trained, validated = (event.value for event in events.Scalars("loss/val"))
+    assert validated < trained
+
+
+def test_every_pathology_is_named_and_every_remedy_helps_and_all_can_be_looked_at(tmp_path: Path) -> None:
+    figure = tmp_path / "figure.png"
+    output = run("pathologies.py", "--seed", "5", "--logdir", str(tmp_path), "--figure", str(figure))
+    assert "22 of 22 causes are named, 19 of 19 remedies help." in output
+    assert Image.open(figure).width == 800
+    events = EventAccumulator(str(tmp_path / "pathologies" / "version_0")).Reload()
+    assert events.Images("bn/heatmap")[-1].step == 4
+    assert [event.step for event in events.Scalars("bn/unhealthy_layers")] == [1, 2, 3, 4]
