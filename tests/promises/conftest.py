@@ -9,7 +9,7 @@ import threading
 import pytest
 import torch
 
-from lightning_bnmonitor.capture.layer_hook import _CompilerSettings
+from lightning_bnmonitor.capture.attachment import CompilerSettings
 from tests.promises.faulty_runs import (
     optimizer_hooks,
 )
@@ -19,7 +19,7 @@ from tests.promises.faulty_runs import (
 def everything_restored():
     """No thread, no hook and no setting is left behind."""
     torch.manual_seed(0)
-    handler, interval, users = signal.getsignal(signal.SIGINT), sys.getswitchinterval(), _CompilerSettings.users
+    handler, interval, users = signal.getsignal(signal.SIGINT), sys.getswitchinterval(), CompilerSettings.users
     threads, hooks = set(threading.enumerate()), optimizer_hooks()
     yield
     signal.signal(signal.SIGINT, handler)
@@ -27,4 +27,4 @@ def everything_restored():
     for late in set(threading.enumerate()) - threads:
         late.join(60)  # a loader does not wait for the threads that feed its workers
     assert set(threading.enumerate()) <= threads
-    assert (_CompilerSettings.users, optimizer_hooks()) == (users, hooks)
+    assert (CompilerSettings.users, optimizer_hooks()) == (users, hooks)

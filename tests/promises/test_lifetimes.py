@@ -17,7 +17,7 @@ from torch import nn
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from lightning_bnmonitor import BatchNormMonitor, BatchNormTracker
-from lightning_bnmonitor.capture.layer_hook import _CompilerSettings
+from lightning_bnmonitor.capture.attachment import CompilerSettings
 from tests.promises.faulty_runs import (
     BATCHES,
     MARKS,
@@ -104,7 +104,7 @@ def test_a_model_that_dies_while_attached_is_not_kept_and_its_layers_go_on_count
 
 def test_attached_and_detached_many_times_leaves_nothing():
     model = single()
-    before = hooks_of(model), optimizer_hooks(), _CompilerSettings.users
+    before = hooks_of(model), optimizer_hooks(), CompilerSettings.users
     tracker, batches = BatchNormTracker(model), []
     for _ in range(50):
         with tracker:
@@ -113,7 +113,7 @@ def test_attached_and_detached_many_times_leaves_nothing():
             feed(model, 1)
     assert_population(layer_of(tracker), batches)
     assert layer_of(other).num_batches == 1
-    assert (hooks_of(model), optimizer_hooks(), _CompilerSettings.users) == before
+    assert (hooks_of(model), optimizer_hooks(), CompilerSettings.users) == before
     references = []
     for _ in range(50):
         dropped = single()
@@ -126,7 +126,7 @@ def test_attached_and_detached_many_times_leaves_nothing():
 
 
 def test_trackers_that_are_dropped_with_their_models_while_attached_leave_nothing():
-    before, users, keys = optimizer_hooks(), _CompilerSettings.users, set(_global_optimizer_post_hooks)
+    before, users, keys = optimizer_hooks(), CompilerSettings.users, set(_global_optimizer_post_hooks)
     references = []
     for _ in range(50):
         model = single()
@@ -137,12 +137,12 @@ def test_trackers_that_are_dropped_with_their_models_while_attached_leave_nothin
     gc.collect()
     try:
         assert [reference() for reference in references] == [None] * len(references)
-        assert (optimizer_hooks(), _CompilerSettings.users) == (before, users)
+        assert (optimizer_hooks(), CompilerSettings.users) == (before, users)
     finally:
         for key in set(_global_optimizer_post_hooks) - keys:
             del _global_optimizer_post_hooks[key]
-        while _CompilerSettings.users > users:
-            _CompilerSettings.release()
+        while CompilerSettings.users > users:
+            CompilerSettings.release()
 
 
 @pytest.mark.slow
@@ -221,7 +221,7 @@ def test_copies_made_and_trained_during_fit_count_nothing_and_the_original_count
 
 @pytest.mark.parametrize("attached", [True, False])
 def test_a_deep_copy_of_a_tracker_is_detached_and_goes_on_with_what_the_original_has(attached):
-    model, users = single(), _CompilerSettings.users
+    model, users = single(), CompilerSettings.users
     with BatchNormTracker(model) as tracker:
         batches = feed(model)
         if attached:
@@ -229,7 +229,7 @@ def test_a_deep_copy_of_a_tracker_is_detached_and_goes_on_with_what_the_original
     if not attached:
         twin = copy.deepcopy(tracker)
     assert not twin.is_attached
-    assert _CompilerSettings.users == users
+    assert CompilerSettings.users == users
     with twin:
         assert_population(layer_of(twin), batches)
         more = feed(model)

@@ -9,8 +9,10 @@ from typing import Any
 import numpy as np
 import torch
 
-from lightning_bnmonitor.statistics.analysis import Buffers, Profile, evaluate
-from lightning_bnmonitor.statistics.window import Batch, Window
+from lightning_bnmonitor.statistics.analysis import Analysis, analyse
+from lightning_bnmonitor.statistics.noise import RunningStats
+from lightning_bnmonitor.statistics.window import Window
+from tests.statistics.window_reference import Batch, update
 
 LENGTHS = [2, 3, 8, 9, 16, 17, 18, 33]
 MOMENTA = {
@@ -161,7 +163,7 @@ def score_of(z, df):
 
 
 @np.errstate(divide="ignore", invalid="ignore")
-def expected_profile(layer, index):
+def expected_analysis(layer, index):
     """All that can be said of a layer in one window, by the definitions, from every batch so far."""
     earlier, calls = updating(layer.windows[:index]), updating([layer.windows[index]])
     num_batches, width = len(calls), layer.width
@@ -305,7 +307,7 @@ def expected_profile(layer, index):
         "dof": dof,
         "initial_weight": initial_weight,
         "noise": noise,
-        "noise_scale": noise_scale,
+        "within": np.where(dof > 0, noise_scale * dof, 0),
         "std_error": known * np.sqrt(noise_scale * noise[:, None]),
         "z": z,
         "reference": (g[..., None] * x).sum(axis=1) / g.sum(axis=1, keepdims=True),
@@ -333,8 +335,8 @@ def expected_profile(layer, index):
 # What the package says
 
 
-def profiles(layers, step=32):
-    """What it says of layers that share their windows: the profile of each, one window after the other."""
+def analyses(layers, step=32):
+    """What it says of layers that share their windows: the analysis of each, one window after the other."""
     window = Window(torch.device("cpu"))
     window.add_layers([layer.width for layer in layers])
     fresh = [layer.known and not layer.trained for layer in layers]
@@ -343,8 +345,8 @@ def profiles(layers, step=32):
         window.reset()
         batches = [[call.batch for call in layer.windows[index]] for layer in layers]
         for start in range(0, max(map(len, batches)), step):
-            window.update({i: calls[start : start + step] for i, calls in enumerate(batches) if calls[start:]})
-        buffers = Buffers(
+            update(window, {i: calls[start : start + step] for i, calls in enumerate(batches) if calls[start:]})
+        buffers = RunningStats(
             start=np.concatenate([layer.buffers(index) for layer in layers], axis=1),
             end=np.concatenate([layer.buffers(index + 1) for layer in layers], axis=1),
             initial_weight=initial_weight,
@@ -352,35 +354,34 @@ def profiles(layers, step=32):
             rounding=np.array([layer.rounding for layer in layers]),
             known=np.array([layer.known for layer in layers]),
         )
-        profile = evaluate(window.blocks(), buffers, np.array([layer.eps for layer in layers]))
-        yield profile
-        initial_weight, noise = profile.initial_weight, profile.noise
+        analysis = analyse(window.blocks(), buffers, np.array([layer.eps for layer in layers]))
+        yield analysis
+        initial_weight, noise = analysis.initial_weight, analysis.noise
 
 
-OF_ALL_VALUES = ("layers", "num_samples", "population")  # compared with all values themselves
-PER_CHANNEL = ("noise_scale", "std_error", "z", "reference", "now", "first_bad")
-ON_THE_WAY = ("unit", "score", "z_lag")  # to what is said, and not said themselves
+OF_ALL_VALUES = ("layout", "num_samples", "population")  # compared with all values themselves
+PER_CHANNEL = ("within", "std_error", "z", "reference", "now", "first_bad")
 
 
-def part_of(profile, layers, index):
-    """One layer's part of a profile, by name."""
+def part_of(analysis, layers, index):
+    """One layer's part of a analysis, by name."""
     first = sum(layer.width for layer in layers[:index])
     own = slice(first, first + layers[index].width)
-    names = Profile.__dataclass_fields__.keys() - {*OF_ALL_VALUES, *ON_THE_WAY}
-    values = {name: getattr(profile, name) for name in names}
+    names = Analysis.__dataclass_fields__.keys() - {*OF_ALL_VALUES}
+    values = {name: getattr(analysis, name) for name in names}
     return {name: value[..., own] if name in PER_CHANNEL else value[..., index] for name, value in values.items()}
 
 
 def assert_as_defined(layers, rtol=1e-8, step=32):
-    """Everything that is said of every layer in every window is what the definitions say. Returns all profiles."""
+    """Everything that is said of every layer in every window is what the definitions say. Returns all analyses."""
     result = []
-    for index, profile in enumerate(profiles(layers, step)):
-        result.append(profile)
+    for index, analysis in enumerate(analyses(layers, step)):
+        result.append(analysis)
         for number, layer in enumerate(layers):
-            assert_population(profile, layers, number, layer.windows[index])
+            assert_population(analysis, layers, number, layer.windows[index])
             if not updating([layer.windows[index]]):
                 continue
-            expected, actual = expected_profile(layer, index), part_of(profile, layers, number)
+            expected, actual = expected_analysis(layer, index), part_of(analysis, layers, number)
             fine = expected.pop("fine")
             assert actual.keys() == expected.keys()
             for name in actual:
@@ -392,24 +393,24 @@ def assert_as_defined(layers, rtol=1e-8, step=32):
     return result
 
 
-def assert_population(profile, layers, number, calls):
+def assert_population(analysis, layers, number, calls):
     values = np.concatenate([call.values for call in calls]) if calls else np.empty((0, layers[number].width))
     first = sum(layer.width for layer in layers[:number])
     own = slice(first, first + layers[number].width)
-    assert profile.num_samples[number] == len(values)
+    assert analysis.num_samples[number] == len(values)
     if not len(values):
-        assert np.isnan(profile.population[0, own]).all()
+        assert np.isnan(analysis.population[0, own]).all()
         return
     mean = values.mean(axis=0)
     var = ((values - mean) ** 2).sum(axis=0) / (len(values) - 1)
-    error = np.abs(profile.population[0, own] - mean) / np.sqrt(var + (var == 0))
+    error = np.abs(analysis.population[0, own] - mean) / np.sqrt(var + (var == 0))
     assert (error[np.isfinite(mean)] < 1e-9).all()
-    np.testing.assert_allclose(profile.population[1, own], var, rtol=1e-9)
+    np.testing.assert_allclose(analysis.population[1, own], var, rtol=1e-9)
 
 
-def unit_of(profile, eps=1e-5):
+def unit_of(analysis, eps=1e-5):
     """What errors are measured in, ``(2, C)``: the standard deviation for means, twice the variance for variances."""
-    s = profile.population[1] + eps
+    s = analysis.population[1] + eps
     return np.stack([np.sqrt(s), 2 * s])
 
 
@@ -417,4 +418,4 @@ def rms(values, axis=-1):
     return np.sqrt((np.asarray(values) ** 2).mean(axis=axis))
 
 
-UNDEFINED = ("noise_scale", "noise_error", "now_error", "jitter", "ordering_ratio", "grouping_ratio", "grouping_share")
+UNDEFINED = ("noise_error", "now_error", "jitter", "ordering_ratio", "grouping_ratio", "grouping_share")

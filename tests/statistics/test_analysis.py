@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_bnmonitor.statistics.analysis import Buffers, Profile, evaluate
+from lightning_bnmonitor.statistics.analysis import Analysis, analyse
+from lightning_bnmonitor.statistics.noise import RunningStats
 from lightning_bnmonitor.statistics.window import Window
 from tests.statistics.analysis_reference import (
     EXACT,
@@ -14,18 +15,18 @@ from tests.statistics.analysis_reference import (
     LENGTHS,
     MOMENTA,
     OF_ALL_VALUES,
-    ON_THE_WAY,
     PER_CHANNEL,
     SIZES,
     UNDEFINED,
     Call,
+    analyses,
     assert_as_defined,
-    expected_profile,
+    expected_analysis,
     part_of,
-    profiles,
     random_layer,
     unit_of,
 )
+from tests.statistics.window_reference import update
 
 # The definitions
 
@@ -79,10 +80,10 @@ def test_layers_may_differ_in_how_often_they_are_called_in_each_window():
 def test_the_company_of_other_layers_does_not_matter():
     rng = np.random.default_rng(3)
     layers = [random_layer(rng, [n, n], 1 + n % 4, "varying", drift=n % 3) for n in (20, 7, 40, 33)]
-    together = list(profiles(layers))
+    together = list(analyses(layers))
     for number, layer in enumerate(layers):
-        for profile, alone in zip(together, profiles([layer]), strict=True):
-            for name, value in part_of(profile, layers, number).items():
+        for analysis, alone in zip(together, analyses([layer]), strict=True):
+            for name, value in part_of(analysis, layers, number).items():
                 np.testing.assert_allclose(value, part_of(alone, [layer], 0)[name], rtol=1e-10, atol=1e-10)
 
 
@@ -93,26 +94,26 @@ def test_buffers_of_an_unknown_past_are_a_constant_like_any_other():
         for momentum in ("0.01", "0.1", "varying")
         for drift in (0.0, 1.0)
     ]
-    for profile in assert_as_defined(layers):
-        assert (profile.initial_weight == 0).all()
-        assert (profile.warmup_error == 0).all()
+    for analysis in assert_as_defined(layers):
+        assert (analysis.initial_weight == 0).all()
+        assert (analysis.warmup_error == 0).all()
 
 
 def test_the_history_that_a_window_is_given_adds_to_the_noise():
     rng = np.random.default_rng(5)
     layer = random_layer(rng, [20], 2, "0.1", trained=True)
-    expected = expected_profile(layer, 0)
+    expected = expected_analysis(layer, 0)
     window = Window(torch.device("cpu"))
     window.add_layers([2])
-    window.update({0: [call.batch for call in layer.windows[0]]})
+    update(window, {0: [call.batch for call in layer.windows[0]]})
     start, end, earlier = layer.buffers(0), layer.buffers(1), np.array([[0.02], [0.03]])
-    buffers = Buffers(start, end, np.zeros(1), earlier, np.array([EXACT]), np.array([True]))
-    profile = evaluate(window.blocks(), buffers, np.array([layer.eps]))
+    buffers = RunningStats(start, end, np.zeros(1), earlier, np.array([EXACT]), np.array([True]))
+    analysis = analyse(window.blocks(), buffers, np.array([layer.eps]))
     noise = expected["noise"] + 0.9**40 * earlier[:, 0]
-    np.testing.assert_allclose(profile.noise[:, 0], noise, rtol=1e-9)
-    error = np.sqrt((expected["noise_scale"] / unit_of(profile) ** 2 * noise[:, None]).mean(axis=1).sum())
-    np.testing.assert_allclose(profile.noise_error, [error], rtol=1e-9)
-    np.testing.assert_allclose(profile.z, expected["z"], rtol=1e-9)
+    np.testing.assert_allclose(analysis.noise[:, 0], noise, rtol=1e-9)
+    error = np.sqrt((expected["within"] / expected["dof"] / unit_of(analysis) ** 2 * noise[:, None]).mean(axis=1).sum())
+    np.testing.assert_allclose(analysis.noise_error, [error], rtol=1e-9)
+    np.testing.assert_allclose(analysis.z, expected["z"], rtol=1e-9)
 
 
 # What cannot be told
@@ -125,14 +126,14 @@ def test_of_a_layer_whose_weights_are_unknown_only_the_window_is_told():
         for drift, ordered in ((0.0, 0.0), (3.0, 0.0), (0.0, 3.0))
     ]
     layers.append(random_layer(rng, [40] * 2, 2, "0.1"))
-    for profile in assert_as_defined(layers):
-        assert (profile.z[:, :9] == 0).all()
-        for error in (profile.noise_error, profile.warmup_error, profile.lag_error):
+    for analysis in assert_as_defined(layers):
+        assert (analysis.z[:, :9] == 0).all()
+        for error in (analysis.noise_error, analysis.warmup_error, analysis.lag_error):
             assert np.isnan(error).tolist() == [True, True, True, False]
-        assert profile.drift_error[1] > 0.5
-        assert profile.ordering_ratio[2] > profile.ordering_limit[2]
-        assert np.isfinite(profile.grouping_ratio).all()
-        assert np.isfinite(profile.max_score).all()
+        assert analysis.drift_error[1] > 0.5
+        assert analysis.ordering_ratio[2] > analysis.ordering_limit[2]
+        assert np.isfinite(analysis.grouping_ratio).all()
+        assert np.isfinite(analysis.max_score).all()
 
 
 def test_a_channel_that_is_not_finite_is_left_out_and_no_other_changes():
@@ -145,24 +146,24 @@ def test_a_channel_that_is_not_finite_is_left_out_and_no_other_changes():
             values[1, 2] = np.nan
             layer.windows[0][11] = Call(values, broken.momentum)
         first, second = assert_as_defined(layers)
-        for name in ("noise_scale", "now"):
+        for name in ("within", "now"):
             assert np.isnan(getattr(first, name)[:, 2::4]).all()
-        for name in Profile.__dataclass_fields__:
-            if name not in (*OF_ALL_VALUES, *PER_CHANNEL, *ON_THE_WAY):
+        for name in Analysis.__dataclass_fields__:
+            if name not in (*OF_ALL_VALUES, *PER_CHANNEL):
                 assert np.isfinite(getattr(first, name)).all(), name
         assert first.first_bad.tolist() == 4 * [np.inf, np.inf, 12, np.inf]
         # The buffers stay as they are, the window's data are fine again.
         assert np.isfinite(second.population).all()
-        assert np.isfinite(second.noise_scale).all()
+        assert np.isfinite(second.within).all()
         assert second.first_bad.tolist() == 16 * [np.inf]
 
 
 def test_of_a_layer_without_a_finite_channel_nothing_is_told():
     layers = [random_layer(np.random.default_rng(8), [30], 2) for _ in range(2)]
     layers[0].windows[0][0] = Call(layers[0].windows[0][0].values * np.nan, 0.1)
-    (profile,) = profiles(layers)
+    (analysis,) = analyses(layers)
     for name in ("noise_error", "now_error", "warmup_error", "jitter", "ordering_ratio", "grouping_ratio", "max_score"):
-        assert np.isnan(getattr(profile, name)).tolist() == [True, False], name
+        assert np.isnan(getattr(analysis, name)).tolist() == [True, False], name
 
 
 @pytest.mark.parametrize("known", [True, False])
@@ -180,9 +181,9 @@ def test_without_a_batch_nothing_is_told_and_history_stays(pauses, known):
     assert without.num_batches.tolist() == [0, 20, 0]
     assert without.initial_weight[0] == before.initial_weight[0]
     assert without.noise[:, 0].tolist() == before.noise[:, 0].tolist()
-    for profile, empty in ((before, [2]), (without, [0, 2]), (after, [2])):
+    for analysis, empty in ((before, [2]), (without, [0, 2]), (after, [2])):
         for number in empty:
-            part = part_of(profile, layers, number)
+            part = part_of(analysis, layers, number)
             for name in (*UNDEFINED, "now", "warmup_error"):
                 assert np.isnan(part[name]).all(), name
 
@@ -191,8 +192,8 @@ def test_without_a_batch_nothing_is_told_and_history_stays(pauses, known):
 def test_of_one_batch_there_is_no_noise(known):
     rng = np.random.default_rng(10)
     layers = [random_layer(rng, [1, 1], 3, known=known), random_layer(rng, [20, 20], 2)]
-    for profile in assert_as_defined(layers):
-        part = part_of(profile, layers, 0)
+    for analysis in assert_as_defined(layers):
+        part = part_of(analysis, layers, 0)
         for name in UNDEFINED:
             assert np.isnan(part[name]).all(), name
         assert np.isfinite(part["now"][0]).all()
@@ -209,10 +210,10 @@ def test_a_channel_that_never_changes_is_evidence_of_nothing(length, value, roun
             for call in calls:
                 call.values[:, 1] = value
             calls[:] = [Call(call.values, call.momentum) for call in calls]
-    for profile in profiles(layers):
-        assert (abs(profile.z[:, 1::4]) < 2).all()
-        assert (profile.max_score < 6).all()
-        assert (profile.drift_error == 0).all()
-        assert (profile.lag_error == 0).all()
-        np.testing.assert_allclose(profile.population[1, 1::4], 0, atol=1e-11)
-        np.testing.assert_allclose(profile.now[:, 1::4], np.full((2, 2), [[value], [0.0]]), rtol=1e-12, atol=1e-12)
+    for analysis in analyses(layers):
+        assert (abs(analysis.z[:, 1::4]) < 2).all()
+        assert (analysis.max_score < 6).all()
+        assert (analysis.drift_error == 0).all()
+        assert (analysis.lag_error == 0).all()
+        np.testing.assert_allclose(analysis.population[1, 1::4], 0, atol=1e-11)
+        np.testing.assert_allclose(analysis.now[:, 1::4], np.full((2, 2), [[value], [0.0]]), rtol=1e-12, atol=1e-12)

@@ -11,8 +11,8 @@ from tests.statistics.analysis_reference import (
     SIZES,
     Call,
     Layer,
+    analyses,
     assert_as_defined,
-    profiles,
     random_layer,
     rms,
     unit_of,
@@ -28,13 +28,13 @@ def stationary(momentum, sizes, length, width=400, positions=1, **kwargs):
     if positions > 1:
         for calls in layer.windows:
             calls[:] = [Call(np.repeat(call.values, positions, axis=0), call.momentum, positions) for call in calls]
-    return list(profiles([layer]))
+    return list(analyses([layer]))
 
 
 @pytest.mark.parametrize("sizes", ["equal", "unequal"])
 @pytest.mark.parametrize("momentum", ["0.01", "0.1", "0.5", "cumulative"])
 def test_z_has_unit_variance_on_stationary_data(momentum, sizes):
-    z = np.concatenate([profile.z for profile in stationary(momentum, sizes, 200)], axis=1)
+    z = np.concatenate([analysis.z for analysis in stationary(momentum, sizes, 200)], axis=1)
     if (momentum, sizes) == ("cumulative", "equal"):  # the buffers are the window's reference
         assert (z == 0).all()
     else:
@@ -43,21 +43,21 @@ def test_z_has_unit_variance_on_stationary_data(momentum, sizes):
 
 @pytest.mark.parametrize("momentum", ["0.01", "0.1", "0.5"])
 def test_z_of_rounded_buffers_of_means_far_from_zero_has_no_more_than_unit_variance(momentum):
-    for profile in stationary(momentum, "equal", 200, mean=1e3, rounding=FLOAT32):
-        assert (rms(profile.z) < 1.1).all()
+    for analysis in stationary(momentum, "equal", 200, mean=1e3, rounding=FLOAT32):
+        assert (rms(analysis.z) < 1.1).all()
 
 
 @pytest.mark.parametrize("momentum", ["0.01", "0.1", "0.5"])
 def test_correlated_positions_leave_scores_and_grouping_as_they_are(momentum):
     windows = stationary(momentum, "equal", 200, width=100, positions=8)
-    scores = np.concatenate([profile.z for profile in windows], axis=1)
+    scores = np.concatenate([analysis.z for analysis in windows], axis=1)
     np.testing.assert_allclose(rms(scores), [1, 1], atol=0.15)
-    for profile in windows:
-        assert profile.batch_size == 8
-        assert profile.samples_per_batch == 64
-        np.testing.assert_allclose(profile.grouping_ratio, [1], atol=0.1)
-        np.testing.assert_allclose(profile.grouping_share, [0], atol=0.02)
-        np.testing.assert_allclose(profile.ordering_ratio, [1], atol=0.15)
+    for analysis in windows:
+        assert analysis.batch_size == 8
+        assert analysis.samples_per_batch == 64
+        np.testing.assert_allclose(analysis.grouping_ratio, [1], atol=0.1)
+        np.testing.assert_allclose(analysis.grouping_share, [0], atol=0.02)
+        np.testing.assert_allclose(analysis.ordering_ratio, [1], atol=0.15)
 
 
 @pytest.mark.slow
@@ -67,7 +67,7 @@ def test_gates_hardly_ever_fire_on_stationary_data(momentum):
     alarms = {}
     for width, number in ((8, 60), (1, 100)):
         layers = [random_layer(rng, [64] * 2, width, momentum, "unequal") for _ in range(number)]
-        fired = [(profile.lag_error > 0) | (profile.drift_error > 0) for profile in profiles(layers)]
+        fired = [(analysis.lag_error > 0) | (analysis.drift_error > 0) for analysis in analyses(layers)]
         alarms[width] = np.mean(fired)
     assert alarms[8] == 0
     assert alarms[1] < 0.04
@@ -82,27 +82,27 @@ def test_the_errors_that_noise_makes_are_those_predicted(momentum, sizes):
     layer.windows = [
         [Call(rng.normal(3.0, 2.0, (SIZES[sizes](t, rng), 400)), MOMENTA[momentum](t, rng)) for t in range(200)]
     ]
-    (profile,) = profiles([layer])
+    (analysis,) = analyses([layer])
     truth = np.array([[3.0], [4.0]])
 
     def error(statistics):
-        return np.sqrt((((statistics - truth) / unit_of(profile)) ** 2).mean(axis=1).sum())
+        return np.sqrt((((statistics - truth) / unit_of(analysis)) ** 2).mean(axis=1).sum())
 
-    np.testing.assert_allclose(profile.noise_error, error(layer.buffers(1)), rtol=0.1)
-    np.testing.assert_allclose(profile.now_error, error(profile.now), rtol=0.1)
+    np.testing.assert_allclose(analysis.noise_error, error(layer.buffers(1)), rtol=0.1)
+    np.testing.assert_allclose(analysis.now_error, error(analysis.now), rtol=0.1)
     batches = [error(call.x) ** 2 for call in layer.windows[0]]
     if sizes == "equal":
-        np.testing.assert_allclose(profile.jitter, np.sqrt(np.mean(batches)), rtol=0.05)
+        np.testing.assert_allclose(analysis.jitter, np.sqrt(np.mean(batches)), rtol=0.05)
 
 
 def test_what_is_left_of_the_initial_values_is_known():
     rng = np.random.default_rng(14)
     layer = Layer(100, windows=[[Call(rng.normal(3.0, 2.0, (32, 100)), 0.01) for _ in range(20)] for _ in range(3)])
-    for number, profile in enumerate(profiles([layer]), start=1):
+    for number, analysis in enumerate(analyses([layer]), start=1):
         left = 0.99 ** (20 * number)
-        np.testing.assert_allclose(profile.initial_weight, [left], rtol=1e-12)
-        np.testing.assert_allclose(profile.warmup_error, [left * np.hypot(3 / 2, 3 / 8)], rtol=0.03)
-        assert profile.lag_error < 0.03
+        np.testing.assert_allclose(analysis.initial_weight, [left], rtol=1e-12)
+        np.testing.assert_allclose(analysis.warmup_error, [left * np.hypot(3 / 2, 3 / 8)], rtol=0.03)
+        assert analysis.lag_error < 0.03
 
 
 # When something moves
@@ -112,14 +112,14 @@ def test_a_steady_drift_is_measured():
     rng = np.random.default_rng(15)
     delta, length, m = 0.01, 400, 0.05
     layer = Layer(64, windows=[[Call(rng.normal(delta * t, 1.0, (16, 64)), m) for t in range(length)]])
-    (profile,) = profiles([layer])
-    unit = unit_of(profile)[0].mean()
-    np.testing.assert_allclose(profile.now[0].mean(), delta * length, atol=2 * delta)
-    np.testing.assert_allclose(profile.lag_error, [delta * (1 - m) / m / unit], rtol=0.1)
-    np.testing.assert_allclose(profile.drift_error, [delta * length / 2 / unit], rtol=0.02)
-    np.testing.assert_allclose(profile.slope, [delta / unit], rtol=0.02)
-    assert profile.trend_share > 0.98
-    assert profile.ordering_ratio > profile.ordering_limit
+    (analysis,) = analyses([layer])
+    unit = unit_of(analysis)[0].mean()
+    np.testing.assert_allclose(analysis.now[0].mean(), delta * length, atol=2 * delta)
+    np.testing.assert_allclose(analysis.lag_error, [delta * (1 - m) / m / unit], rtol=0.1)
+    np.testing.assert_allclose(analysis.drift_error, [delta * length / 2 / unit], rtol=0.02)
+    np.testing.assert_allclose(analysis.slope, [delta / unit], rtol=0.02)
+    assert analysis.trend_share > 0.98
+    assert analysis.ordering_ratio > analysis.ordering_limit
 
 
 @pytest.mark.parametrize("momentum", ["0.01", "0.1", "cumulative"])
@@ -128,18 +128,18 @@ def test_gates_fire_for_a_clear_drift(width, momentum):
     rng = np.random.default_rng(16)
     drift = 4.0 if width == 1 else 2.0
     layers = [random_layer(rng, [64] * 2, width, momentum, "unequal", drift=drift) for _ in range(10)]
-    for profile in assert_as_defined(layers):
-        assert (profile.drift_error > 0.2).all()
-        assert (profile.lag_error > 0).mean() > 0.5
+    for analysis in assert_as_defined(layers):
+        assert (analysis.drift_error > 0.2).all()
+        assert (analysis.lag_error > 0).mean() > 0.5
 
 
 def test_a_drift_of_the_variance_alone_is_noticed():
     rng = np.random.default_rng(17)
     windows = [[Call(rng.normal(0.0, 1 + t / 100, (16, 8)), 0.01) for t in range(100)] for _ in range(2)]
-    for profile in profiles([Layer(8, windows=windows)]):
-        assert profile.drift_error > 0.15
-        assert profile.lag_error > 0.15
-        assert (abs(profile.z[0]) < 5).all()
+    for analysis in analyses([Layer(8, windows=windows)]):
+        assert analysis.drift_error > 0.15
+        assert analysis.lag_error > 0.15
+        assert (abs(analysis.z[0]) < 5).all()
 
 
 @pytest.mark.parametrize("width", [1, 2, 3, 8, 9])
@@ -150,28 +150,28 @@ def test_a_faint_drift_fires_a_gate_where_its_limit_is(width):
         Layer(width, windows=[[Call(rng.normal(0.0, 1 + g * t / 100, (16, width)), 0.1) for t in range(100)]])
         for g in growth
     ]
-    (profile,) = assert_as_defined(layers)
-    assert 0 < (profile.drift_error > 0).mean() < 1
+    (analysis,) = assert_as_defined(layers)
+    assert 0 < (analysis.drift_error > 0).mean() < 1
 
 
 def test_the_variance_now_is_never_negative_however_fast_it_falls():
     rng = np.random.default_rng(21)
     scales = np.sqrt([9.0] * 48 + [5.0] * 8 + [1.0] * 8)  # a straight line would go to -1 at the end
     layer = Layer(8, windows=[[Call(rng.normal(0.0, scale, (64, 8)), 0.1) for scale in scales]])
-    (profile,) = assert_as_defined([layer])
-    assert (profile.now[1] == 0).any()
-    assert (profile.now[1] >= 0).all()
+    (analysis,) = assert_as_defined([layer])
+    assert (analysis.now[1] == 0).any()
+    assert (analysis.now[1] >= 0).all()
 
 
 def test_buffers_that_remember_another_law_lag_even_if_nothing_moves_now():
     rng = np.random.default_rng(18)
     windows = [[Call(rng.normal(mean, 1.0, (16, 8)), 0.001) for _ in range(100)] for mean in (5.0, 0.0)]
     layer = Layer(8, windows=windows)
-    _, profile = profiles([layer])
+    _, analysis = analyses([layer])
     # What the window before has left in the buffers.
     remembered = 5.0 * (0.999**100 - 0.999**200)
-    np.testing.assert_allclose(profile.lag_error, [remembered / unit_of(profile)[0].mean()], rtol=0.1)
-    assert profile.drift_error == 0
+    np.testing.assert_allclose(analysis.lag_error, [remembered / unit_of(analysis)[0].mean()], rtol=0.1)
+    assert analysis.drift_error == 0
 
 
 def test_ordered_data_lie_between_blocks_and_not_on_a_line():
@@ -179,21 +179,21 @@ def test_ordered_data_lie_between_blocks_and_not_on_a_line():
     centers = rng.normal(size=(4, 16))
     windows = [[Call(rng.normal(centers[t // 25], 1.0, (16, 16)), 0.1) for t in range(100)]]
     layer = Layer(16, windows=windows)
-    (profile,) = assert_as_defined([layer])
-    assert profile.ordering_ratio > profile.ordering_limit
+    (analysis,) = assert_as_defined([layer])
+    assert analysis.ordering_ratio > analysis.ordering_limit
     variance = centers.var(axis=0)
     # Each block is of one center, but for the two that the blocks of 8 batches share.
-    np.testing.assert_allclose(profile.ordering_share, [(variance / (1 + variance)).mean()], rtol=0.15)
-    assert profile.trend_share < 0.6
-    assert profile.grouping_ratio < profile.grouping_limit + 1
+    np.testing.assert_allclose(analysis.ordering_share, [(variance / (1 + variance)).mean()], rtol=0.15)
+    assert analysis.trend_share < 0.6
+    assert analysis.grouping_ratio < analysis.grouping_limit + 1
 
 
 def test_batches_of_kinds_are_grouped_and_their_variance_counts_now():
     rng = np.random.default_rng(20)
     layer = Layer(64, windows=[[Call(rng.normal(rng.normal(size=64), 1.0, (16, 64)), 0.1) for _ in range(200)]])
-    (profile,) = assert_as_defined([layer])
-    assert profile.grouping_ratio > profile.grouping_limit
-    np.testing.assert_allclose(profile.grouping_ratio, [(1 + 1 / 16) / (2 / 16)], rtol=0.1)
-    np.testing.assert_allclose(profile.grouping_share, [(1 + 1 / 16) / 2 - 1 / 16], rtol=0.1)
-    np.testing.assert_allclose(profile.now[1].mean(), 2.0, rtol=0.05)
-    assert profile.ordering_ratio < profile.ordering_limit
+    (analysis,) = assert_as_defined([layer])
+    assert analysis.grouping_ratio > analysis.grouping_limit
+    np.testing.assert_allclose(analysis.grouping_ratio, [(1 + 1 / 16) / (2 / 16)], rtol=0.1)
+    np.testing.assert_allclose(analysis.grouping_share, [(1 + 1 / 16) / 2 - 1 / 16], rtol=0.1)
+    np.testing.assert_allclose(analysis.now[1].mean(), 2.0, rtol=0.05)
+    assert analysis.ordering_ratio < analysis.ordering_limit

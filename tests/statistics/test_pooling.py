@@ -11,14 +11,29 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_bnmonitor.statistics.segments import Segments
-from lightning_bnmonitor.tracking.collectives import Share, together
+from lightning_bnmonitor.statistics.channel_layout import ChannelLayout
+from lightning_bnmonitor.statistics.pooling import PooledStatistics, pool
 
 LAW = settings(max_examples=50, deadline=None)
 SEEDS = st.integers(0, 2**32 - 1)
 WIDTHS = (2, 1, 3)
-LAYERS = Segments(np.array(WIDTHS))
+LAYERS = ChannelLayout(np.array(WIDTHS))
 NO_CALLS: list[list[Any]] = [[] for _ in WIDTHS]
+
+
+def nothing():
+    """What a rank has seen that was never called."""
+    return PooledStatistics(
+        num_samples=np.zeros(len(WIDTHS)),
+        dof=np.zeros(len(WIDTHS)),
+        batch_size=np.zeros(len(WIDTHS)),
+        weight=np.zeros((2, len(WIDTHS))),
+        mean=np.zeros(sum(WIDTHS)),
+        squares=np.zeros(sum(WIDTHS)),
+        value=np.zeros((2, sum(WIDTHS))),
+        within=np.zeros((2, sum(WIDTHS))),
+        first_bad=np.full(sum(WIDTHS), np.inf),
+    )
 
 
 @st.composite
@@ -43,7 +58,7 @@ def ranks_calls(draw):
 
 def share_of(calls):
     """By the definitions, in two passes over all calls."""
-    share = Share.empty(LAYERS)
+    share = nothing()
     for index, (own, width) in enumerate(zip(LAYERS.slices, WIDTHS, strict=True)):
         received, updating = calls[index], [call for call in calls[index] if call[1]]
         values = np.concatenate([np.empty((0, width)), *(call[0] for call in received)])
@@ -52,6 +67,7 @@ def share_of(calls):
                 share.mean[own] = values.mean(axis=0)
                 share.squares[own] = np.square(values - values.mean(axis=0)).sum(axis=0)
         share.num_samples[index] = len(values)
+        share.batch_size[index] = sum(len(call[0]) for call in updating)
         for row, (weigh, moment) in enumerate(((len, np.mean), (lambda x: len(x) - 1, np.std))):
             weighing = [call for call in updating if weigh(call[0])]
             weights = np.array([float(weigh(call[0])) for call in weighing])
@@ -70,7 +86,7 @@ def share_of(calls):
 
 
 def assert_share(share, expected):
-    for name, one, other in zip(Share._fields, share, expected, strict=True):
+    for name, one, other in zip(PooledStatistics._fields, share, expected, strict=True):
         assert one.shape == other.shape, name
         finite = np.isfinite(other)  # what is not is NaN in the population, whatever is said of it here
         if name == "first_bad":
@@ -96,13 +112,13 @@ def union_of(ranks):
 @LAW
 @given(data=st.data(), ranks=ranks_calls())
 def test_any_tree_of_ranks_in_any_order_is_one_rank_with_all_calls(data, ranks):
-    assert_share(together([share_of(calls) for calls in ranks], LAYERS), union_of(ranks))
+    assert_share(pool([share_of(calls) for calls in ranks], LAYERS), union_of(ranks))
     forest = [(share_of(calls), [calls]) for calls in ranks]
     while len(forest) > 1:
         order = data.draw(st.permutations(range(len(forest))))
         chosen = order[: data.draw(st.integers(2, len(forest)))]
         members = [calls for i in chosen for calls in forest[i][1]]
-        union = together([forest[i][0] for i in chosen], LAYERS), members
+        union = pool([forest[i][0] for i in chosen], LAYERS), members
         assert_share(union[0], union_of(members))
         forest = [tree for i, tree in enumerate(forest) if i not in chosen] + [union]
 
@@ -113,11 +129,11 @@ def test_any_tree_of_ranks_in_any_order_is_one_rank_with_all_calls(data, ranks):
 def test_ranks_that_saw_nothing_add_nothing_wherever_they_stand(data, ranks):
     shares = [share_of(calls) for calls in ranks]
     for _ in range(data.draw(st.integers(1, 3))):
-        shares.insert(data.draw(st.integers(0, len(shares))), Share.empty(LAYERS))
-    assert_share(Share.empty(LAYERS), share_of(NO_CALLS))
-    assert_share(together(shares, LAYERS), union_of(ranks))
+        shares.insert(data.draw(st.integers(0, len(shares))), nothing())
+    assert_share(nothing(), share_of(NO_CALLS))
+    assert_share(pool(shares, LAYERS), union_of(ranks))
     for share in shares:
-        assert_share(together([share], LAYERS), share)
+        assert_share(pool([share], LAYERS), share)
 
 
 @LAW
@@ -125,5 +141,5 @@ def test_ranks_that_saw_nothing_add_nothing_wherever_they_stand(data, ranks):
 def test_what_a_rank_sends_is_what_is_received(ranks):
     for calls in ranks:
         sent = share_of(calls)
-        for one, other in zip(Share.unpacked(sent.packed(), LAYERS), sent, strict=True):
+        for one, other in zip(PooledStatistics.unpacked(sent.packed(), LAYERS), sent, strict=True):
             np.testing.assert_array_equal(one, other)

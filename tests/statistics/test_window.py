@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import numpy as np
@@ -10,12 +11,14 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lightning_bnmonitor.statistics.window import Batch, Blocks, Window, block_size, paired
+from lightning_bnmonitor.statistics.blocks import block_size, paired
+from lightning_bnmonitor.statistics.window import Window
 from tests.statistics.window_reference import (
     CPU,
     LAW,
     LENGTHS,
     MOMENTA,
+    Batch,
     Call,
     LayerBlocks,
     assert_blocks,
@@ -29,6 +32,7 @@ from tests.statistics.window_reference import (
     fed,
     population_of,
     random_calls,
+    update,
     window_of,
 )
 
@@ -45,7 +49,7 @@ def test_at_every_length_the_blocks_hold_the_batches_that_the_rule_gives_them():
     window = window_of(1)
     call = Call(np.array([[1.0], [2.0], [4.0]]), 0.1)
     for length in range(1, 601):
-        window.update({0: [call.batch]})
+        update(window, {0: [call.batch]})
         assert blocks_of(window).num_batches.tolist() == [len(block) for block in blocks_by_rule(length)[0]]
 
 
@@ -105,10 +109,10 @@ def test_float32_batches_are_accumulated_in_float64(dtype):
     # Statistics that float32 holds exactly, so that any digit lost is lost by the window.
     batches = [call.batch._replace(mean=call.batch.mean.float(), spread=call.batch.spread.float()) for call in calls]
     window, reference = window_of(2), window_of(2)
-    reference.update({0: [b._replace(mean=b.mean.double(), spread=b.spread.double()) for b in batches]})
+    update(reference, {0: [b._replace(mean=b.mean.double(), spread=b.spread.double()) for b in batches]})
     for t, batch in enumerate(batches):
         mean_dtype = torch.float64 if t % 2 else dtype
-        window.update({0: [batch._replace(mean=batch.mean.to(mean_dtype), spread=batch.spread.to(dtype))]})
+        update(window, {0: [batch._replace(mean=batch.mean.to(mean_dtype), spread=batch.spread.to(dtype))]})
     assert_same(blocks_of(window), blocks_of(reference))
     assert_same(population_of(window), population_of(reference))
 
@@ -148,7 +152,7 @@ def merged_by_hand(blocks):
 
 
 def copied(blocks):
-    return Blocks(*(field.copy() for field in blocks))
+    return copy.deepcopy(blocks)
 
 
 @pytest.mark.parametrize("length", range(1, 17))
@@ -169,7 +173,7 @@ def test_only_blocks_of_single_batches_are_merged_and_what_is_given_stays_as_it_
     widths = [2, 1, 3, 2, 4, 1][: len(lengths)]
     calls = [random_calls(rng, n, width, MOMENTA["varying"]) for n, width in zip(lengths, widths, strict=True)]
     window = window_of(*widths)
-    window.update({layer: [call.batch for call in calls[layer]] for layer in range(len(lengths))})
+    update(window, {layer: [call.batch for call in calls[layer]] for layer in range(len(lengths))})
     blocks = window.blocks()
     before = copied(blocks)
     pairs = paired(blocks)
@@ -195,7 +199,7 @@ def test_a_pair_is_nan_in_the_channels_where_one_of_its_batches_is():
     batches = [call.batch for call in calls]
     batches[2].mean[1] = batches[2].spread[1] = math.nan
     window = window_of(3)
-    window.update({0: batches})
+    update(window, {0: batches})
     pairs, clean = blocks_of(paired(window.blocks())), blocks_of(paired(fed(3, calls).blocks()))
     for values, expected in zip(pairs[6:10], clean[6:10], strict=True):
         assert np.isnan(values[1, 1])
@@ -220,7 +224,7 @@ def test_a_variance_recovered_as_slightly_negative_counts_as_zero(dtype, momentu
     assert (invstd.double()[:2].pow(-2) - eps < 0).all()
     window = window_of(3)
     for mean in (1.0, 3.0):
-        window.update({0: [Batch(4, torch.full((3,), mean, dtype=dtype), invstd, eps, momentum, 4)]})
+        update(window, {0: [Batch(4, torch.full((3,), mean, dtype=dtype), invstd, eps, momentum, 4)]})
     var = population_of(window).var
     close(var[:2], [8 / 7, 8 / 7])  # between the batches alone
     close(var[2:], [(8 + 8) / 7], rtol=1e-6)
@@ -232,7 +236,7 @@ def test_a_variance_recovered_as_slightly_negative_counts_as_zero(dtype, momentu
 @pytest.mark.parametrize("momentum", [0.1, 0.0])
 def test_of_a_single_value_there_is_no_population_variance(momentum):
     window = window_of(2)
-    window.update({0: [Batch(1, torch.tensor([5.0, -1.0]), torch.zeros(2), None, momentum, 1)]})
+    update(window, {0: [Batch(1, torch.tensor([5.0, -1.0]), torch.zeros(2), None, momentum, 1)]})
     population = population_of(window)
     assert population.num_samples.tolist() == [1]
     assert population.mean.tolist() == [5.0, -1.0]
@@ -248,8 +252,8 @@ def test_batches_of_a_single_value_count_in_the_population():
 
 def test_without_batches_the_population_is_nan_and_there_are_no_blocks():
     window = window_of(2, 3)
-    window.update({})
-    window.update({0: []})
+    update(window, {})
+    update(window, {0: []})
     population, blocks = population_of(window), blocks_of(window, 1)
     assert population.num_samples.tolist() == [0, 0]
     assert population.mean.shape == population.var.shape == (5,)
@@ -292,7 +296,7 @@ def test_layers_of_unequal_width_share_a_window_and_are_named_in_any_order(step,
     calls = [random_calls(rng, 70, width, MOMENTA["varying"], mean=10.0 * width) for width in WIDTHS]
     window = window_of(*WIDTHS)
     for start in range(0, 70, step):
-        window.update({layer: [call.batch for call in calls[layer][start : start + step]] for layer in order})
+        update(window, {layer: [call.batch for call in calls[layer][start : start + step]] for layer in order})
     for layer in range(4):
         assert_layer(window, layer, calls[layer])
 
@@ -310,7 +314,7 @@ def test_layers_may_differ_in_how_often_they_are_called(lengths):
             if until > position[layer]:
                 batches[int(layer)] = [call.batch for call in calls[layer][position[layer] : until]]
             position[layer] = until
-        window.update(batches)
+        update(window, batches)
     for layer in range(4):
         if lengths[layer]:
             assert_layer(window, layer, calls[layer])
@@ -331,7 +335,7 @@ def test_layers_called_at_random_many_times_stay_exact():
             added = random_calls(rng, 1, widths[layer], lambda t, rng: rng.choice([0.0, 0.1, 0.3]))
             calls[layer] += added
             batches[layer] = [call.batch for call in added]
-        window.update(batches)
+        update(window, batches)
     for layer in range(len(widths)):
         assert_layer(window, layer, calls[layer])
 
@@ -341,7 +345,7 @@ def test_layers_added_later_leave_the_others_as_they_are():
     first, second, third = (random_calls(rng, n, width) for n, width in ((40, 2), (23, 3), (9, 1)))
     window = Window(CPU)
     assert list(window.add_layers([2])) == [0]
-    window.update({0: [call.batch for call in first[:20]]})
+    update(window, {0: [call.batch for call in first[:20]]})
     before = blocks_of(window), population_of(window)
     assert list(window.add_layers([3, 1])) == [1, 2]
     assert window.widths == [2, 3, 1]
@@ -349,8 +353,8 @@ def test_layers_added_later_leave_the_others_as_they_are():
     assert_same(blocks_of(window), before[0], rtol=0, atol=0)
     assert torch.equal(population_of(window).mean[:2], before[1].mean)
     assert torch.equal(population_of(window).var[:2], before[1].var)
-    window.update({0: [call.batch for call in first[20:]], 1: [call.batch for call in second[:10]]})
-    window.update({1: [call.batch for call in second[10:]], 2: [call.batch for call in third]})
+    update(window, {0: [call.batch for call in first[20:]], 1: [call.batch for call in second[:10]]})
+    update(window, {1: [call.batch for call in second[10:]], 2: [call.batch for call in third]})
     for layer, calls in enumerate((first, second, third)):
         assert_layer(window, layer, calls)
 
@@ -363,7 +367,7 @@ def test_after_reset_a_window_is_like_new():
     assert window.widths == [3]
     assert_same([window.channel_state()], [window_of(3).channel_state()], atol=0)
     assert window.layer_state(0) == window_of(3).layer_state(0)
-    window.update({0: [call.batch for call in new]})
+    update(window, {0: [call.batch for call in new]})
     assert_layer(window, 0, new)
 
 
@@ -409,12 +413,13 @@ def test_the_company_of_other_layers_does_not_matter(data, calls):
     window = window_of(*(widths[i] for i in order))
     cuts = {i: [0, *draw_cuts(data, len(calls[i])), len(calls[i])] for i in order}
     for step in range(8):
-        window.update(
+        update(
+            window,
             {
                 layer: [call.batch for call in calls[i][cuts[i][step] : cuts[i][step + 1]]]
                 for layer, i in enumerate(order)
                 if step + 1 < len(cuts[i])
-            }
+            },
         )
     population = population_of(window)
     for layer, i in enumerate(order):

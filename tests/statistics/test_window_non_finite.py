@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import torch
 
-from lightning_bnmonitor.statistics.window import Batch
 from tests.statistics.window_reference import (
     BAD,
     MOMENTA,
+    Batch,
     assert_layer,
     assert_same,
     blocks_of,
@@ -20,6 +20,7 @@ from tests.statistics.window_reference import (
     population_of,
     random_calls,
     two_of_three,
+    update,
     updated,
     window_of,
 )
@@ -36,8 +37,8 @@ def test_a_batch_with_a_non_finite_channel_touches_no_other_and_is_forgotten_at_
         broken, clean = window_of(3, 2), window_of(3, 2)
         for start in range(0, 40, step):
             neighbour = [call.batch for call in other[start : start + step]]
-            broken.update({0: batches[start : start + step], 1: neighbour})
-            clean.update({0: [call.batch for call in calls[start : start + step]], 1: neighbour})
+            update(broken, {0: batches[start : start + step], 1: neighbour})
+            update(clean, {0: [call.batch for call in calls[start : start + step]], 1: neighbour})
         population, reference = population_of(broken), population_of(clean)
         others = [0, 2, 3, 4]
         assert not population.var[1].isfinite()
@@ -50,7 +51,7 @@ def test_a_batch_with_a_non_finite_channel_touches_no_other_and_is_forgotten_at_
         assert_same(blocks[:6] + blocks[10:], reference_blocks[:6] + reference_blocks[10:], rtol=0, atol=0)
 
         broken.reset()
-        broken.update({0: [call.batch for call in calls]})
+        update(broken, {0: [call.batch for call in calls]})
         assert_layer(broken, 0, calls)
 
 
@@ -63,7 +64,7 @@ def test_a_batch_with_a_non_finite_channel_makes_it_nan(bad, momentum):
         for step in (1, 32, 40):
             window = window_of(3)
             for start in range(0, 40, step):
-                window.update({0: batches[start : start + step]})
+                update(window, {0: batches[start : start + step]})
             population = population_of(window)
             assert population.var[1].isnan(), population.var
             assert population.mean[1].isnan(), population.mean
@@ -92,7 +93,7 @@ def test_whatever_is_not_finite_is_noticed(bad):
 
 def test_a_mean_that_is_not_finite_is_noticed_beside_a_finite_variance():
     window = window_of(2)
-    window.update({0: [Batch(4, torch.tensor([1.0, math.inf]), torch.ones(2), None, 0.1, 4)]})
+    update(window, {0: [Batch(4, torch.tensor([1.0, math.inf]), torch.ones(2), None, 0.1, 4)]})
     assert window.blocks().first_bad.tolist() == [math.inf, 1]
 
 
@@ -106,7 +107,7 @@ def test_every_layer_counts_its_own_calls(step):
     }
     window = window_of(*widths.values())
     for start in range(0, 40, step):
-        window.update({i: calls[start : start + step] for i, calls in batches.items() if calls[start : start + step]})
+        update(window, {i: calls[start : start + step] for i, calls in batches.items() if calls[start : start + step]})
     assert window.blocks().first_bad.tolist() == [math.inf, 3, 20, math.inf, math.inf, 8, math.inf, 1]
 
 

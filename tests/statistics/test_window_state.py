@@ -19,6 +19,7 @@ from tests.statistics.window_reference import (
     population_of,
     random_calls,
     two_of_three,
+    update,
     window_of,
 )
 
@@ -43,21 +44,21 @@ def test_a_restored_window_goes_on_as_if_nothing_had_happened(order, saved_at):
         for width in widths
     ]
 
-    def update(window, start, stop, layers):
-        window.update(
-            {i: [c.batch for c in calls[j][max(start - lag[j], 0) : max(stop - lag[j], 0)]] for i, j in layers}
+    def go_on(window, start, stop, layers):
+        update(
+            window, {i: [c.batch for c in calls[j][max(start - lag[j], 0) : max(stop - lag[j], 0)]] for i, j in layers}
         )
 
     straight = window_of(*widths)
-    update(straight, 0, saved_at, enumerate(range(3)))
+    go_on(straight, 0, saved_at, enumerate(range(3)))
     saved = straight.channel_state()
     other = restored(straight, order)
     for index, layer in enumerate(order):
         assert_same(blocks_of(other, index), blocks_of(straight, layer), rtol=0, atol=0)
         assert other.layer_state(index) == straight.layer_state(layer)
     for start in range(saved_at, 70, 9):
-        update(straight, start, min(start + 9, 70), enumerate(range(3)))
-        update(other, start, min(start + 9, 70), enumerate(order))
+        go_on(straight, start, min(start + 9, 70), enumerate(range(3)))
+        go_on(other, start, min(start + 9, 70), enumerate(order))
     # The same operations in the same order give the same bits; in another one the roundings may differ.
     tolerance = {"rtol": 0, "atol": 0} if order == (0, 1, 2) else {"rtol": 1e-13, "atol": 1e-13}
     for index, layer in enumerate(order):
@@ -79,9 +80,9 @@ def test_a_restored_window_knows_the_calls_that_were_not_finite_and_goes_on_coun
     bad, widths = [[(4, 1), (15, 0)], [(12, 2)], []], (2, 3, 1)
     batches = [broken_calls(rng, 20, widths[i], bad[i], two_of_three) for i in range(3)]
     straight = window_of(*widths)
-    straight.update({i: batches[i][:10] for i in range(3)})
+    update(straight, {i: batches[i][:10] for i in range(3)})
     other = restored(straight, order)
-    other.update({index: batches[i][10:] for index, i in enumerate(order)})
+    update(other, {index: batches[i][10:] for index, i in enumerate(order)})
     first_bad = other.blocks().first_bad
     expected = [[15, 4], [math.inf, math.inf, 12], [math.inf]]
     assert [first_bad[other.channels(index)].tolist() for index in range(3)] == [expected[i] for i in order]
@@ -94,7 +95,7 @@ def test_what_is_saved_does_not_change_when_the_window_goes_on():
     kept, kept_state = channels.clone(), json.dumps(state)
     assert channels.shape == (Window.CHANNEL_ROWS, 2)
     assert channels.dtype == torch.float64
-    window.update({0: [call.batch for call in calls[10:]]})
+    update(window, {0: [call.batch for call in calls[10:]]})
     window.reset()
     assert torch.equal(channels, kept)
     assert json.dumps(state) == kept_state
@@ -105,7 +106,7 @@ def test_restoring_one_layer_leaves_the_others_as_they_are():
     first, second, third = (random_calls(rng, n, 2) for n in (30, 20, 25))
     source = fed(2, third)
     window = window_of(2, 2)
-    window.update({0: [call.batch for call in first], 1: [call.batch for call in second]})
+    update(window, {0: [call.batch for call in first], 1: [call.batch for call in second]})
     window.restore(1, source.channel_state(), source.layer_state(0))
     assert_layer(window, 0, first)
     assert_layer(window, 1, third)
