@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import cache
 from operator import attrgetter
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
 import torch
 import torch._dynamo
@@ -26,8 +26,6 @@ from torch.compiler import is_dynamo_compiling as is_dynamo_compiling
 from torch.compiler import is_exporting as is_exporting
 from torch.nn.modules import batchnorm
 from torch.nn.parameter import is_lazy as is_lazy
-
-AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 
 # ------------------------------------------------------------------------------------------------------ torch: modules
 #
@@ -123,12 +121,6 @@ def forget_compiled_code() -> None:
     """Have all be compiled anew if anything was compiled, which nothing public tells."""
     if torch._dynamo.convert_frame.input_codes.seen:
         torch._dynamo.reset()
-
-
-def never_compiled(function: AnyFunction) -> AnyFunction:
-    """A function whose own frame Dynamo leaves alone. ``torch.compiler.disable`` would wrap it, at a cost each call."""
-    torch._dynamo.eval_frame.skip_code(function.__code__)
-    return function
 
 
 def run_eagerly() -> AbstractContextManager[Any]:

@@ -33,7 +33,6 @@ from lightning_bnmonitor.compat import (
     is_compiling,
     is_dynamo_compiling,
     is_exporting,
-    never_compiled,
     top_saved_tensor_hooks,
     tracing_state,
     uncompiled,
@@ -188,7 +187,7 @@ class LayerHook(Hook):
         root = gate.root()
         if root is not None and not root.training:
             if gate.validating and not gate.paused:
-                self._take_in_validation(module, args[0] if args else _by_keyword(kwargs))
+                self._look_at_validation(module, args[0] if args else _by_keyword(kwargs))
             return
         x = args[0] if args else _by_keyword(kwargs)
         if is_dynamo_compiling():
@@ -236,6 +235,8 @@ class LayerHook(Hook):
                     return
         self._take(module, x, output, module.training and has_stats)
 
+    # Where a graph breaks at a layer, its hook runs eagerly, but what that calls would be compiled: all is abstract then.
+    @torch.compiler.disable
     def _take(self, module: BatchNorm, x: object, output: object, updating: bool) -> None:
         """A call that is not like the last one."""
         if self.gate.paused or self.gate.is_closed or is_exporting():
@@ -260,12 +261,16 @@ class LayerHook(Hook):
             self._keep(moments, repeatable or call)
         self.last_call = repeatable
 
+    def _look_at_validation(self, module: BatchNorm, x: object) -> None:
+        if not is_compiling():
+            self._take_in_validation(module, x)
+        elif _has_channels(x, module) and not is_exporting():
+            self.traced_validation += (traced_moments(x),)
+            self.gate.is_traced = True
+
+    @torch.compiler.disable
     def _take_in_validation(self, module: BatchNorm, x: object) -> None:
-        if is_compiling():
-            if _has_channels(x, module) and not is_exporting():
-                self.traced_validation += (traced_moments(x),)
-                self.gate.is_traced = True
-        elif not _is_abstract(x) and _has_channels(x, module) and x.numel():
+        if not _is_abstract(x) and _has_channels(x, module) and x.numel():
             try:
                 moments = pass_moments(x)
             except Exception as error:
@@ -348,8 +353,6 @@ def _has_channels(x: object, module: BatchNorm) -> TypeGuard[Tensor]:
     return isinstance(x, Tensor) and x.ndim >= 2 and x.shape[1] == module.num_features
 
 
-# Where a graph breaks at a layer, its hook runs eagerly, and what that calls may be compiled, to which all is abstract.
-@never_compiled
 def _is_abstract(x: object) -> bool:
     """Whether ``x`` has no values of its own: within a transform of ``torch.func``, while tracing, or if it is fake."""
     is_transformed = functorch_is_active() or tracing_state() is not None

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -57,7 +59,8 @@ class ChannelLayout:
 
     def maximum(self, values: FloatArray) -> FloatArray:
         """Maximum over each layer's channels and over all other axes, ``(L,)``; NaN if none is left."""
-        return self._reduced(np.fmax, np.fmax.reduce(values.reshape(-1, self.num_channels)), np.nan)
+        several = values.reshape(math.prod(values.shape[:-1]), self.num_channels)
+        return self._reduced(np.fmax, np.fmax.reduce(several, initial=np.nan), np.nan)
 
     def _reduced(self, function: np.ufunc, values: NDArray[np.generic], empty: float) -> FloatArray:
         reduced: FloatArray = np.full((*values.shape[:-1], self.num_layers), empty)

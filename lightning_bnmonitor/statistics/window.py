@@ -19,7 +19,7 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from itertools import chain, compress
+from itertools import accumulate, chain, compress
 from operator import setitem
 from typing import Any, ClassVar, NamedTuple
 
@@ -120,15 +120,16 @@ class Window:
 
     def add_layers(self, widths: Sequence[int]) -> range:
         """Append layers of so many channels to the flat channel space. Returns their indices."""
-        first = len(self.widths)
-        for width in widths:
-            self.widths.append(width)
-            self._starts.append(self._starts[-1] + width)
-        self._channels = torch.cat([self._channels, self._channels.new_zeros(*self.CHANNEL_SHAPE, sum(widths))], dim=-1)
-        self._first_bad = torch.cat([self._first_bad, self._first_bad.new_full((sum(widths),), torch.inf)])
-        self._sums = np.concatenate([self._sums, np.zeros((len(widths), _ROWS, 6))])
-        self._decays = np.concatenate([self._decays, np.tile(_FRESH, (len(widths), 1))])
-        return range(first, len(self.widths))
+        added, first = sum(widths), len(self.widths)
+        vars(self).update(  # in one step, as in `commit`
+            widths=[*self.widths, *widths],
+            _starts=[*self._starts[:-1], *accumulate(widths, initial=self._starts[-1])],
+            _channels=torch.cat([self._channels, self._channels.new_zeros(*self.CHANNEL_SHAPE, added)], dim=-1),
+            _first_bad=torch.cat([self._first_bad, self._first_bad.new_full((added,), torch.inf)]),
+            _sums=np.concatenate([self._sums, np.zeros((len(widths), _ROWS, 6))]),
+            _decays=np.concatenate([self._decays, np.tile(_FRESH, (len(widths), 1))]),
+        )
+        return range(first, first + len(widths))
 
     def channels(self, layer: int) -> slice:
         """Where a layer lies in the flat channel space."""

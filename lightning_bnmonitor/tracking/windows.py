@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Collection, Iterable, Mapping, Sequence
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -144,9 +145,11 @@ class Windows:
     def _place(self, device: torch.device, layers: Sequence[tuple[TrackedLayer, int]]) -> None:
         home = torch.device("cpu") if device.type == "mps" else device
         window = self.by_device.setdefault(home, Window(home))
-        for (layer, _), index in zip(layers, window.add_layers([width for _, width in layers]), strict=True):
-            layer.window, layer.index, layer.width = window, index, window.widths[index]
-            self.layers.append(layer)
+        places = zip(layers, window.add_layers([width for _, width in layers]), strict=True)
+        writes = [
+            partial(vars(layer).update, window=window, index=index, width=width) for (layer, width), index in places
+        ]
+        commit([*writes, partial(self.layers.extend, [layer for layer, _ in layers])])
         room = _calls_that_may_wait(len(self.layers), sum(layer.width for layer in self.layers))
         for layer in self.layers:
             layer.hook.make_room(room)

@@ -27,7 +27,8 @@ def batch() -> Tensor:
 
 
 def flags_after_a_resume(tracker: BatchNormTracker) -> tuple[str, ...]:
-    resumed = BatchNormTracker(network())
+    model = network()
+    resumed = BatchNormTracker(model)
     resumed.load_state_dict(tracker.state_dict())
     with resumed:
         return resumed.report()["1"].flags

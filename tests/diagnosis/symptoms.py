@@ -6,11 +6,8 @@ import math
 import re
 from collections import ChainMap
 
-from lightning_bnmonitor.diagnosis.diagnosis import (
-    Circumstances,
-    Diagnosis,
-    diagnose,
-)
+from lightning_bnmonitor.diagnosis.circumstances import Circumstances
+from lightning_bnmonitor.diagnosis.diagnosis import Diagnosis, diagnose
 
 NAN, INF = math.nan, math.inf
 BELOW, ABOVE = -INF, INF  # neighbours of a threshold, towards these

@@ -10,9 +10,7 @@ import pytest
 import torch
 from torch import nn
 
-from lightning_bnmonitor.diagnosis.diagnosis import (
-    VERDICTS,
-)
+from lightning_bnmonitor.diagnosis.verdicts import VERDICTS
 from lightning_bnmonitor.statistics import divergence
 from tests.diagnosis.monitored_layers import checkpointed, norm, pretrained, samples
 from tests.diagnosis.symptoms import OBSERVED, SYMPTOMS, diagnosed, squared_error, words_are_sound

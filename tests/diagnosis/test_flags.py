@@ -8,10 +8,8 @@ import pytest
 import torch
 from torch.optim.swa_utils import update_bn
 
-from lightning_bnmonitor.diagnosis.diagnosis import (
-    VERDICTS,
-    diagnose,
-)
+from lightning_bnmonitor.diagnosis.diagnosis import diagnose
+from lightning_bnmonitor.diagnosis.verdicts import VERDICTS
 from tests.diagnosis.monitored_layers import WIDTH, checkpointed, norm, pretrained, samples
 from tests.diagnosis.symptoms import (
     ABOVE,

@@ -10,10 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from lightning_bnmonitor.diagnosis.diagnosis import (
-    VERDICTS,
-    Circumstances,
-)
+from lightning_bnmonitor.diagnosis.circumstances import Circumstances
+from lightning_bnmonitor.diagnosis.verdicts import VERDICTS
 from tests.diagnosis.symptoms import ABOVE, BELOW, CALLED, INF, NAN, NEVER_CALLED, OBSERVED, SYMPTOMS, beside, diagnosed
 
 

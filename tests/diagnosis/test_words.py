@@ -6,12 +6,10 @@ import re
 
 import pytest
 
-from lightning_bnmonitor.diagnosis.diagnosis import (
-    EVIDENCE,
-    FLAGS,
-    VERDICTS,
-    Diagnosis,
-)
+from lightning_bnmonitor.diagnosis.diagnosis import Diagnosis
+from lightning_bnmonitor.diagnosis.evidence import EVIDENCE
+from lightning_bnmonitor.diagnosis.flags import FLAGS
+from lightning_bnmonitor.diagnosis.verdicts import VERDICTS
 from tests.diagnosis.monitored_layers import checkpointed, frozen, norm, samples
 from tests.diagnosis.symptoms import (
     CALLED,

@@ -2,11 +2,14 @@
 
 import math
 
+import numpy as np
 import torch
 from torch import nn
 
 from lightning_bnmonitor import BatchNormTracker, LayerReport, Report
 from lightning_bnmonitor.diagnosis.diagnosis import Diagnosis
+from lightning_bnmonitor.diagnosis.evidence import distances
+from lightning_bnmonitor.statistics.channel_layout import ChannelLayout
 
 NAN, INF = math.nan, math.inf
 METRICS = ("eval_error", "act_rmse", "mean_shift", "log_var_ratio")
@@ -35,7 +38,11 @@ def layer(
         **{"population_mean": mean, "population_var": var, "running_mean": running_mean, "running_var": running_var},
         **{field: fields.pop(field, values) for field, values in now.items()},
     }
-    evidence = {"noise_error": 0.05, "num_features": float(len(mean)), **fields.pop("evidence", {})}
+    order = [f"{of}_{moment}" for of in ("population", "running", "now", "z") for moment in ("mean", "var")]
+    order += ["running_mean_stderr", "running_var_stderr"]
+    numbers = torch.tensor([list(tensors[name]) for name in order], dtype=torch.float64)
+    evidence = {"noise_error": 0.05, "num_features": float(len(mean)), **found(numbers, fields)}
+    evidence |= fields.pop("evidence", {})
     attention = fields.pop("needs_attention", verdict not in NOT_SICK)
     defaults = {
         "name": name,
@@ -47,10 +54,16 @@ def layer(
         "has_running_stats": True,
         "diagnosis": Diagnosis(verdict, flags, attention, evidence),
     }
-    order = [f"{of}_{moment}" for of in ("population", "running", "now", "z") for moment in ("mean", "var")]
-    order += ["running_mean_stderr", "running_var_stderr"]
-    numbers = torch.tensor([list(tensors[name]) for name in order], dtype=torch.float64)
     return LayerReport(**(defaults | {"numbers": numbers} | fields))
+
+
+def found(numbers: torch.Tensor, fields) -> dict[str, float]:
+    """The distances that the tracker would put into the evidence."""
+    comparable = fields.get("has_running_stats", True) and fields.get("num_samples", 80) > 0
+    eps = torch.full((numbers.shape[1],), fields.get("eps", 0.0), dtype=torch.float64)
+    layout = ChannelLayout(np.array([numbers.shape[1]]))
+    metrics = distances(numbers[0:2], numbers[4:6], numbers[2:4], eps, layout, np.array([comparable]))
+    return {name: float(values[0]) for name, values in metrics.items() if not math.isnan(values[0])}
 
 
 def with_error(name: str, error: float, **fields) -> LayerReport:

@@ -15,7 +15,7 @@ from matplotlib.colors import to_hex
 from torch import nn
 
 from lightning_bnmonitor import BatchNormTracker, Report
-from lightning_bnmonitor.diagnosis.diagnosis import VERDICTS
+from lightning_bnmonitor.diagnosis.verdicts import VERDICTS
 from tests.report.made_reports import layer, stateless, unused, with_error
 
 NAN, INF = math.nan, math.inf

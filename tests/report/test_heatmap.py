@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from matplotlib import pyplot as plt
 
 from lightning_bnmonitor import Report
-from lightning_bnmonitor.diagnosis.diagnosis import VERDICTS
+from lightning_bnmonitor.diagnosis.verdicts import VERDICTS
 from lightning_bnmonitor.report.heatmap import Heatmap, grouped
 from tests.report.made_reports import layer, stateless, unused, with_error
 
 NAN, INF = math.nan, math.inf
+VERDICT_NAMES = list(VERDICTS)
 LEVELS = (0.0, 0.02, 0.05, 0.099, 0.1, 0.249, 0.25, 0.59, 0.61, 1.4, 1.6, 1e4, INF)
 POOL = (*np.random.default_rng(1).lognormal(-2, 2, size=30).tolist(), INF)
 CLASSES = (0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 5)  # which of the six colours each of these has
@@ -42,16 +43,12 @@ def with_errors(**errors):
 
 @cache
 def known(name, error, verdict="healthy"):
-    """A layer and its summary, made once: the history is the matter here."""
-    its = unused(name) if math.isnan(error) else with_error(name, error, verdict=verdict)
-    return its, its.summary()
+    """A layer, made once: the history is the matter here."""
+    return unused(name) if math.isnan(error) else with_error(name, error, verdict=verdict)
 
 
 def quick_report(errors, verdicts=None) -> Report:
-    layers, summaries = zip(
-        *(known(name, errors[name], (verdicts or {}).get(name, "healthy")) for name in errors), strict=True
-    )
-    return Report(layers, summaries)
+    return Report(known(name, errors[name], (verdicts or {}).get(name, "healthy")) for name in errors)
 
 
 def errors_of(heatmap: Heatmap) -> np.ndarray:
@@ -143,7 +140,7 @@ def test_the_verdict_of_a_column_is_that_of_its_largest_error(num_windows, seed)
     heatmap, reference = Heatmap(), AllWindows()
     for step in range(num_windows):
         errors = {name: (step * 7919 % 1009) / 1009 + index for index, name in enumerate("abc")}  # each is another
-        verdicts = {name: VERDICTS[rng.integers(len(VERDICTS))] for name in errors}
+        verdicts = {name: VERDICT_NAMES[rng.integers(len(VERDICT_NAMES))] for name in errors}
         heatmap.add(quick_report(errors, verdicts), step)
         reference.add(errors, verdicts, step)
     assert verdicts_of(heatmap) == reference.verdicts("abc")
@@ -221,7 +218,7 @@ def test_a_saved_heatmap_goes_on_as_one_that_never_stopped(at, more, seed):
     def window():
         names = ["a", "b", "c"][: rng.integers(1, 4)]
         errors = {name: POOL[rng.integers(len(POOL))] for name in names}
-        return quick_report(errors, {name: VERDICTS[rng.integers(len(VERDICTS))] for name in names})
+        return quick_report(errors, {name: VERDICT_NAMES[rng.integers(len(VERDICT_NAMES))] for name in names})
 
     heatmap, resumed = Heatmap(), Heatmap()
     for step in range(at):
@@ -450,7 +447,7 @@ def worst_case(num_layers=60, num_windows=60, name="encoder.blocks.with_a_rather
     for window in range(num_windows):
         kinds = {name: (index + window) % len(VERDICTS) for index, name in enumerate(names)}
         errors = {name: LEVELS[kind % len(LEVELS)] for name, kind in kinds.items()}
-        heatmap.add(quick_report(errors, {name: VERDICTS[kind] for name, kind in kinds.items()}), window + 1)
+        heatmap.add(quick_report(errors, {name: VERDICT_NAMES[kind] for name, kind in kinds.items()}), window + 1)
     return heatmap
 
 

@@ -13,7 +13,6 @@ from torch import nn
 from lightning_bnmonitor import BatchNormTracker, Report
 from tests.report.made_reports import (
     INF,
-    METRICS,
     NAN,
     PER_CHANNEL,
     branches_report,
@@ -179,24 +178,6 @@ def test_all_eval_errors_infinite_leave_no_other_number_and_no_nan():
     report = Report(layer(f"layer{index}", running_mean=[INF], running_var=[NAN]) for index in range(4))
     numbers = {"eval_error_max": INF, "eval_error_p90": INF, "eval_error_median": INF}
     assert report.summary() == numbers | {"unhealthy_layers": 0.0}
-
-
-def test_summaries_that_are_known_already_are_not_computed_again():
-    layers = [with_error("one", 0.5), with_error("two", 0.1, verdict="noisy"), stateless("three")]
-    known = [dict.fromkeys(METRICS, value) for value in (0.25, 0.75, NAN)]
-    report = Report(iter(layers), known)
-    assert list(report) == ["one", "two", "three"]
-    assert report.layer_summaries() == dict(zip(("one", "two", "three"), known, strict=True))
-    assert report.summary()["eval_error_max"] == 0.75
-    assert "0.7500" in str(report)
-    known[0]["eval_error"] = 9.0
-    assert report.summary()["eval_error_max"] == 0.75
-
-
-@pytest.mark.parametrize("num_summaries", [1, 3])
-def test_a_summary_for_each_layer_is_needed_if_any_is_given(num_summaries):
-    with pytest.raises(ValueError, match="zip"):
-        Report([layer("one"), layer("two")], [layer().summary()] * num_summaries)
 
 
 def test_layer_summaries_can_be_changed_without_changing_the_report():

@@ -165,10 +165,10 @@ def test_any_kind_of_layer(layout):
         for x in validation:
             net(x)
     layer = tracker.validation_report()["0"]
-    mean, var = moments(received[:64])  # and not of more calls
+    mean, var = moments(received)
     np.testing.assert_allclose(layer.validation[0], mean, rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(layer.validation[1], var, rtol=1e-5)
-    assert layer.evidence["val_batches"] == min(len(received), 64)
+    assert layer.evidence["val_batches"] == len(received)
 
 
 def test_a_report_with_validation_goes_everywhere_a_report_goes():
@@ -234,7 +234,7 @@ def test_a_validation_that_begins_or_ends_within_a_pause_has_begun_or_ended_afte
     net(batches[3])
     assert report["0"].evidence["val_batches"] == 2
     np.testing.assert_allclose(report["0"].validation[0], moments(batches[1:3])[0], rtol=1e-6)
-    assert [layer.validation for layer in tracker._layers] == [[], []]  # nothing that came after the end
+    assert [layer.validation for layer in tracker._layers] == [{}, {}]  # nothing that came after the end
 
 
 class Operations(TorchDispatchMode):
@@ -247,7 +247,7 @@ class Operations(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_beyond_the_limit_nothing_is_computed():
+def test_after_its_end_nothing_is_computed():
     net, x = network(), data(1, 1)[0]
 
     def operations():
@@ -263,10 +263,28 @@ def test_beyond_the_limit_nothing_is_computed():
     net.eval()
     for _ in range(2):
         tracker.start_validation()
-        looked = [operations() for _ in range(70)]
-        assert all(num > alone for num in looked[:64])
-        assert looked[64:] == [alone] * 6
-        assert tracker.validation_report()["0"].evidence["val_batches"] == 64
+        assert all(operations() > alone for _ in range(100))
+        tracker.stop_validation()
+        assert operations() == alone
+        assert tracker.validation_report()["0"].evidence["val_batches"] == 100
+
+
+def test_of_several_loaders_the_one_that_differs_most_is_told_of():
+    torch.manual_seed(0)
+    net = network()
+    tracker, _ = trained(net, data(64, 1))
+    loaders = [data(6, 2), data(6, 3, shift=3.0), data(6, 4, shift=1.0)]
+    net.eval()
+    for index, batches in enumerate(loaders):
+        tracker.start_validation(index)
+        with torch.no_grad():
+            for x in batches:
+                net(x)
+    layer = tracker.validation_report()["0"]
+    assert layer.evidence["val_loader"] == 1
+    np.testing.assert_allclose(layer.validation[0], moments(loaders[1])[0], rtol=1e-6)
+    assert "domain-shift" in layer.flags
+    assert "in validation (loader 1, counted from 0)" in layer.explanation
 
 
 # ------------------------------------------------------------------------------------------------------------- Trainer
@@ -336,11 +354,26 @@ def test_at_most_so_many_batches_of_each_validation_are_compared(tmp_path, num, 
     assert "domain-shift" in layer.flags
 
 
-def test_of_several_loaders_it_is_the_first_batches(tmp_path):
-    loaders = [loader(10, 2), loader(10, 3, shift=5.0)]
-    _, model = fit(tmp_path, monitor := BatchNormMonitor(), validation=loaders)
+def test_as_many_batches_are_compared_as_asked_for(tmp_path):
+    _, model = fit(
+        tmp_path, monitor := BatchNormMonitor(validation_batches=200), validation=loader(90, 2), max_epochs=1
+    )
     layer = monitor.report()["net.0"]
-    np.testing.assert_allclose(layer.validation[0], moments(model.received[-20:][:16])[0], rtol=1e-5)
+    assert layer.evidence["val_batches"] == 90
+    assert "val_loader" not in layer.evidence
+    np.testing.assert_allclose(layer.validation[0], moments(model.received)[0], rtol=1e-5)
+
+
+@pytest.mark.parametrize("num", [16, 4])
+def test_the_first_batches_of_each_loader_are_compared_and_a_shifted_one_is_named(tmp_path, num):
+    loaders = [loader(20, 2), loader(20, 3, shift=3.0)]
+    _, model = fit(tmp_path, monitor := BatchNormMonitor(validation_batches=num), validation=loaders)
+    layer = monitor.report()["net.0"]
+    of_second = model.received[-20:][:num]
+    np.testing.assert_allclose(layer.validation[0], moments(of_second)[0], rtol=1e-5)
+    assert layer.evidence["val_batches"] == num
+    assert "domain-shift" in layer.flags
+    assert "(loader 1, counted from 0)" in layer.explanation
 
 
 def test_zero_switches_it_off(tmp_path):
