@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager
 from functools import cache
 from operator import attrgetter
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import torch
 import torch._dynamo
@@ -26,6 +26,8 @@ from torch.compiler import is_dynamo_compiling as is_dynamo_compiling
 from torch.compiler import is_exporting as is_exporting
 from torch.nn.modules import batchnorm
 from torch.nn.parameter import is_lazy as is_lazy
+
+AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 
 # ------------------------------------------------------------------------------------------------------ torch: modules
 #
@@ -121,6 +123,12 @@ def forget_compiled_code() -> None:
     """Have all be compiled anew if anything was compiled, which nothing public tells."""
     if torch._dynamo.convert_frame.input_codes.seen:
         torch._dynamo.reset()
+
+
+def never_compiled(function: AnyFunction) -> AnyFunction:
+    """A function that Dynamo leaves alone, with all that it calls. Public; typed here, as torch's own is not."""
+    left_alone: AnyFunction = torch.compiler.disable(function)  # type: ignore[no-untyped-call]
+    return left_alone
 
 
 def run_eagerly() -> AbstractContextManager[Any]:

@@ -33,6 +33,7 @@ from lightning_bnmonitor.compat import (
     is_compiling,
     is_dynamo_compiling,
     is_exporting,
+    never_compiled,
     top_saved_tensor_hooks,
     tracing_state,
     uncompiled,
@@ -235,8 +236,8 @@ class LayerHook(Hook):
                     return
         self._take(module, x, output, module.training and has_stats)
 
-    # Where a graph breaks at a layer, its hook runs eagerly, but what that calls would be compiled: all is abstract then.
-    @torch.compiler.disable
+    # Where a graph breaks at a layer, its hook runs eagerly, but what that calls would be compiled, as abstract values.
+    @never_compiled
     def _take(self, module: BatchNorm, x: object, output: object, updating: bool) -> None:
         """A call that is not like the last one."""
         if self.gate.paused or self.gate.is_closed or is_exporting():
@@ -268,7 +269,7 @@ class LayerHook(Hook):
             self.traced_validation += (traced_moments(x),)
             self.gate.is_traced = True
 
-    @torch.compiler.disable
+    @never_compiled
     def _take_in_validation(self, module: BatchNorm, x: object) -> None:
         if not _is_abstract(x) and _has_channels(x, module) and x.numel():
             try:
