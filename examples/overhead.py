@@ -363,7 +363,7 @@ def direct_shares(network: Network, steps: int | None = None) -> list[float]:
     with stopwatch.on_our_hooks(training.model, network.backend is not None):
         training.steps(2)
         training.monitor.kept.flush()
-        steps = steps or max(layer.hook.limit for layer in training.monitor.kept._layers)
+        steps = steps or max(layer.hook.limit for layer in training.monitor.kept._recorder.layers)
         own = stopwatch.own_seconds()
         for _ in range(network.chunks):
             stopwatch.seconds, stopwatch.calls = 0.0, 0

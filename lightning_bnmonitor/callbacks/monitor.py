@@ -11,7 +11,7 @@ from typing_extensions import override
 
 from lightning_bnmonitor.callbacks.dashboard import Dashboard
 from lightning_bnmonitor.callbacks.scalars import Scalars
-from lightning_bnmonitor.callbacks.schedule import is_training_over
+from lightning_bnmonitor.callbacks.schedule import WindowSchedule, is_training_over
 from lightning_bnmonitor.callbacks.unhealthy import Alarm, OnUnhealthy
 from lightning_bnmonitor.capture.batch_moments import CaptureMode
 from lightning_bnmonitor.compat import batches_that_stepped
@@ -22,7 +22,6 @@ from lightning_bnmonitor.tracking.arguments import (
     check_bool,
     check_choice,
     check_not_negative,
-    check_positive_or_none,
 )
 from lightning_bnmonitor.tracking.tracker import BatchNormTracker
 
@@ -105,12 +104,10 @@ class BatchNormMonitor(Callback):
         log_key_prefix: str = "bn",
         on_unhealthy: OnUnhealthy = "warn",
     ) -> None:
-        _check_periods(every_n_epochs, every_n_train_batches)
         check_choice("capture", capture, get_args(CaptureMode))
         check_bool("dashboard", dashboard)
         check_not_negative("validation_batches", validation_batches)
-        self._every_n_epochs = every_n_epochs or 1
-        self._every_n_train_batches = every_n_train_batches
+        self._schedule = WindowSchedule(every_n_epochs, every_n_train_batches)
         self._include = as_patterns("include", include)
         self._exclude = as_patterns("exclude", exclude)
         self._capture = capture
@@ -122,18 +119,15 @@ class BatchNormMonitor(Callback):
         self._tracker: BatchNormTracker | None = None
         self._dashboard: Dashboard | None = None
         self._report: Report | None = None
-        self._num_batches = 0  # training batches in the window that is open
         self._has_validated = False  # whether there was a batch in the present validation
-        self._is_due = False  # whether a window begins with the next training batch
-        self._is_awaited = False  # whether other ranks may have batches in a window that has not ended
         self._state: dict[str, Any] = {}  # while there is no tracker: what `fit` ended with, or is to begin with
 
     @property
     @override
     def state_key(self) -> str:
         return self._generate_state_key(
-            every_n_epochs=self._every_n_epochs,
-            every_n_train_batches=self._every_n_train_batches,
+            every_n_epochs=self._schedule.every_n_epochs,
+            every_n_train_batches=self._schedule.every_n_train_batches,
             include=self._include,
             exclude=self._exclude,
             log_key_prefix=self._log_key_prefix,
@@ -144,9 +138,7 @@ class BatchNormMonitor(Callback):
         if self._tracker is None:
             return self._state
         return {
-            "num_batches": self._num_batches,
-            "is_due": self._is_due,
-            "is_awaited": self._is_awaited,
+            **self._schedule.state_dict(),
             "warned_of": self._alarm.state(),
             "summary": dict(self._scalars.summary),
             "dashboard": None if self._dashboard is None else self._dashboard.state_dict(),
@@ -183,8 +175,7 @@ class BatchNormMonitor(Callback):
     def on_fit_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._detach()  # a fit that was interrupted may not have
         self._tracker = self._report = None
-        self._num_batches, self._is_due = 0, True
-        self._is_awaited = self._every_n_train_batches is None  # what is resumed within an epoch does not start one
+        self._schedule.begin()
         self._alarm.restore([])
         self._scalars.summary = {}
         # Not where nothing is logged: it holds what only rank 0 shows.
@@ -205,15 +196,15 @@ class BatchNormMonitor(Callback):
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._is_awaited = self._every_n_train_batches is None
+        self._schedule.epoch_begins()
 
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Not earlier: at an epoch's start other callbacks may still write the buffers (SWA), or call the model.
-        if self._is_due:
+        if self._schedule.is_due:
             assert self._tracker is not None
             self._tracker.reset()
-            self._num_batches, self._is_due = 0, False
+            self._schedule.window_begins()
 
     @override
     def on_train_batch_end(
@@ -221,11 +212,7 @@ class BatchNormMonitor(Callback):
     ) -> None:
         assert self._tracker is not None
         self._tracker.step()
-        self._num_batches += 1
-        if self._every_n_train_batches is not None:
-            if self._num_batches == self._every_n_train_batches:
-                self._end_window(trainer)
-        elif trainer.is_last_batch and self._is_last_epoch_of_window(trainer):
+        if self._schedule.ends_with_batch(trainer):
             self._end_window(trainer)
 
     @override
@@ -253,19 +240,18 @@ class BatchNormMonitor(Callback):
         if self._tracker is None or not self._compares(trainer) or not (self._has_validated or all_ranks):
             return
         report = self._tracker.validation_report(all_ranks, num_loaders=len(trainer.num_val_batches))
-        if self._is_due:  # and mid-window, `report()` goes on to be that of the last one
+        if self._schedule.is_due:  # and mid-window, `report()` goes on to be that of the last one
             self._report = report
         self._scalars.log_validation(trainer, report, batches_that_stepped(trainer))
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # Not every epoch ends with a batch known to be its last: `max_steps`, `on_train_batch_start` returning -1.
-        if self._every_n_train_batches is None and self._is_last_epoch_of_window(trainer):
+        if self._schedule.ends_with_epoch(trainer):
             self._end_window(trainer, batches_over=1)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        self._is_awaited |= self._every_n_train_batches is not None  # another rank's last window may be open
+        self._schedule.training_ends()
         self._end_window(trainer, batches_over=1)
         if self._dashboard is not None:
             self._dashboard.finish(trainer.loggers)
@@ -296,20 +282,17 @@ class BatchNormMonitor(Callback):
         """Whether this validation is compared with training."""
         return self._validation_batches > 0 and trainer.state.fn == "fit" and not trainer.sanity_checking
 
-    def _is_last_epoch_of_window(self, trainer: Trainer) -> bool:
-        # Epochs are counted as ModelCheckpoint counts them, so that equal periods fall together.
-        return (trainer.current_epoch + 1) % self._every_n_epochs == 0
-
     def _end_window(self, trainer: Trainer, batches_over: int = 0) -> None:
         """Close the window, if it has any batch, and log it at the step of its last: so many batches ago."""
-        is_awaited = self._is_awaited and trainer.world_size > 1
-        if self._tracker is None or (self._num_batches == 0 and not is_awaited):
+        several_ranks = trainer.world_size > 1
+        is_any, is_elsewhere = self._schedule.close(several_ranks)
+        if self._tracker is None or not is_any:
             return
-        if self._is_due:  # on this rank it has not begun
+        if self._schedule.is_due:  # on this rank it has not begun
             self._tracker.reset()
-        self._num_batches, self._is_due, self._is_awaited = 0, True, False
-        report = self._tracker.close(all_ranks=trainer.world_size > 1)
-        if is_awaited and not any(layer.num_samples for layer in report.values()):
+        self._schedule.is_due = True
+        report = self._tracker.close(all_ranks=several_ranks)
+        if is_elsewhere and not any(layer.num_samples for layer in report.values()):
             return  # there were no batches on any rank
         self._report = report
         step = max(batches_that_stepped(trainer) - batches_over, 0)
@@ -328,7 +311,7 @@ class BatchNormMonitor(Callback):
         except ValueError as error:  # of another version: no reason not to train
             warnings.warn(f"The BatchNorm statistics in the checkpoint are left out: {error}", stacklevel=2)
             return
-        self._num_batches, self._is_due, self._is_awaited = state["num_batches"], state["is_due"], state["is_awaited"]
+        self._schedule.load_state_dict(state)
         self._alarm.restore(state["warned_of"])
         self._scalars.summary = dict(state["summary"])
         if self._dashboard is not None and (shown := state.get("dashboard")) is not None:
@@ -337,13 +320,3 @@ class BatchNormMonitor(Callback):
     def _detach(self) -> None:
         if self._tracker is not None:
             self._tracker.detach()
-
-
-def _check_periods(every_n_epochs: int | None, every_n_train_batches: int | None) -> None:
-    check_positive_or_none("every_n_epochs", every_n_epochs)
-    check_positive_or_none("every_n_train_batches", every_n_train_batches)
-    if every_n_epochs is not None and every_n_train_batches is not None:
-        raise ValueError(
-            "`every_n_epochs` and `every_n_train_batches` exclude each other, got "
-            f"{every_n_epochs} and {every_n_train_batches}: leave one of them None."
-        )

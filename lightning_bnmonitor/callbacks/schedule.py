@@ -1,8 +1,92 @@
-"""When training is over."""
+"""When windows begin and end, and when training is over."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 from lightning.pytorch import Trainer
+
+from lightning_bnmonitor.tracking.arguments import check_positive_or_none
+
+
+class WindowSchedule:
+    """Where a Trainer's batches and epochs stand in windows.
+
+    Args:
+        every_n_epochs: Epochs in a window; None means one.
+        every_n_train_batches: Training batches in a window, instead of epochs.
+
+    Raises:
+        ValueError: If one of them is not a positive integer, or both are given.
+    """
+
+    def __init__(self, every_n_epochs: int | None, every_n_train_batches: int | None) -> None:
+        check_positive_or_none("every_n_epochs", every_n_epochs)
+        check_positive_or_none("every_n_train_batches", every_n_train_batches)
+        if every_n_epochs is not None and every_n_train_batches is not None:
+            raise ValueError(
+                "`every_n_epochs` and `every_n_train_batches` exclude each other, got "
+                f"{every_n_epochs} and {every_n_train_batches}: leave one of them None."
+            )
+        self.every_n_epochs = every_n_epochs or 1
+        self.every_n_train_batches = every_n_train_batches
+        self.begin()
+
+    def begin(self) -> None:
+        """A ``fit`` begins."""
+        self.num_batches = 0
+        """Training batches in the window that is open."""
+        self.is_due = True
+        """Whether a window begins with the next training batch."""
+        self.is_awaited = self.every_n_train_batches is None  # what is resumed within an epoch does not start one
+        """Whether other ranks may have batches in a window that has not ended."""
+
+    def epoch_begins(self) -> None:
+        """An epoch begins."""
+        self.is_awaited = self.every_n_train_batches is None
+
+    def training_ends(self) -> None:
+        """The last batch is over: another rank's last window may be open."""
+        self.is_awaited |= self.every_n_train_batches is not None
+
+    def window_begins(self) -> None:
+        """A window begins with the batch that begins now."""
+        self.num_batches, self.is_due = 0, False
+
+    def ends_with_batch(self, trainer: Trainer) -> bool:
+        """Count a batch. Whether the window ends with it."""
+        self.num_batches += 1
+        if self.every_n_train_batches is not None:
+            return self.num_batches == self.every_n_train_batches
+        return trainer.is_last_batch and self._ends_with_this_epoch(trainer)
+
+    def ends_with_epoch(self, trainer: Trainer) -> bool:
+        """Whether the window ends with the epoch that ends now.
+
+        Not every epoch ends with a batch known to be its last: ``max_steps``, ``on_train_batch_start`` returning -1.
+        """
+        return self.every_n_train_batches is None and self._ends_with_this_epoch(trainer)
+
+    def close(self, several_ranks: bool) -> tuple[bool, bool]:
+        """The window ends. Whether there may be anything in it to report; whether perhaps on other ranks only."""
+        is_awaited = self.is_awaited and several_ranks
+        if self.num_batches == 0 and not is_awaited:
+            return False, False
+        self.num_batches, self.is_awaited = 0, False
+        return True, is_awaited
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of it, in primitives."""
+        return {"num_batches": self.num_batches, "is_due": self.is_due, "is_awaited": self.is_awaited}
+
+    def load_state_dict(self, state: Mapping[str, Any]) -> None:
+        """Go on from a :meth:`state_dict`."""
+        self.num_batches, self.is_due, self.is_awaited = state["num_batches"], state["is_due"], state["is_awaited"]
+
+    def _ends_with_this_epoch(self, trainer: Trainer) -> bool:
+        # Epochs are counted as ModelCheckpoint counts them, so that equal periods fall together.
+        return (trainer.current_epoch + 1) % self.every_n_epochs == 0
 
 
 def is_training_over(trainer: Trainer, epoch_ended: bool) -> bool:

@@ -46,8 +46,6 @@ class Verdict(Statement):
 
 
 # Rules.
-
-
 def _has_few_batches(_: Circumstances, evidence: Evidence) -> bool:
     return evidence["batches"] < _MIN_BATCHES or evidence["degrees_of_freedom"] < _MIN_DOF
 
@@ -96,8 +94,6 @@ def _is_lagging(layer: Circumstances, evidence: Evidence) -> bool:
 
 
 # Words that depend on the evidence.
-
-
 def _explain_non_finite(evidence: Evidence) -> list[str]:
     sentences = []
     if "first_bad_batch" in evidence:
@@ -204,7 +200,6 @@ def _with_momentum(momentum: str, others: str, evidence: Evidence) -> list[str]:
 
 
 # The table.
-
 _TABLE = (
     Verdict(
         name="non-finite",

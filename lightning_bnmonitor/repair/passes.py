@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_bnmonitor.compat import BatchNorm, is_lazy, own_buffers, run_eagerly
 from lightning_bnmonitor.tracking.buffers import SavedBuffers
-from lightning_bnmonitor.tracking.tracker import trackers_of
+from lightning_bnmonitor.tracking.tracker import recorders_of
 
 Forward = Callable[[nn.Module, Any], Any]
 
@@ -65,8 +65,8 @@ def training_only(model: nn.Module, modules: Iterable[nn.Module]) -> Iterator[No
     in_training, buffers = set(modules), SavedBuffers(layers)
     updating = [layer for layer in layers if layer in in_training]
     with ExitStack() as stack:
-        for tracker in trackers_of(layers):
-            stack.enter_context(tracker.paused())
+        for recorder in recorders_of(layers):
+            stack.enter_context(recorder.paused())
         stack.enter_context(_random_states_as_before())
         stack.enter_context(_buffers_as_before(module for module in modes if module not in tracking))
         stack.enter_context(run_eagerly())

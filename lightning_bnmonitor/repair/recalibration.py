@@ -11,7 +11,6 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
-from lightning_bnmonitor.capture.layer_hook import Gate
 from lightning_bnmonitor.compat import BatchNorm, is_lazy
 from lightning_bnmonitor.repair.passes import Forward, forward_of, run, training_only
 from lightning_bnmonitor.report.layer_report import LayerReport
@@ -19,11 +18,10 @@ from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.tracking import collectives
 from lightning_bnmonitor.tracking.arguments import as_patterns, check_positive_or_none
 from lightning_bnmonitor.tracking.assessment import compare
-from lightning_bnmonitor.tracking.buffers import History, SavedBuffers, snapshots, write_stats
+from lightning_bnmonitor.tracking.buffers import History, SavedBuffers, write_stats
 from lightning_bnmonitor.tracking.discovery import find_layers
-from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
-from lightning_bnmonitor.tracking.tracker import trackers_of
-from lightning_bnmonitor.tracking.windows import Windows
+from lightning_bnmonitor.tracking.recorder import Recorder
+from lightning_bnmonitor.tracking.tracker import recorders_of
 
 _FROZEN, _NO_STATS, _UNUSED = "frozen", "no running statistics", "unused"
 
@@ -149,14 +147,14 @@ class Recalibration:
     def tell_trackers(self) -> None:
         """Tell attached trackers that the new running statistics stay, and what they are made of."""
         self._told = True
-        for tracker in trackers_of(self._histories):
-            tracker.rewritten(self._histories)
+        for recorder in recorders_of(self._histories):
+            recorder.rewritten(self._histories)
 
     def restore(self) -> None:
         """Put the old running statistics back, to the bit, whatever has been written since."""
         self._old.restore()
-        for tracker in trackers_of(self._histories) if self._told else ():
-            tracker.rewritten(dict.fromkeys(self._histories))
+        for recorder in recorders_of(self._histories) if self._told else ():
+            recorder.rewritten(dict.fromkeys(self._histories))
 
     def __str__(self) -> str:
         rows = []
@@ -248,29 +246,25 @@ class _Measurement:
 
     def __init__(self, layers: Mapping[str, BatchNorm]) -> None:
         self._root = nn.Identity()  # in training mode: calls count
-        self._gate = Gate(self._root)
-        self._windows = Windows()
-        self._layers = [TrackedLayer(name, layer, self._gate, self._flush) for name, layer in layers.items()]
-        for layer, now in zip(self._layers, snapshots(list(layers.values())), strict=True):
-            layer.hook.by_pass = True
-            layer.begin_window(now)
-            # What is known of the noise in the running statistics rests on it.
+        self._recorder = Recorder(self._root, by_pass=True)
+        self._recorder.follow(layers)
+        for layer in self._recorder.layers:  # what is known of the noise in the running statistics rests on it
             momentum = layer.module.momentum
-            effective = 1 / max(now.num_tracked or 0, 1) if momentum is None else momentum
+            effective = 1 / max(layer.start.num_tracked or 0, 1) if momentum is None else momentum
             layer.counts = layer.counts._replace(momentum=effective)
 
     @contextmanager
     def counting(self) -> Iterator[None]:
         """A context in which calls count. What is compiled has to run eagerly in it."""
         with ExitStack() as stack:
-            for layer in self._layers:
+            for layer in self._recorder.layers:
                 handle = layer.module.register_forward_hook(layer.hook, with_kwargs=True)
                 stack.callback(handle.remove)
             yield
 
     def check_complete(self) -> None:
         """Raise RuntimeError if there was a call that could not be counted."""
-        for layer in self._layers:
+        for layer in self._recorder.layers:
             if layer.hook.skipped:
                 raise RuntimeError(
                     f"{layer.hook.skipped} calls of layer {layer.name!r} could not be counted: what it receives is not "
@@ -284,14 +278,8 @@ class _Measurement:
             are_averaged: Whether the running statistics are the average of what was received, rather than older.
             all_ranks: Whether all ranks call this, and get one report of them all.
         """
-        self._flush()
-        return compare(self._layers, self._windows, are_averaged, all_ranks)
-
-    @torch.inference_mode(False)
-    def _flush(self) -> None:
-        with self._gate.lock:
-            self._gate.is_full = False
-            self._windows.merge(self._layers)
+        self._recorder.flush()
+        return compare(self._recorder.layers, self._recorder.windows, are_averaged, all_ranks)
 
 
 @contextmanager

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_bnmonitor.capture.batch_moments import PATHS, BatchMoments, Path
+from lightning_bnmonitor.capture.batch_moments import PATHS, BatchMoments, Path, owned
 from lightning_bnmonitor.capture.layer_hook import Call, Gate, LayerHook
 from lightning_bnmonitor.compat import BatchNorm
 from lightning_bnmonitor.statistics.pooled_calls import PooledCalls
@@ -150,6 +150,19 @@ class TrackedLayer:
         """Take the moments of one call in validation."""
         with self.gate.lock:
             self._in_validation.add(moments.num_samples, moments.batch_size, moments.mean, moments.spread)
+
+    def drain(self) -> None:
+        """Take what compiled graphs have left behind, if it counts."""
+        gate, hook = self.gate, self.hook
+        if hook.traced_validation:
+            validated, hook.traced_validation = hook.traced_validation, ()
+            for moments in validated if gate.validating and not gate.paused else ():
+                if moments.num_samples:
+                    self.validate(owned(moments))
+        if hook.traced:
+            traced, hook.traced = hook.traced, ()
+            for moments, training, updating in traced if not (gate.paused or gate.is_closed) else ():
+                hook.receive(self.module, owned(moments) if moments.num_samples else None, training, updating)
 
     def waiting(self, calls: Sequence[Call]) -> WaitingCalls:
         """Calls that wait to be merged, field by field. Those of another width than the first contribute nothing."""

@@ -4,29 +4,24 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from lightning_bnmonitor.capture.attachment import Attachment
-from lightning_bnmonitor.capture.batch_moments import CaptureMode, owned
-from lightning_bnmonitor.capture.layer_hook import Gate
+from lightning_bnmonitor.capture.batch_moments import CaptureMode
 from lightning_bnmonitor.compat import BatchNorm
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.tracking import collectives
 from lightning_bnmonitor.tracking.arguments import as_patterns, check_choice
 from lightning_bnmonitor.tracking.assessment import assess
-from lightning_bnmonitor.tracking.buffers import History, snapshots
 from lightning_bnmonitor.tracking.discovery import find_layers
-from lightning_bnmonitor.tracking.measurement import is_inexact
-from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
+from lightning_bnmonitor.tracking.recorder import STATE_VERSION, Recorder
 from lightning_bnmonitor.tracking.validation import with_validation
-from lightning_bnmonitor.tracking.windows import Windows
 
-_STATE_VERSION = 6
 _NO_MODEL = "The model of this BatchNormTracker no longer exists. Make a new tracker."
 
 _attached: weakref.WeakSet[BatchNormTracker] = weakref.WeakSet()
@@ -79,11 +74,9 @@ class BatchNormTracker:
         check_choice("capture", capture, get_args(CaptureMode))
         self._include = as_patterns("include", include)
         self._exclude = as_patterns("exclude", exclude)
-        self._always_pass = capture == "pass"
+        self._capture = capture
         self._model = weakref.ref(model)
-        self._gate = Gate(model)
-        self._layers: list[TrackedLayer] = []  # in the order of the model's modules
-        self._windows = Windows()
+        self._recorder = Recorder(model, by_pass=capture == "pass")
         self._attachment: Attachment | None = None
         self._closing: Report | None = None  # the report of a window that has ended, once it was asked for
         self._pending: Mapping[str, Any] | None = None  # a state that waits for `attach`
@@ -99,9 +92,7 @@ class BatchNormTracker:
         model = self._model()
         if model is None:
             raise RuntimeError(_NO_MODEL)
-        twin = BatchNormTracker(
-            memo.get(id(model), model), self._include, self._exclude, "pass" if self._always_pass else "auto"
-        )
+        twin = BatchNormTracker(memo.get(id(model), model), self._include, self._exclude, self._capture)
         twin.load_state_dict(self.state_dict())
         return twin
 
@@ -127,22 +118,20 @@ class BatchNormTracker:
         model = self._model()
         if model is None:
             raise RuntimeError(_NO_MODEL)
-        known = {layer.module: layer for layer in self._layers}
-        found = find_layers(model, self._include, self._exclude)
-        self._layers = [known.get(module) or self._new_layer(name, module) for name, module in found.items()]
-        _begin_window([layer for layer in self._layers if layer.module not in known])
-        hooks = {layer.module: layer.hook for layer in self._layers}
-        self._attachment = Attachment(model, self._gate, hooks, drain=self._drain, after_step=self._merge_if_full)
+        self._recorder.follow(find_layers(model, self._include, self._exclude))
+        hooks = {layer.module: layer.hook for layer in self._recorder.layers}
+        self._attachment = Attachment(
+            model, self._recorder.gate, hooks, drain=self._recorder.drain, after_step=self._recorder.merge_if_full
+        )
         _attached.add(self)
         if self._pending is not None:
             self._restore(self._pending)
-            self._pending = None
         return self
 
     def detach(self) -> None:
         """Remove every hook and keep the statistics. Harmless when detached."""
         if self._attachment is not None:
-            self._drain()
+            self._recorder.drain()
             self._attachment.remove()
             self._attachment = None
             _attached.discard(self)
@@ -154,29 +143,18 @@ class BatchNormTracker:
         ``interrupted-batch``). It is a good time to merge what waits, too, as after the steps of ``torch.optim``
         optimizers, which are noticed without it.
         """
-        self._gate.steps += 1
-        self._merge_if_full()
+        self._recorder.gate.steps += 1
+        self._recorder.merge_if_full()
 
-    @contextmanager
-    def paused(self) -> Iterator[None]:
+    def paused(self) -> AbstractContextManager[None]:
         """A context in which no call counts."""
-        self._drain()
-        self._gate.paused += 1
-        self._forget_last_calls()
-        try:
-            yield
-        finally:
-            self._drain()
-            self._gate.paused -= 1
+        return self._recorder.paused()
 
-    @torch.inference_mode(False)
     def flush(self) -> None:
         """Merge what waits into the window, all layers at once. This changes no result, whenever it is done."""
-        with self._gate.lock:
-            self._drain()
-            self._gate.is_full = False
-            self._windows.merge(self._layers)
+        self._recorder.flush()
 
+    @torch.inference_mode(False)
     def close(self, all_ranks: bool = False) -> Report:
         """End the window and report it. What is called until :meth:`reset` does not count.
 
@@ -193,8 +171,8 @@ class BatchNormTracker:
         Raises:
             RuntimeError: If another rank has failed.
         """
-        if not self._gate.is_closed:
-            self._closing = self._end_window(all_ranks and collectives.num_ranks() > 1)
+        if not self._recorder.is_closed:
+            self._closing = self._recorder.end_window(all_ranks and collectives.num_ranks() > 1)
         return self.report()
 
     @torch.inference_mode(False)
@@ -207,21 +185,8 @@ class BatchNormTracker:
         momentum is taken to be that of u updates.
         """
         self.close()
-        self._windows.reset()
-        _begin_window(self._layers)
-        self._reopen()
-
-    def rewritten(self, histories: Mapping[BatchNorm, History | None]) -> None:
-        """Take note that we have just written the running statistics of these layers, and what they are made of.
-
-        None: what they were made of before.
-        """
-        self.flush()
-        here = [layer for layer in self._layers if layer.module in histories]
-        for layer, now in zip(here, snapshots([layer.module for layer in here]), strict=True):
-            if not self._gate.is_closed and layer.window is not None:
-                layer.window.forget_weights(layer.index)
-            layer.rewritten(now._replace(history=histories[layer.module]), self._gate.is_closed)
+        self._recorder.begin_window()
+        self._closing = None
 
     def start_validation(self, loader: int = 0) -> None:
         """Look at what is called in eval mode from now on, by a pass over each input.
@@ -234,14 +199,14 @@ class BatchNormTracker:
                 and what was seen of others is kept.
         """
         self.stop_validation()
-        for layer in self._layers:
+        for layer in self._recorder.layers:
             layer.start_validation(loader)
-        self._gate.validating = True
+        self._recorder.gate.validating = True
 
     def stop_validation(self) -> None:
         """Look at no more of it. Harmless when repeated."""
-        self._drain()
-        self._gate.validating = False
+        self._recorder.drain()
+        self._recorder.gate.validating = False
 
     @torch.inference_mode(False)
     def validation_report(self, all_ranks: bool = False, num_loaders: int | None = None) -> Report:
@@ -255,12 +220,12 @@ class BatchNormTracker:
             num_loaders: How many validation loaders there are, where a rank may have seen no batch of one of them.
         """
         self.stop_validation()
-        seen = max((loader + 1 for layer in self._layers for loader in layer.validation), default=0)
-        together = all_ranks and collectives.num_ranks() > 1
-        report = with_validation(self.report(), self._layers, together, num_loaders or max(seen, together))
-        if self._gate.is_closed:
+        layers, together = self._recorder.layers, all_ranks and collectives.num_ranks() > 1
+        seen = max((loader + 1 for layer in layers for loader in layer.validation), default=0)
+        report = with_validation(self.report(), layers, together, num_loaders or max(seen, together))
+        if self._recorder.is_closed:
             self._closing = report
-        for layer in self._layers:
+        for layer in layers:
             layer.validation = {}
         return report
 
@@ -273,8 +238,9 @@ class BatchNormTracker:
         if self._closing is not None:
             return self._closing
         self.flush()
-        report, _ = assess(self._layers, self._windows, ended=self._gate.is_closed)
-        self._closing = report if self._gate.is_closed else None
+        recorder = self._recorder
+        report, _ = assess(recorder.layers, recorder.windows, ended=recorder.is_closed)
+        self._closing = report if recorder.is_closed else None
         return report
 
     def state_dict(self) -> dict[str, Any]:
@@ -282,11 +248,7 @@ class BatchNormTracker:
 
         Of several ranks it is this one's: no rank waits for another.
         """
-        if self._pending is not None:
-            return dict(self._pending)
-        self.flush()
-        state = self._windows.state(self._layers)
-        return {"version": _STATE_VERSION, "rank": collectives.rank(), "closed": self._gate.is_closed, **state}
+        return dict(self._pending) if self._pending is not None else self._recorder.state()
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on with a saved window in the place of the present one; before :meth:`attach`, as soon as that is called.
@@ -298,9 +260,9 @@ class BatchNormTracker:
         Raises:
             ValueError: If the state is not one that :meth:`state_dict` of this version returned.
         """
-        if state_dict.get("version") != _STATE_VERSION:
+        if state_dict.get("version") != STATE_VERSION:
             raise ValueError(
-                f"`state_dict` must be what BatchNormTracker.state_dict() returned, of version {_STATE_VERSION}; "
+                f"`state_dict` must be what BatchNormTracker.state_dict() returned, of version {STATE_VERSION}; "
                 f"got version {state_dict.get('version')!r}."
             )
         if self._attachment is not None:
@@ -308,98 +270,16 @@ class BatchNormTracker:
         else:
             self._pending = state_dict
 
-    @torch.inference_mode(False)
-    def _end_window(self, all_ranks: bool) -> Report:
-        """Report the window, keep what the next one goes on from, and count no more."""
-        self.flush()
-        report, endings = assess(self._layers, self._windows, all_ranks=all_ranks)
-        for ending in endings:
-            layer, known, now = ending.state
-            layer.end_window(now._replace(history=ending.history), known.updates_per_call)
-            if layer.num_calls:
-                layer.hook.by_pass = self._always_pass or is_inexact(ending)
-        self._stop_counting()
-        return report
-
-    def _stop_counting(self) -> None:
-        self._gate.is_closed = True
-        self._forget_last_calls()
-
-    def _forget_last_calls(self) -> None:
-        for layer in self._layers:
-            layer.hook.forget_last_call()  # what goes the short way does not ask
-
-    def _reopen(self) -> None:
-        if self._gate.is_closed:
-            self._drain()  # of what was called since, which does not count
-            self._closing = None
-            self._gate.is_closed = False
-
-    def _new_layer(self, name: str, module: BatchNorm) -> TrackedLayer:
-        layer = TrackedLayer(name, module, self._gate, self.flush)
-        layer.hook.by_pass = self._always_pass
-        return layer
-
-    def _merge_if_full(self) -> None:
-        if self._gate.is_traced:
-            self._drain()
-        if self._gate.is_full:
-            self.flush()
-
-    def _drain(self) -> None:
-        """Take what compiled graphs have left behind."""
-        gate = self._gate
-        gate.is_traced = False
-        for layer in self._layers:
-            hook = layer.hook
-            if hook.traced_validation:
-                traced_validation, hook.traced_validation = hook.traced_validation, ()
-                for batch in traced_validation if gate.validating and not gate.paused else ():
-                    if batch.num_samples:
-                        layer.validate(owned(batch))
-            if hook.traced:
-                traced, hook.traced = hook.traced, ()
-                for moments, training, updating in traced if not (gate.paused or gate.is_closed) else ():
-                    moments_or_none = owned(moments) if moments.num_samples else None
-                    hook.receive(layer.module, moments_or_none, training, updating)
-
-    @torch.inference_mode(False)
     def _restore(self, state: Mapping[str, Any]) -> None:
-        """Put a saved window in the place of the present one."""
-        self._windows = Windows()
-        self._reopen()
-        for layer in self._layers:
-            layer.forget()
-        by_name = {layer.name: layer for layer in self._layers}
-        known, left_out = self._windows.restore(state, by_name)
-        new = [layer for name, layer in by_name.items() if name not in known]
-        _begin_window(new)
-        if state["rank"] != collectives.rank():
-            self._windows.reset()
-            for layer, now in zip(self._layers, snapshots([layer.module for layer in self._layers]), strict=True):
-                layer.restart(now if not state["closed"] or layer.end is None else layer.end)
-        if state["closed"]:
-            self._stop_counting()
-        changes = [
-            f"{what}: {', '.join(names)}"
-            for what, names in (
-                ("left out, as the model has none of that name and width", left_out),
-                ("new", [layer.name for layer in new]),
-            )
-            if names
-        ]
-        if changes:
+        self._pending = self._closing = None
+        if differences := self._recorder.restore(state):
             warnings.warn(
-                f"BatchNorm layers have changed since the state was saved; {'; '.join(changes)}.", stacklevel=3
+                f"BatchNorm layers have changed since the state was saved; {'; '.join(differences)}.", stacklevel=3
             )
 
 
-def _begin_window(layers: Sequence[TrackedLayer]) -> None:
-    for layer, now in zip(layers, snapshots([layer.module for layer in layers]), strict=True):
-        layer.begin_window(now)
-
-
-def trackers_of(layers: Iterable[BatchNorm]) -> list[BatchNormTracker]:
-    """The trackers that are attached to any of these layers."""
+def recorders_of(layers: Iterable[BatchNorm]) -> list[Recorder]:
+    """What records any of these layers for a tracker that is attached."""
     modules = set(layers)
-    return [tracker for tracker in list(_attached) if any(layer.module in modules for layer in tracker._layers)]
+    recorders = [tracker._recorder for tracker in list(_attached)]
+    return [recorder for recorder in recorders if any(layer.module in modules for layer in recorder.layers)]

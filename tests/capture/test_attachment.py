@@ -65,7 +65,7 @@ def test_an_optimizers_step_merges_what_waits_as_soon_as_there_is_enough() -> No
     model = network()
     optimizer = sgd(model)
     with BatchNormTracker(model) as tracker:
-        (layer,) = tracker._layers
+        (layer,) = tracker._recorder.layers
         most = 0
         for _ in range(2 * STASH_LIMIT):
             model(batch()).square().mean().backward()

@@ -177,7 +177,7 @@ def test_the_mode_is_noticed_of_a_layer_without_buffers() -> None:
             model.norm.train(index < ALIKE)
             model(batch())
         tracker.flush()
-        assert [layer.counts.training for layer in tracker._layers] == [ALIKE]
+        assert [layer.counts.training for layer in tracker._recorder.layers] == [ALIKE]
         assert tracker.report()["norm"].num_batches == 2 * ALIKE
 
 
@@ -293,7 +293,7 @@ def test_an_update_is_due_at_the_end_of_the_step_that_filled_a_stash(long_way: l
         for _ in range(2 * STASH_LIMIT + 3):
             model(batch()).sum().backward()
             optimizer.step()
-            waiting.append({len(layer.hook.stash) for layer in tracker._layers})
+            waiting.append({len(layer.hook.stash) for layer in tracker._recorder.layers})
         assert waiting[STASH_LIMIT - 2 : STASH_LIMIT + 1] == [{STASH_LIMIT - 1}, {0}, {1}]
         assert waiting[-4:] == [{0}, {1}, {2}, {3}]
         assert len(long_way) == 2  # the first calls
@@ -375,7 +375,7 @@ def test_what_the_layers_own_forward_intercepts_is_not_read(
 def test_half_as_many_calls_wait_in_float64(how: str) -> None:
     model = Model(nn.BatchNorm1d(C))
     with BatchNormTracker(model) as tracker:
-        hook = tracker._layers[0].hook
+        hook = tracker._recorder.layers[0].hook
         model(batch())
         if how != "no_grad":
             model.double()

@@ -115,9 +115,11 @@ def test_training_steps_do_without_the_values_on_the_device(capture: str, monkey
             optimizer.zero_grad()
             model(torch.randn(4, C, device="meta")).square().mean().backward()
             optimizer.step()
-        assert [layer.num_calls for layer in tracker._layers] == [STEPS + 1] * 2
-        assert all(len(layer.hook.stash) < STASH_LIMIT < STEPS for layer in tracker._layers)  # so they were merged
-        assert list(tracker._windows.by_device) == [torch.device("meta")]
+        assert [layer.num_calls for layer in tracker._recorder.layers] == [STEPS + 1] * 2
+        assert all(
+            len(layer.hook.stash) < STASH_LIMIT < STEPS for layer in tracker._recorder.layers
+        )  # they were merged
+        assert list(tracker._recorder.windows.by_device) == [torch.device("meta")]
 
 
 def test_a_call_read_off_the_kernel_adds_no_operation_at_all() -> None:
@@ -172,7 +174,7 @@ def test_what_is_counted_as_held_includes_state_and_what_waits() -> None:
         tracker.flush()
         assert (
             bytes_held(tracker)
-            >= sum(w._channels.untyped_storage().nbytes() for w in tracker._windows.by_device.values())
+            >= sum(w._channels.untyped_storage().nbytes() for w in tracker._recorder.windows.by_device.values())
             > 0
         )
 
@@ -248,7 +250,7 @@ def test_of_wide_layers_fewer_calls_wait_once_they_have_a_window(
                 layer(torch.randn(2, layer.num_features, dtype=dtype))
             if call == 0:
                 tracker.flush()
-            most = max(most, *(len(layer.hook.stash) for layer in tracker._layers))
+            most = max(most, *(len(layer.hook.stash) for layer in tracker._recorder.layers))
     assert most == expected
 
 
@@ -261,7 +263,7 @@ def test_what_waits_to_be_merged_is_bounded_however_often_a_layer_is_called(call
         for _ in range(70):
             for _ in range(calls_a_step):
                 model(torch.randn(4, C))
-                most = max(most, *(len(layer.hook.stash) for layer in tracker._layers))
+                most = max(most, *(len(layer.hook.stash) for layer in tracker._recorder.layers))
             optimizer.step()
     assert 1 < most <= STASH_LIMIT
     assert tracker.report()["0"].num_batches == 70 * calls_a_step
@@ -314,8 +316,8 @@ def test_no_activation_and_no_graph_outlives_its_step(layer: nn.Module, capture:
                 loss.backward()
             del loss
             assert [witness() for witness in model.witnesses] == [None] * len(model.witnesses)
-        assert [len(layer.hook.stash) for layer in tracker._layers] == [5]
-        for mean, spread, *_ in tracker._layers[0].hook.stash:
+        assert [len(layer.hook.stash) for layer in tracker._recorder.layers] == [5]
+        for mean, spread, *_ in tracker._recorder.layers[0].hook.stash:
             for values in (mean, spread):
                 assert values.grad_fn is None
                 assert not values.requires_grad

@@ -234,7 +234,7 @@ def test_a_validation_that_begins_or_ends_within_a_pause_has_begun_or_ended_afte
     net(batches[3])
     assert report["0"].evidence["val_batches"] == 2
     np.testing.assert_allclose(report["0"].validation[0], moments(batches[1:3])[0], rtol=1e-6)
-    assert [layer.validation for layer in tracker._layers] == [{}, {}]  # nothing that came after the end
+    assert [layer.validation for layer in tracker._recorder.layers] == [{}, {}]  # nothing that came after the end
 
 
 class Operations(TorchDispatchMode):

@@ -251,7 +251,7 @@ def test_without_an_optimizer_what_waits_stays_bounded() -> None:
     with BatchNormTracker(model) as tracker:
         for x in batches:
             model(x)
-            most = max(most, *(len(layer.hook.stash) for layer in tracker._layers))
+            most = max(most, *(len(layer.hook.stash) for layer in tracker._recorder.layers))
     assert 1 < most <= STASH_LIMIT
     assert_population(tracker.report()["0"], batches)
 
@@ -262,9 +262,9 @@ def test_the_step_of_any_optimizer_merges_what_waits() -> None:
     with BatchNormTracker(model) as tracker:
         for _ in range(STASH_LIMIT):
             model(torch.randn(8, C))
-        assert [len(layer.hook.stash) for layer in tracker._layers] == [STASH_LIMIT]
+        assert [len(layer.hook.stash) for layer in tracker._recorder.layers] == [STASH_LIMIT]
         optimizer.step()
-        assert [len(layer.hook.stash) for layer in tracker._layers] == [0]
+        assert [len(layer.hook.stash) for layer in tracker._recorder.layers] == [0]
     assert tracker.report()["0"].num_batches == STASH_LIMIT
 
 
@@ -274,7 +274,7 @@ def test_a_step_told_merges_what_waits() -> None:
         for _ in range(STASH_LIMIT):
             model(torch.randn(8, C))
         tracker.step()
-        assert [len(layer.hook.stash) for layer in tracker._layers] == [0]
+        assert [len(layer.hook.stash) for layer in tracker._recorder.layers] == [0]
     assert tracker.report()["0"].num_batches == STASH_LIMIT
 
 

@@ -1,0 +1,174 @@
+"""What is counted of layers, from the hooks' stashes to the windows: the part of the engine that has no report."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import nn
+
+from lightning_bnmonitor.capture.layer_hook import Gate
+from lightning_bnmonitor.compat import BatchNorm
+from lightning_bnmonitor.report.report import Report
+from lightning_bnmonitor.tracking import collectives
+from lightning_bnmonitor.tracking.assessment import assess
+from lightning_bnmonitor.tracking.buffers import History, Snapshot, snapshots
+from lightning_bnmonitor.tracking.measurement import is_inexact
+from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
+from lightning_bnmonitor.tracking.windows import Windows
+
+STATE_VERSION = 6
+
+
+class Recorder:
+    """Layers, the windows in which what they receive is merged, and whether their calls count.
+
+    Args:
+        root: Calls count while it is in training mode. It is not kept alive.
+        by_pass: Whether moments are taken by a pass over every input, whatever a kernel has saved.
+    """
+
+    def __init__(self, root: nn.Module, by_pass: bool) -> None:
+        self.gate = Gate(root)
+        self.layers: list[TrackedLayer] = []  # in the order of the model's modules
+        self.windows = Windows()
+        self._by_pass = by_pass
+
+    @property
+    def is_closed(self) -> bool:
+        """Whether the window has ended, and nothing counts until the next one begins."""
+        return self.gate.is_closed
+
+    def follow(self, modules: Mapping[str, BatchNorm]) -> None:
+        """Record these layers, by name. Those that were recorded before go on, the others begin a window."""
+        known = {layer.module: layer for layer in self.layers}
+        self.layers = [known.get(module) or self._new_layer(name, module) for name, module in modules.items()]
+        self._begin([layer for layer in self.layers if layer.module not in known])
+
+    @torch.inference_mode(False)
+    def flush(self) -> None:
+        """Merge what waits into the windows, all layers at once. This changes no result, whenever it is done."""
+        with self.gate.lock:
+            self.drain()
+            self.gate.is_full = False
+            self.windows.merge(self.layers)
+
+    def merge_if_full(self) -> None:
+        """Merge what waits if there is enough of it."""
+        if self.gate.is_traced:
+            self.drain()
+        if self.gate.is_full:
+            self.flush()
+
+    def drain(self) -> None:
+        """Take what compiled graphs have left behind."""
+        self.gate.is_traced = False
+        for layer in self.layers:
+            layer.drain()
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """A context in which no call counts."""
+        self.drain()
+        self.gate.paused += 1
+        self._forget_last_calls()
+        try:
+            yield
+        finally:
+            self.drain()
+            self.gate.paused -= 1
+
+    def end_window(self, all_ranks: bool) -> Report:
+        """Report the window, keep what the next one goes on from, and count no more until that begins."""
+        self.flush()
+        report, endings = assess(self.layers, self.windows, all_ranks=all_ranks)
+        for ending in endings:
+            layer, known, now = ending.state
+            layer.end_window(now._replace(history=ending.history), known.updates_per_call)
+            if layer.num_calls:
+                layer.hook.by_pass = self._by_pass or is_inexact(ending)
+        self._stop_counting()
+        return report
+
+    def begin_window(self) -> None:
+        """Begin the next window, after one has ended."""
+        self.windows.reset()
+        self._begin(self.layers)
+        self._reopen()
+
+    def rewritten(self, histories: Mapping[BatchNorm, History | None]) -> None:
+        """Take note that we have just written the running statistics of these layers, and what they are made of.
+
+        None: what they were made of before.
+        """
+        self.flush()
+        here = [layer for layer in self.layers if layer.module in histories]
+        for layer, now in _with_snapshots(here):
+            if not self.is_closed and layer.window is not None:
+                layer.window.forget_weights(layer.index)
+            layer.rewritten(now._replace(history=histories[layer.module]), self.is_closed)
+
+    def state(self) -> dict[str, Any]:
+        """The window so far, as one CPU tensor and primitives."""
+        self.flush()
+        rows = self.windows.state(self.layers)
+        return {"version": STATE_VERSION, "rank": collectives.rank(), "closed": self.is_closed, **rows}
+
+    @torch.inference_mode(False)
+    def restore(self, state: Mapping[str, Any]) -> list[str]:
+        """Put a saved window in the place of the present one.
+
+        What another rank had seen is left out: on this one the window begins anew.
+
+        Returns:
+            What does not fit, in words: layers that were left out, and layers that the state does not know.
+        """
+        self.windows = Windows()
+        self._reopen()
+        for layer in self.layers:
+            layer.forget()
+        by_name = {layer.name: layer for layer in self.layers}
+        known, left_out = self.windows.restore(state, by_name)
+        new = [layer for name, layer in by_name.items() if name not in known]
+        self._begin(new)
+        if state["rank"] != collectives.rank():
+            self.windows.reset()
+            for layer, now in _with_snapshots(self.layers):
+                layer.restart(layer.end if state["closed"] and layer.end is not None else now)
+        if state["closed"]:
+            self._stop_counting()
+        differences = {
+            "left out, as the model has none of that name and width": left_out,
+            "new": [layer.name for layer in new],
+        }
+        return [f"{what}: {', '.join(names)}" for what, names in differences.items() if names]
+
+    def _new_layer(self, name: str, module: BatchNorm) -> TrackedLayer:
+        layer = TrackedLayer(name, module, self.gate, self.flush)
+        layer.hook.by_pass = self._by_pass
+        return layer
+
+    @staticmethod
+    def _begin(layers: Sequence[TrackedLayer]) -> None:
+        for layer, now in _with_snapshots(layers):
+            layer.begin_window(now)
+
+    def _stop_counting(self) -> None:
+        self.gate.is_closed = True
+        self._forget_last_calls()
+
+    def _forget_last_calls(self) -> None:
+        for layer in self.layers:
+            layer.hook.forget_last_call()  # what goes the short way does not ask whether it counts
+
+    def _reopen(self) -> None:
+        if self.is_closed:
+            self.drain()  # of what was called since, which does not count
+            self.gate.is_closed = False
+
+
+def _with_snapshots(layers: Sequence[TrackedLayer]) -> list[tuple[TrackedLayer, Snapshot]]:
+    """Layers, and their running statistics as they are now."""
+    return list(zip(layers, snapshots([layer.module for layer in layers]), strict=True))
