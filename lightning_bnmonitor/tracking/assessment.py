@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
-from lightning_bnmonitor.diagnosis.diagnosis import Diagnosis, diagnose
+from lightning_bnmonitor.diagnosis.diagnosis import diagnose
 from lightning_bnmonitor.diagnosis.evidence import METRICS, distances, observations
 from lightning_bnmonitor.report.layer_report import LayerReport
 from lightning_bnmonitor.report.report import Report
@@ -18,7 +18,7 @@ from lightning_bnmonitor.statistics.blocks import Blocks, at_fixed_weights
 from lightning_bnmonitor.statistics.channel_layout import ChannelLayout
 from lightning_bnmonitor.statistics.pooling import PooledStatistics, error_of_one_rank, pool
 from lightning_bnmonitor.tracking import collectives
-from lightning_bnmonitor.tracking.exchange import Exchange
+from lightning_bnmonitor.tracking.exchange import Exchange, Frame
 from lightning_bnmonitor.tracking.measurement import (
     Ending,
     LayerState,
@@ -55,7 +55,6 @@ def assess(
     """
     ordered = windows.in_order(layers)
     measured = measure(states_of(ordered, ended), windows.blocks(ordered))
-    reports = describe(measured)
     if all_ranks and measured.analysis.layout.num_channels:
         exchange = _exchange(layers, ordered)
         num_ranks = np.array([layer.counts.num_ranks for layer in ordered])
@@ -63,7 +62,9 @@ def assess(
         with exchange.answer() as answer:
             if shares:
                 answer.message = exchange.packed(describe(measured, _seen(shares, measured)))
-        reports = exchange.unpacked(answer.message, reports)
+        reports = exchange.unpacked(answer.message, _frames(measured.states, measured.blocks))
+    else:
+        reports = describe(measured)
     return Report(reports, rank=_rank(all_ranks)), list(endings_of(measured))
 
 
@@ -81,18 +82,21 @@ def compare(layers: Sequence[TrackedLayer], windows: Windows, are_averaged: bool
     if are_averaged:
         states = [_averaging(state) for state in states]
     own = PooledStatistics.of_batches(blocks.beside, blocks.first_bad, layout)
-    seen = Seen(own, [{}] * len(ordered))
-    reports = describe(_at_fixed_weights(states, blocks, own, are_averaged), seen, at_fixed_weights=True)
+
+    def described(pooled: PooledStatistics, evidence: Mapping[str, float]) -> list[LayerReport]:
+        batches = pooled.as_batches(layout)
+        measured = measure(states, at_fixed_weights(blocks, batches, are_averaged))
+        return describe(measured, Seen(pooled, [evidence] * len(states)), at_fixed_weights=True)
+
     if all_ranks and layout.num_channels:
         exchange = _exchange(layers, ordered)
         shares = exchange.gather(own)
         with exchange.answer() as answer:
             if shares:
-                everyone = pool(shares, layout)
-                measured = _at_fixed_weights(states, blocks, everyone, are_averaged)
-                seen = Seen(everyone, [{"ranks": float(len(shares))}] * len(ordered))
-                answer.message = exchange.packed(describe(measured, seen, at_fixed_weights=True))
-        reports = exchange.unpacked(answer.message, reports)
+                answer.message = exchange.packed(described(pool(shares, layout), {"ranks": float(len(shares))}))
+        reports = exchange.unpacked(answer.message, _frames(states, blocks))
+    else:
+        reports = described(own, {})
     return Report(reports, rank=_rank(all_ranks))
 
 
@@ -121,24 +125,17 @@ def describe(measured: Measurement, seen: Seen | None = None, at_fixed_weights: 
     numbers = torch.cat([exact, running, now, torch.from_numpy(analysis.z), torch.from_numpy(analysis.std_error)])
     rows = zip(*(metrics[name].tolist() for name in METRICS), strict=True)
     parts, counts = torch.split(numbers, layout.widths.tolist(), dim=-1), num_samples.tolist()
-    described = zip(states, observed, evidence, rows, counts, parts, _courses(blocks), strict=True)
+    described = zip(_frames(states, blocks), states, observed, evidence, rows, counts, parts, strict=True)
     return [
-        _report(
-            state,
-            diagnose(state.circumstances, {**own, **of_all}, dict(zip(METRICS, values, strict=True))),
+        frame(
+            num_batches=state.layer.num_calls,
             num_samples=int(count),
+            has_running_stats=state.now.buffers is not None,
+            diagnosis=diagnose(state.circumstances, {**own, **of_all}, dict(zip(METRICS, values, strict=True))),
             numbers=part,
-            blocks=course,
         )
-        for state, own, of_all, values, count, part, course in described
+        for frame, state, own, of_all, values, count, part in described
     ]
-
-
-def _at_fixed_weights(
-    states: Sequence[LayerState], blocks: Blocks, pooled: PooledStatistics, are_averaged: bool
-) -> Measurement:
-    batches = pooled.as_batches(ChannelLayout(blocks.widths))
-    return measure(states, at_fixed_weights(blocks, batches, are_averaged))
 
 
 def _averaging(state: LayerState) -> LayerState:
@@ -169,25 +166,18 @@ def _rank(all_ranks: bool) -> int | None:
     return None if all_ranks or collectives.num_ranks() == 1 else collectives.rank()
 
 
-def _courses(blocks: Blocks) -> Iterator[tuple[Tensor, Tensor]]:
-    """Batches and batch statistics of each layer's blocks, which stay if the window goes on."""
+def _frames(states: Sequence[LayerState], blocks: Blocks) -> list[Frame]:
+    """What each rank knows of its layers by itself: their names, and how the batches went over the window."""
     values = torch.split(torch.from_numpy(blocks.value.copy()), blocks.widths.tolist(), dim=-1)
-    return zip(torch.from_numpy(blocks.num_batches), values, strict=True)
-
-
-def _report(
-    state: LayerState, diagnosis: Diagnosis, num_samples: int, numbers: Tensor, blocks: tuple[Tensor, Tensor]
-) -> LayerReport:
-    layer = state.layer
-    return LayerReport(
-        name=layer.name,
-        type=type(layer.module).__name__,
-        eps=layer.module.eps,
-        momentum=layer.module.momentum,
-        num_batches=layer.num_calls,
-        num_samples=num_samples,
-        has_running_stats=state.now.buffers is not None,
-        diagnosis=diagnosis,
-        numbers=numbers,
-        blocks=blocks if layer.window is not None else None,
-    )
+    courses = zip(torch.from_numpy(blocks.num_batches), values, strict=True)
+    return [
+        partial(
+            LayerReport,
+            name=state.layer.name,
+            type=type(state.layer.module).__name__,
+            eps=state.layer.module.eps,
+            momentum=state.layer.module.momentum,
+            blocks=None if state.layer.window is None else course,
+        )
+        for state, course in zip(states, courses, strict=True)
+    ]

@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
-from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from lightning_bnmonitor.tracking import collectives
 _ROWS = 10  # of numbers of each channel
 _OTHERS = ("position", "num_batches", "num_samples", "has_running_stats", "verdict", "flags", "needs_attention")
 _COLUMNS = len(_OTHERS) + len(EVIDENCE)
+
+Frame = partial[LayerReport]
+"""A layer's report without what rank 0 tells of it."""
 
 
 class Answer:
@@ -93,23 +96,23 @@ class Exchange:
             numbers.append(report.numbers.flatten())
         return torch.cat([torch.tensor(table, dtype=torch.float64, device="cpu").flatten(), *numbers])
 
-    def unpacked(self, message: Tensor, own: Sequence[LayerReport]) -> list[LayerReport]:
+    def unpacked(self, message: Tensor, frames: Sequence[Frame]) -> list[LayerReport]:
         """The reports that rank 0 has :meth:`packed`, in its order.
 
         Args:
             message: What it said.
-            own: This rank's reports, in its own order: what is not in the message (names, the course) is theirs.
+            frames: Of each layer, in this rank's order, a report without what is in the message.
         """
         sizes = [_ROWS * width for width in self._in_model.widths.tolist()]
-        table, *numbers = torch.split(message, [_COLUMNS * len(own), *sizes])
-        mine = [own[position] for position in self._positions.tolist()]
+        table, *numbers = torch.split(message, [_COLUMNS * len(frames), *sizes])
+        in_model = [frames[position] for position in self._positions.tolist()]
         rows = table.view(-1, _COLUMNS).tolist()
-        reports = [_told(report, row, values) for report, row, values in zip(mine, rows, numbers, strict=True)]
+        reports = [_told(frame, row, values) for frame, row, values in zip(in_model, rows, numbers, strict=True)]
         order = sorted(range(len(rows)), key=lambda index: rows[index][0])
         return [reports[index] for index in order]
 
 
-def _told(own: LayerReport, row: Sequence[float], numbers: Tensor) -> LayerReport:
+def _told(frame: Frame, row: Sequence[float], numbers: Tensor) -> LayerReport:
     """A layer's report as rank 0 has told it."""
     _, num_batches, num_samples, has_running_stats, verdict, flags, needs_attention, *evidence = row
     diagnosis = Diagnosis(
@@ -118,8 +121,7 @@ def _told(own: LayerReport, row: Sequence[float], numbers: Tensor) -> LayerRepor
         needs_attention=bool(needs_attention),
         evidence={name: value for name, value in zip(EVIDENCE, evidence, strict=True) if not math.isnan(value)},
     )
-    return replace(
-        own,
+    return frame(
         numbers=numbers.view(_ROWS, -1),
         num_batches=int(num_batches),
         num_samples=int(num_samples),

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import copy
 import datetime
+import math
 import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.distributed as dist
@@ -16,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from lightning_bnmonitor import recalibrate
+from tests import processes
 from tests.repair.exact_population import C, assert_written
 from tests.repair.unchanged import Everything, buffers_of
 
@@ -98,6 +101,16 @@ def calibrated(scenario: str, rank: int, sizes: list[int]) -> dict[str, Any]:
     return outcome
 
 
+def equal_batches() -> list[Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    return [torch.randn(16, C, generator=generator) for _ in range(64)]
+
+
+def noise_of(model: nn.Sequential, batches: list[Tensor]) -> dict[str, Any]:
+    after = recalibrate(model, batches).after["0"]
+    return {"noise": after.evidence["noise_error"], "stderr": after.running_mean_stderr, "verdict": after.verdict}
+
+
 def synchronised(rank: int) -> dict[str, Any]:
     """SyncBatchNorm on the CPU, which it does not take."""
     model = nn.SyncBatchNorm.convert_sync_batchnorm(ranked(rank))
@@ -119,6 +132,7 @@ def run_rank(rank: int, folder: str) -> None:
     shares = {**UNEVEN, **FAILURES, "alone": [[8, 5], [9]]}
     results = {scenario: calibrated(scenario, rank, sizes[rank]) for scenario, sizes in shares.items()}
     results["synchronised"] = synchronised(rank)
+    results["noise"] = noise_of(ranked(0), equal_batches()[rank::2])
     Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(results))
     dist.barrier()
     dist.destroy_process_group()
@@ -127,8 +141,18 @@ def run_rank(rank: int, folder: str) -> None:
 @pytest.fixture(scope="module")
 def both_ranks(tmp_path_factory: pytest.TempPathFactory) -> list[dict[str, Any]]:
     folder = tmp_path_factory.mktemp("ranks")
-    torch.multiprocessing.spawn(run_rank, args=(str(folder),), nprocs=2)
+    processes.start(run_rank, str(folder), world_size=2)
     return [pickle.loads((folder / f"{rank}.pickle").read_bytes()) for rank in range(2)]
+
+
+def test_the_noise_is_that_of_all_ranks_data_not_of_one_ranks(both_ranks: list[dict[str, Any]]) -> None:
+    alone = noise_of(ranked(0), equal_batches())
+    for rank in both_ranks:
+        assert rank["noise"]["noise"] == pytest.approx(alone["noise"], rel=0.15)
+        np.testing.assert_allclose(rank["noise"]["stderr"].mean(), alone["stderr"].mean(), rtol=0.15)
+        assert rank["noise"]["verdict"] == alone["verdict"] == "healthy"
+    # Of 1024 independent standard normal values, the mean is off by 1/32, half the log of the variance by 1/sqrt(2048).
+    assert alone["noise"] == pytest.approx(math.hypot(1 / 32, 1 / math.sqrt(2048)), rel=0.25)
 
 
 @pytest.mark.parametrize("scenario", UNEVEN)

@@ -109,6 +109,26 @@ def rank_that_fails(rank):
     return "no error"
 
 
+def rank_that_fails_after_validation(rank):
+    """Rank 0 fails between the two collectives of a validation."""
+    layers = model()
+    with BatchNormTracker(layers) as tracker:
+        layers["a"](torch.randn(8, 5))
+        tracker.close(all_ranks=True)
+        tracker.start_validation()
+        layers.eval()
+        layers["a"](torch.randn(8, 5))
+        if rank == 0:
+            from lightning_bnmonitor.tracking import validation
+
+            validation.pool = None
+        try:
+            tracker.validation_report(all_ranks=True)
+        except BaseException as error:
+            return repr(error)
+    return "no error"
+
+
 def run_rank(rank, world_size, folder):
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -120,6 +140,7 @@ def run_rank(rank, world_size, folder):
     )
     results = {scenario: window(scenario, rank) for scenario in SIZES}
     results["several windows"] = window("uneven shards", rank, windows=3)
+    results["failure after validation"] = rank_that_fails_after_validation(rank)
     results["failure"] = rank_that_fails(rank)
     Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(results))
     dist.barrier()
@@ -287,10 +308,11 @@ def test_windows_go_on_on_every_rank(ranks):
         assert len({report["a"].num_samples for report in reports}) == 1
 
 
-def test_if_rank_0_fails_all_do(ranks):
-    assert "TypeError" in ranks[0]["failure"]
+@pytest.mark.parametrize("failure", ["failure", "failure after validation"])
+def test_if_rank_0_fails_all_do(ranks, failure):
+    assert "TypeError" in ranks[0][failure]
     for result in ranks[1:]:
-        assert "Rank 0 could not report" in result["failure"]
+        assert "Rank 0 could not report" in result[failure]
 
 
 def test_without_a_process_group_all_ranks_are_this_one():
