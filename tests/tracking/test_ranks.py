@@ -217,12 +217,12 @@ def test_two_collectives_a_window_of_sizes_that_grow_with_channels_and_nothing_e
     for result in ranks:
         for collectives in result[scenario]["collectives"]:
             assert [name for name, _ in collectives] == ["gather", "broadcast"]
-            assert collectives[0][1] == 7 * 10 + 4 * 3  # channels and layers
+            assert collectives[0][1] == 7 * 10 + 5 * 3  # channels and layers
             assert collectives[1][1] < 8 * 10 + 80 * 3
 
 
 @pytest.mark.parametrize("scenario", SIZES)
-def test_the_profile_is_that_of_rank_0(ranks, scenario):
+def test_the_numbers_are_those_of_rank_0(ranks, scenario):
     (alone,) = ranks[0][scenario]["alone"]
     for layer in ranks[0][scenario]["reports"][0].values():
         own = alone[layer.name]
