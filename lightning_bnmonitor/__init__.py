@@ -49,7 +49,7 @@ from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.statistics.moments import ChannelMoments, Moments
 from lightning_bnmonitor.tracking.tracker import BatchNormTracker
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 __all__ = [
     "Attribution",
     "BatchNormMonitor",
