@@ -1,9 +1,9 @@
 r"""What layers receive in validation beside training: are the running statistics bad, or the data different?
 
 A layer's *shift* is the RMS error of the normalised activation that normalising its validation inputs by the present
-statistics of training makes. Its noise floor is taken from the differences between validation batches: with V the
-variance of a batch's mean times the number of its values, the mean of N values has the variance V / N, to which the
-noise of the present statistics adds. By simulation the floor is right within 20 %.
+statistics of training makes (:attr:`~lightning_bnmonitor.report.layer_values.LayerValues.val_shift`). Its noise floor
+is that of the means and variances of validation (:func:`~lightning_bnmonitor.statistics.pooling.error_of_sampling`) and
+that of the present statistics together. Whether it is a flag is decided in ``diagnosis/``.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.statistics.blocks import PooledBatches
 from lightning_bnmonitor.statistics.channel_layout import ChannelLayout, FloatArray
 from lightning_bnmonitor.statistics.pooled_calls import PooledCalls
-from lightning_bnmonitor.statistics.pooling import PooledStatistics, pool
+from lightning_bnmonitor.statistics.pooling import PooledStatistics, error_of_sampling, pool
 from lightning_bnmonitor.statistics.scores import MEAN, VAR
 from lightning_bnmonitor.tracking import collectives
 from lightning_bnmonitor.tracking.exchange import answer_of_rank_zero
@@ -51,7 +51,7 @@ def with_validation(report: Report, layers: Sequence[TrackedLayer], all_ranks: b
     eps = layout.spread(np.array([layer.module.eps for layer in layers]))
     by_layer: dict[str, tuple[LayerReport, Evidence]] = {name: (layer, {}) for name, layer in report.items()}
     for loader, statistics in enumerate(received):
-        population, noise = statistics.population(layout), _noise(statistics, layout, eps)
+        population, noise = statistics.population(layout), error_of_sampling(statistics, layout, eps)
         num_batches = statistics.weight[MEAN] - statistics.weight[VAR]
         for index, (layer, own) in enumerate(zip(layers, layout.slices, strict=True)):
             if layer.name not in report or not num_batches[index]:
@@ -111,15 +111,6 @@ def _of_all_ranks(received: Sequence[PooledStatistics], layout: ChannelLayout) -
 
 def _split(message: Tensor, size: int, layout: ChannelLayout) -> list[PooledStatistics]:
     return [PooledStatistics.unpacked(part, layout) for part in torch.split(message, size)]
-
-
-def _noise(statistics: PooledStatistics, layout: ChannelLayout, eps: FloatArray) -> FloatArray:
-    """RMS error of the normalised activation that the sampling noise of validation makes, ``(L,)``."""
-    with np.errstate(all="ignore"):
-        scaled = statistics.population(layout)[VAR] + eps
-        variance = statistics.within / layout.spread(statistics.dof) / layout.spread(statistics.weight)
-        noise: FloatArray = np.sqrt(layout.mean((variance / np.stack([scaled, 4 * scaled**2])).sum(axis=0)))
-    return noise
 
 
 def _evidence(layer: LayerReport, num_batches: float, noise: float) -> dict[str, float]:
