@@ -146,6 +146,7 @@ class Training:
                     if torch.isfinite(loss):
                         loss.backward()
                         optimizer.step()
+                    tracker.step()  # tells where a batch ends
                 reports.append(tracker.close())
         net.eval()
         with torch.no_grad():

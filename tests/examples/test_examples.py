@@ -54,10 +54,9 @@ def test_no_healthy_layer_is_said_to_need_attention_and_no_sick_one_is_missed() 
     assert recognised == sick >= 20
 
 
-def test_the_main_example_compiles_reports_repairs_and_says_how_to_look_at_it(tmp_path: Path) -> None:
+def test_the_main_example_reports_repairs_and_says_how_to_look_at_it(tmp_path: Path) -> None:
     output = run(
-        "synthetic.py",
-        *("--logdir", str(tmp_path), "--epochs", "2", "--batch-size", "256", "--seed", "3", "--compile", "--repair"),
+        "synthetic.py", *("--logdir", str(tmp_path), "--epochs", "2", "--batch-size", "256", "--seed", "3", "--repair")
     )
     table = output[output.index("eval_error") :].splitlines()
     names = [row.split()[0] for row in table[2:7]]
@@ -73,6 +72,13 @@ def test_the_main_example_compiles_reports_repairs_and_says_how_to_look_at_it(tm
     assert repaired < loss
     *_, trained, validated = (event.value for event in events.Scalars("loss/val"))
     assert validated < trained
+
+
+def test_the_main_example_compiled_sees_as_many_batches(tmp_path: Path) -> None:
+    output = run("synthetic.py", *("--logdir", str(tmp_path), "--epochs", "1", "--batch-size", "256", "--compile"))
+    (stem,) = (line.split() for line in output.splitlines() if line.startswith("stem.1  "))
+    assert stem[1] == "warming-up"
+    assert stem[-2] == "8"
 
 
 def test_every_pathology_is_named_and_every_remedy_helps_and_all_can_be_looked_at(tmp_path: Path) -> None:

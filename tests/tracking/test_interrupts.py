@@ -70,7 +70,8 @@ def fed(net: nn.Module, num: int) -> list[Tensor]:
     return batches
 
 
-@pytest.mark.parametrize("calls_before", [0, 20])
+@pytest.mark.slow
+@pytest.mark.parametrize("calls_before", [0, 17])
 def test_an_interrupt_at_any_moment_of_a_merge_loses_and_doubles_nothing(calls_before: int) -> None:
     torch.manual_seed(0)
     num_interrupts = 0
