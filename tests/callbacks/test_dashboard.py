@@ -96,6 +96,7 @@ def test_the_texts_tell_the_verdict_then_the_changes_then_the_table_then_explana
         assert [row[2] for row in rows] == [f"{layer.summary()['eval_error']:.4f}" for layer in report.worst()]
 
 
+@pytest.mark.slow
 def test_a_text_has_at_most_ten_layers(tmp_path):
     logger, names = board(tmp_path), [f"layer{index}" for index in range(14)]
     fit(logger, BatchNormMonitor(), model=Net(dict.fromkeys(names, 0.1)), max_epochs=3)

@@ -95,6 +95,7 @@ def test_what_a_writer_cannot_take_is_warned_of_once_and_all_else_is_logged(
     assert other.images[-1][2] == STEPS[-1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("method", "kind"), [("log_image", "heatmap"), ("log_text", "report")])
 def test_what_a_logger_cannot_take_is_warned_of_once_and_all_else_is_logged(unmonitored, method, kind):
     broken, whole = failing(LikeWandb, [method], Broken("no"))(), LikeWandb()

@@ -71,6 +71,7 @@ def test_a_resumed_run_goes_on_with_the_history(tmp_path, run):
     np.testing.assert_array_equal(pixels(resumed[1]), pixels(whole[1]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("before", [True, False])
 def test_a_checkpoint_made_with_or_without_dashboard_loads_without_or_with(tmp_path, run, before):
     path, logger = tmp_path / "saved.ckpt", board(tmp_path, version="resumed")

@@ -105,6 +105,7 @@ def test_metrics_reach_every_logger_there_is(tmp_path, logger):
 # ----------------------------------------------------------------------- callback_metrics, for checkpoints and stopping
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "options", "validates", "saved"),
     [
@@ -250,6 +251,7 @@ def test_a_model_whose_only_layer_has_no_running_statistics_logs_that_none_is_un
     assert trainer.callback_metrics[JUDGED] == 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("buffer", "poison"), [("running_mean", math.nan), ("running_var", math.inf)])
 def test_a_running_statistic_that_is_not_finite_makes_the_largest_eval_error_infinite(tmp_path, buffer, poison):
     class Poisoned(Net):

@@ -69,6 +69,7 @@ def test_nothing_is_drawn_where_nobody_takes_pictures(in_a_child):
     assert not any(drawn.values())
 
 
+@pytest.mark.slow
 def test_a_fast_dev_run_leaves_no_trace(in_a_child):
     assert in_a_child[1]["left"] == []
 

@@ -173,6 +173,7 @@ class EndsTraining(Callback):
         trainer.should_stop = trainer.global_step == 3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ENDS)
 @pytest.mark.parametrize("val", [True, False])
 def test_however_training_ends_the_model_is_left_exact(tmp_path, how, val):

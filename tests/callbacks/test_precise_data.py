@@ -85,6 +85,7 @@ LOADERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", LOADERS)
 def test_training_gets_the_batches_that_it_would_have_got(tmp_path, how):
     options = {"val_check_interval": 0.5, "max_epochs": 2}

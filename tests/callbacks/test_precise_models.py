@@ -128,6 +128,7 @@ def test_frozen_layers_are_left_alone_until_they_are_unfrozen(tmp_path):
     assert precise.recalibration.left_alone == {}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("precision", "restore"), [("bf16-mixed", True), ("bf16-true", True), ("64-true", True), ("bf16-true", False)]
 )

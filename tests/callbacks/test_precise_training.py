@@ -86,6 +86,7 @@ def test_averaged_weights_have_their_own_exact_statistics(tmp_path, averaging, u
 # ------------------------------------------------------------------------------------------------------------ restoring
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -147,6 +147,7 @@ def test_the_monitor_after_a_resume(tmp_path, how, restore, alone):
                 assert all("written-outside" not in layer.flags for layer in report.values())
 
 
+@pytest.mark.slow
 def test_the_example_is_repaired(tmp_path):
     """A layer whose momentum is far too small: validation is better at once, the next verdict is healthy."""
 

@@ -48,6 +48,7 @@ OPTIONS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("option", OPTIONS)
 def test_options_of_the_trainer(tmp_path, option):
     options, batches = OPTIONS[option]
@@ -77,6 +78,7 @@ class TwoInputs(Steps, LightningModule):
         self.log("val_loss", self.heads["one"](batch[0]).square().mean())
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("mode", "one", "two"), [("min_size", 4, 4), ("max_size_cycle", 10, 10), ("max_size", 10, 4)])
 def test_several_loaders(tmp_path, mode, one, two):
     def data():
@@ -187,6 +189,7 @@ trainer:
 # ------------------------------------------------------------------------------------------------------------ precision
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("precision", ["32-true", "64-true", "bf16-mixed", "bf16-true", "16-true", "16-mixed"])
 def test_precisions(tmp_path, precision):
     def data():

@@ -162,6 +162,7 @@ def test_to_ignore_is_silent_and_still_counts(tmp_path):
     assert [layer.name for layer in monitor.report().unhealthy] == ["body.narrow"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("arguments", "epoch", "num_batches", "steps"),
     [

@@ -88,6 +88,7 @@ WINDOWS = {  # arguments of the monitor, of the Trainer, the windows in training
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", WINDOWS)
 def test_a_window_covers_exactly_its_training_batches(tmp_path, case):
     arguments, options, windows, steps = WINDOWS[case]

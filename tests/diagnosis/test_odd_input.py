@@ -85,6 +85,7 @@ ODD: dict[str, tuple[Callable[[], nn.Module], list[Tensor], set[str]]] = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ODD)
 def test_odd_input_gives_a_sensible_report(monitored, case):
     make, batches, verdicts = ODD[case]

@@ -130,6 +130,7 @@ def test_a_model_is_counted_after_an_unmonitored_sibling_of_its_class_was_compil
     assert [entry["calls_traced"] for entry in calls(tracker.report(), "")] == [3, 3, 3]
 
 
+@pytest.mark.slow
 def test_a_model_compiled_after_attaching_is_counted_although_a_sibling_was_compiled_before() -> None:
     train(torch.compile(Net(), backend="eager"))
     net = Net()
@@ -184,6 +185,7 @@ def test_nothing_counts_while_paused() -> None:
     assert [entry["calls_traced"] for entry in calls(tracker.report(), "")] == [3, 3, 3]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", WAYS)
 def test_what_is_called_between_two_windows_belongs_to_neither(compiled: Callable[..., nn.Module]) -> None:
     model = compiled(Net(), fullgraph=False)
@@ -290,6 +292,7 @@ def test_the_compilers_settings_are_restored_when_the_last_tracker_detaches() ->
     assert settings() == before
 
 
+@pytest.mark.slow
 def test_a_compiled_call_is_restored_when_the_tracker_detaches() -> None:
     net = in_place(Net(), fullgraph=False)
     compiled_call = net._compiled_call_impl

@@ -229,6 +229,7 @@ def test_the_tracker_never_holds_more_than_a_kibibyte_a_channel_and_64_more(
     assert 8 * num * width < max(closed) <= 1024 * num * width + 64 * 1024
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("widths", "dtype", "expected"),
     [

@@ -36,6 +36,7 @@ pytestmark = MARKS
 PLACES = ["before the first layer", "between two layers", "after the last layer", "backward", "optimizer step"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("place", "batch", "window"),
     [*((place, 4, (0, 5)) for place in PLACES), ("between two layers", BATCHES + 3, (0, BATCHES))],
@@ -79,6 +80,7 @@ def test_the_error_of_batch_norm_at_one_value_per_channel_comes_through_unchange
     assert_usable(tmp_path, model, monitor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("hook", "window", "order"),
     [
@@ -107,6 +109,7 @@ def test_an_exception_in_another_callback_loses_nothing(tmp_path, hook, window, 
     assert_usable(tmp_path, model, monitor)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ["first", "last"])
 @pytest.mark.parametrize("hook", ["setup", "on_fit_start", "on_train_start", "on_train_end", "on_fit_end", "teardown"])
 def test_an_exception_in_another_callback_when_a_fit_begins_or_ends_leaves_no_hook(tmp_path, hook, order):

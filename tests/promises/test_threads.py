@@ -56,6 +56,7 @@ def call_in_threads(models, batches):
     assert not errors
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("copied", [itself, replica])
 def test_calls_from_four_threads_at_once_all_count(copied):
     sys.setswitchinterval(1e-6)

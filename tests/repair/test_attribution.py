@@ -204,6 +204,7 @@ def test_layers_that_are_equally_far_off_are_taken_in_the_order_of_the_model():
     assert found.worst == "blocks.0.norm"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_spoiled", [1, 3, 12])
 def test_no_pass_is_made_for_layers_that_explain_less_than_a_hundredth(num_spoiled):
     model, batches = healthy(Net(num_blocks=10), num_batches=3)

@@ -161,6 +161,7 @@ def batch_sampler_with_generator(data, **kwargs):
     return DataLoader(data, batch_sampler=sampler, **kwargs), [generator]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("make", "num_workers"),
     [

@@ -33,6 +33,7 @@ from tests.repair.unchanged import Everything, bits
 # ------------------------------------------------------------------------------------------------------- left as it was
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["forward", "loss", "batches"])
 @pytest.mark.parametrize(
     ("error", "call"),

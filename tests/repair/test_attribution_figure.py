@@ -44,6 +44,7 @@ def test_the_figure_leads_from_eval_mode_to_training_mode():
     assert ax.get_xlabel() == "loss"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CASES)
 def test_any_result_is_drawn_without_a_warning_and_within_the_axes(case):
     found = CASES[case]

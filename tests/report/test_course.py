@@ -159,6 +159,7 @@ def inputs(rng, distribution, shape):
     return rng.exponential(2, size=shape) if distribution == "exponential" else rng.uniform(-1, 4, size=shape)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("distribution", "momentum", "sizes"),
     [

@@ -103,6 +103,7 @@ def test_a_layer_without_a_noise_floor_has_no_bar():
     assert [bar.get_height() for bar in ax.patches] == [0, 0.05]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_layers", [0, 1, 60, 61, 200])
 def test_any_number_of_layers_is_drawn_and_named_as_far_as_there_is_room(num_layers):
     layers = [with_error(f"layer{index}", 0.01 * (1 + index)) for index in range(num_layers)]
@@ -127,6 +128,7 @@ def test_any_name_is_a_label_as_it_is():
     assert names[-1].endswith(long[1:])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [r"$\frac$", "a\nb", ""])
 def test_any_name_can_be_the_title_of_a_layers_figure(name):
     fig, _ = layer(name).plot()
@@ -209,6 +211,7 @@ def drawn(ax):
     return np.asarray(exact), np.asarray(running.get_ydata()), np.array(half)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("channels", [1, 3, 60])
 def test_all_channels_are_drawn_with_two_standard_errors(channels):
     report = tracked(channels)

@@ -364,6 +364,7 @@ def test_layers_of_one_module_share_the_row_of_that_module():
     assert len({rows[f"layer3.{block}.bn1"] for block in range(36)}) == 36
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("scheme", ["one", "flat, 300", "resnet-152", "densenet-201", "mixed", "alternating"])
 def test_the_rows_are_in_the_order_of_the_reports_layers(scheme):
     names = SCHEMES[scheme]
@@ -492,6 +493,7 @@ def test_any_name_can_be_drawn():
     assert picture.shape[1] <= 1000
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ODD)
 def test_a_name_is_not_drawn_as_another_of_the_same_length(name):
     picture = history([[with_error(name, 0.3)]]).draw()
@@ -499,6 +501,7 @@ def test_a_name_is_not_drawn_as_another_of_the_same_length(name):
     assert picture.shape != other.shape or (picture != other).any()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ["a", "x" * 28, "x" * 29, "W" * 200, "層" * 40])
 def test_nothing_is_cut_off_at_the_borders(name):
     heatmap = history([[with_error(name, 0.3, verdict=verdict)] for verdict in VERDICTS], first_step=1_234_567)

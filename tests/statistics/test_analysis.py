@@ -56,6 +56,7 @@ def test_a_long_window_is_what_the_definitions_say(momentum):
     assert_as_defined(layers)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("rounding", [EXACT, FLOAT32])
 @pytest.mark.parametrize("length", [9, 33, 100])
 def test_means_far_from_zero_cost_no_more_than_their_own_rounding(length, rounding):

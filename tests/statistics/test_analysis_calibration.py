@@ -31,6 +31,7 @@ def stationary(momentum, sizes, length, width=400, positions=1, **kwargs):
     return list(analyses([layer]))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("sizes", ["equal", "unequal"])
 @pytest.mark.parametrize("momentum", ["0.01", "0.1", "0.5", "cumulative"])
 def test_z_has_unit_variance_on_stationary_data(momentum, sizes):
@@ -122,6 +123,7 @@ def test_a_steady_drift_is_measured():
     assert analysis.ordering_ratio > analysis.ordering_limit
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum", ["0.01", "0.1", "cumulative"])
 @pytest.mark.parametrize("width", [1, 4, 16])
 def test_gates_fire_for_a_clear_drift(width, momentum):
@@ -142,6 +144,7 @@ def test_a_drift_of_the_variance_alone_is_noticed():
         assert (abs(analysis.z[0]) < 5).all()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("width", [1, 2, 3, 8, 9])
 def test_a_faint_drift_fires_a_gate_where_its_limit_is(width):
     rng = np.random.default_rng(22)

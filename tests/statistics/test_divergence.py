@@ -93,6 +93,7 @@ def channels(draw):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("function", FUNCTIONS)
 @given(channel=channels(), eps=epsilons)
@@ -115,6 +116,7 @@ def test_distances_are_never_negative(dtype, channel, eps):
     assert computed(act_rmse, eps, dtype, **channel) >= 0
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("function", FUNCTIONS)
 @given(mean=means, var=variances, eps=epsilons)
@@ -177,6 +179,7 @@ def test_act_rmse_is_continuous_where_the_variance_reaches_zero(dtype):
     assert relative_error(at_zero, mp.mpf("0.1") / mp.sqrt(mp.mpf("2.00001"))) < 4 * torch.finfo(dtype).eps
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("eps", [0.0, 0.3])
 @pytest.mark.parametrize(("mean_error", "var_factor"), [(0.4, 1.0), (0.0, 1.7), (-0.2, 0.6), (5.0, 40.0), (0.01, 1e-3)])
 @pytest.mark.parametrize("distribution", ["exponential", "lognormal", "bernoulli"])

@@ -267,6 +267,7 @@ def test_without_batches_the_population_is_nan_and_there_are_no_blocks():
 # Batches that updated no running statistics
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("length", [1, 2, 17, 33, 100])
 @pytest.mark.parametrize("pattern", ["0", "01", "10", "0010", "111110", "0111111111111111111"])
 def test_batches_without_momentum_count_in_the_population_alone(pattern, length):

@@ -26,6 +26,7 @@ from tests.statistics.window_reference import (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum", [0.1, 0.0])
 @pytest.mark.parametrize("at", [0, 39])
 @pytest.mark.parametrize("bad", BAD)
@@ -55,6 +56,7 @@ def test_a_batch_with_a_non_finite_channel_touches_no_other_and_is_forgotten_at_
         assert_layer(broken, 0, calls)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("momentum", [0.1, 0.0])
 @pytest.mark.parametrize("bad", BAD)
 def test_a_batch_with_a_non_finite_channel_makes_it_nan(bad, momentum):

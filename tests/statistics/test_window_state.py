@@ -34,6 +34,7 @@ def restored(window, order):
     return other
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("saved_at", [0, 1, 15, 16, 17, 33, 50])
 @pytest.mark.parametrize("order", [(0, 1, 2), (2, 0, 1)])
 def test_a_restored_window_goes_on_as_if_nothing_had_happened(order, saved_at):

@@ -63,6 +63,7 @@ def test_z_is_calibrated_in_three_consecutive_windows(momentum: float | None, si
             tracker.reset()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(  # with the number of batches, or without it, as converted weights are
     ("momentum", "counted"), [(0.01, True), (0.1, False), (0.5, True), (None, True), (None, False)]
 )
@@ -159,6 +160,7 @@ def trained() -> OfManyWidths:
     return model
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("num_batches", [8, 40])
 @pytest.mark.parametrize("counted", [True, False], ids=["num_batches_tracked", "converted weights"])
 @pytest.mark.parametrize("momentum", [0.001, 0.01, 0.1, None])
@@ -351,6 +353,7 @@ WRITING = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("closed", ["closed", "detached"])
 @pytest.mark.parametrize("happens", HARMLESS + WRITING, ids=lambda function: function.__name__)
 def test_what_writes_running_statistics_between_windows_is_flagged_where_and_when_it_did(

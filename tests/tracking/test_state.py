@@ -385,6 +385,7 @@ def test_a_state_of_another_version_is_an_error_that_says_which(state: dict[str,
     assert tracker.report()["1"].num_batches == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 @pytest.mark.parametrize("widths", [[16, 64, 256], [8] * 60, [2048], [1]], ids=str)
 def test_a_saved_state_is_at_most_a_kibibyte_a_channel_and_64_more(widths: list[int], dtype: torch.dtype) -> None:

@@ -336,6 +336,7 @@ def test_the_number_of_batches_is_checked(value):
         BatchNormMonitor(validation_batches=value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("num", "options", "expected"),
     [
