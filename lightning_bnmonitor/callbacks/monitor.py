@@ -9,6 +9,12 @@ from typing import Any, get_args
 from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
+from lightning_bnmonitor.arguments import (
+    as_patterns,
+    check_bool,
+    check_choice,
+    check_not_negative,
+)
 from lightning_bnmonitor.callbacks.dashboard import Dashboard
 from lightning_bnmonitor.callbacks.scalars import Scalars
 from lightning_bnmonitor.callbacks.schedule import WindowSchedule, is_training_over
@@ -17,12 +23,6 @@ from lightning_bnmonitor.capture.batch_moments import CaptureMode
 from lightning_bnmonitor.compat import batches_that_stepped
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.tracking import collectives
-from lightning_bnmonitor.tracking.arguments import (
-    as_patterns,
-    check_bool,
-    check_choice,
-    check_not_negative,
-)
 from lightning_bnmonitor.tracking.tracker import BatchNormTracker
 
 

@@ -14,11 +14,11 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
+from lightning_bnmonitor.arguments import check_bool, check_positive, check_positive_or_none
 from lightning_bnmonitor.callbacks.schedule import is_training_over
 from lightning_bnmonitor.compat import BatchNorm, prepared_batch
 from lightning_bnmonitor.repair.passes import Forward, forward_of
 from lightning_bnmonitor.repair.recalibration import Recalibration, recalibrate_layers, why_left_alone
-from lightning_bnmonitor.tracking.arguments import check_bool, check_positive, check_positive_or_none
 from lightning_bnmonitor.tracking.buffers import copied_stats, write_stats
 from lightning_bnmonitor.tracking.discovery import find_layers
 

@@ -10,8 +10,8 @@ import torch
 from lightning.pytorch import Trainer
 from lightning.pytorch.loggers import Logger
 
+from lightning_bnmonitor.arguments import check_bool_or, check_name
 from lightning_bnmonitor.report.report import Report
-from lightning_bnmonitor.tracking.arguments import check_bool_or, check_name
 
 _MAX_LAYERS_LOGGED = 100
 

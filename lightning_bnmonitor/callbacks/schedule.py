@@ -7,7 +7,7 @@ from typing import Any
 
 from lightning.pytorch import Trainer
 
-from lightning_bnmonitor.tracking.arguments import check_positive_or_none
+from lightning_bnmonitor.arguments import check_positive_or_none
 
 
 class WindowSchedule:

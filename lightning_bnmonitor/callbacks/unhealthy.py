@@ -7,9 +7,9 @@ import warnings
 from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
+from lightning_bnmonitor.arguments import check_choice
 from lightning_bnmonitor.report.layer_report import LayerReport
 from lightning_bnmonitor.report.report import Report
-from lightning_bnmonitor.tracking.arguments import check_choice
 
 OnUnhealthy = Literal["warn", "ignore", "raise"]
 _MAX_LAYERS_WARNED_OF = 5

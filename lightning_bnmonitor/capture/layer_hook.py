@@ -70,7 +70,7 @@ class RepeatableCall(NamedTuple):
     """
 
     eps: float | None
-    """As in :class:`~lightning_bnmonitor.capture.batch_moments.BatchMoments`."""
+    """The layer's ``eps`` if the kernel gave (var + eps)^-1/2, None if the moments have the variance itself."""
     momentum: float | None
     """The layer's."""
     training: bool
@@ -88,18 +88,22 @@ class RepeatableCall(NamedTuple):
     plain_class: type | None
     """The layer's class if it has PyTorch's own ``forward``, within which nothing intercepts what autograd saves."""
     path: Path
-    """As in :class:`~lightning_bnmonitor.capture.batch_moments.BatchMoments`, like all that follow up to the last."""
+    """How the moments were obtained."""
     num_samples: int
+    """Values per channel."""
     batch_size: int
+    """Samples."""
     serial: bool
+    """Whether the kernel sums value by value in float32, so that what it saves is less exact."""
     num_ranks: int
+    """Over how many ranks SyncBatchNorm has taken the moments."""
     width: int
     """Channels."""
 
 
 Call = tuple[Tensor, Tensor, int, RepeatableCall]
-"""One call of a layer that waits for the next update: ``mean`` and ``spread`` as in
-:class:`~lightning_bnmonitor.capture.batch_moments.BatchMoments`, training steps that had ended before, and all else."""
+"""One call of a layer that waits to be merged: the batch's mean, ``(C,)``, its variance or (var + eps)^-1/2, ``(C,)``,
+training steps that had ended before, and all else."""
 
 
 class Hook:
@@ -145,6 +149,7 @@ class LayerHook(Hook):
         self.room = STASH_LIMIT  # calls that may wait with moments in float32
         self.is_wide = False
         self.by_pass = False
+        self._has_warned = False  # of a call that could not be measured
         self.skipped = 0  # calls that cannot be looked at
         self.first_call = -1  # the earlier the layer was called for the first time, the smaller
         self.checkpointed = False  # whether a call was (or may be) recomputed, which updates the buffers once more
@@ -251,7 +256,8 @@ class LayerHook(Hook):
                 self.checkpointed |= is_intercepted(output)
                 moments = pass_moments(x)
         except Exception as error:
-            self._leave_out(module, error)
+            self._warn_of(module, error)
+            self.skipped += 1
             return
         repeatable = None
         if moments is None:
@@ -275,15 +281,15 @@ class LayerHook(Hook):
             try:
                 moments = pass_moments(x)
             except Exception as error:
-                self._leave_out(module, error)
+                self._warn_of(module, error)
                 return
             self.validate(moments)
 
-    def _leave_out(self, module: BatchNorm, error: Exception) -> None:
-        """What cannot be had (memory that a pass over the input does not find) is no reason not to train."""
-        if not self.skipped:
+    def _warn_of(self, module: BatchNorm, error: Exception) -> None:
+        """What cannot be measured (memory that a pass over the input does not find) is no reason not to train."""
+        if not self._has_warned:
             warnings.warn(f"The moments of a call of {type(module).__name__} are left out: {error!r}", stacklevel=3)
-        self.skipped += 1
+        self._has_warned = True
 
     def receive(self, module: BatchNorm, moments: BatchMoments | None, training: bool, updating: bool) -> None:
         """Take the moments of a call that compiled code has left behind, None of an empty batch."""

@@ -3,5 +3,5 @@
 In: how a layer was called (:class:`~.circumstances.Circumstances`) and its numbers (:mod:`evidence`).
 Out: a :class:`~.diagnosis.Diagnosis`. A verdict is one object in the table of :mod:`verdicts`: name, letter, colour,
 rule, explanation, remedy; a flag one in that of :mod:`flags`. :mod:`advice` computes the numbers of a remedy,
-:mod:`words` puts numbers into sentences.
+:mod:`sentences` puts numbers into sentences.
 """

@@ -10,8 +10,8 @@ from lightning_bnmonitor.diagnosis.advice import advice
 from lightning_bnmonitor.diagnosis.circumstances import Circumstances
 from lightning_bnmonitor.diagnosis.evidence import WARNING, Evidence
 from lightning_bnmonitor.diagnosis.flags import FLAGS, is_shifted
+from lightning_bnmonitor.diagnosis.sentences import Statement
 from lightning_bnmonitor.diagnosis.verdicts import VERDICTS, verdict_on
-from lightning_bnmonitor.diagnosis.words import Statement
 
 _UNSEEN = Statement(
     name="unseen calls",

@@ -1,4 +1,4 @@
-"""The numbers that a verdict rests on: their names, and how they are had from a window's analysis."""
+"""The numbers that a verdict rests on: their names, and how they are taken from a window's analysis."""
 
 from __future__ import annotations
 
@@ -32,58 +32,59 @@ EVIDENCE: Mapping[str, str] = {
     "calls_not_updating": "calls in training mode that left the running statistics as they were",
     "num_features": "channels",
     "momentum": "the module's momentum",
-    "effective_momentum": "that of the last call, all its updates together",
+    "effective_momentum": "the momentum of the last call, all its updates together",
     "updates_per_call": "updates of the running statistics for each call that was to update them (1; 2 under "
     "activation checkpointing)",
-    "assumed_updates_per_call": "what was assumed of it, where that is something else",
+    "assumed_updates_per_call": "what updates_per_call was assumed to be, where that was wrong",
     "eval_error": "RMS error of the normalised activation in eval(), with the weights at the window's end",
-    "act_rmse": "the same against the statistics of the whole window",
+    "act_rmse": "RMS error that eval() would have made on the values of the whole window",
     "mean_shift": "RMS distance of the running mean, in population standard deviations",
     "log_var_ratio": "mean magnitude of the log of running over exact variance",
-    "noise_error": "what the sampling noise of the running statistics makes of eval_error: the floor that is reached "
+    "noise_error": "the part of eval_error that is sampling noise of the running statistics: the floor that is reached "
     "however long one trains",
-    "now_error": "what the noise of the present statistics adds to eval_error",
-    "warmup_error": "what is left of the initial values makes of it",
-    "lag_error": "what the running statistics being those of earlier weights or data makes of it, chance taken off; 0 "
-    "where it may be chance",
-    "drift_error": "the window's statistics against the present ones, chance taken off; 0 where it may be chance",
+    "now_error": "the part of eval_error that is noise of the present statistics, against which it is measured",
+    "warmup_error": "the part of eval_error that is what is left of the initial zeros and ones",
+    "lag_error": "the part of eval_error that comes from running statistics of earlier weights or data, chance taken "
+    "off; 0 where it may be chance",
+    "drift_error": "RMS error of the window's statistics against the present ones, chance taken off; 0 where it may "
+    "be chance",
     "initial_weight": "weight of the initial zeros and ones in the running statistics",
     "z_mean": "RMS of the layer's z_mean: about 1 if only chance is at work",
-    "z_var": "RMS of its z_var, likewise",
+    "z_var": "RMS of the layer's z_var: about 1 if only chance is at work",
     "max_score": "largest deviation of any channel in any of the tests, on the scale of a standard normal variable: an "
     "effect in few channels shows here",
     "batches": "batches that updated the running statistics",
     "samples_per_batch": "values per channel in such a batch",
-    "batch_size": "samples in it",
+    "batch_size": "samples in such a batch",
     "degrees_of_freedom": "of the variance between batches",
     "drift_per_batch": "how far mean and variance of the inputs move per batch",
-    "jitter": "by how much those of a batch differ by sampling noise",
+    "jitter": "by how much mean and variance of a batch differ by sampling noise",
     "severity": "eval_error squared over jitter squared: m / (2 - m) is what momentum m makes by itself, above 1 the "
     "last batch's statistics would serve better",
     "ordering_ratio": "variance between parts of the window over that expected from neighbouring batches",
-    "ordering_limit": "what chance explains of that ratio",
+    "ordering_limit": "up to where chance explains ordering_ratio",
     "ordering_share": "share of the variance that lies between parts of the window",
-    "trend_share": "the part of that which is a steady movement",
+    "trend_share": "the part of ordering_share that is a steady movement",
     "grouping_ratio": "variance of batch means over that of as many independent samples",
-    "grouping_limit": "what chance explains of that ratio",
+    "grouping_limit": "up to where chance explains grouping_ratio",
     "grouping_share": "share of the variance by which batches differ more than by chance",
     "dead_channels": "channels whose variance is at most a thousandth of eps",
     "non_finite_channels": "channels with a value or a running statistic that is not finite",
     "non_finite_running_stats": "channels with a running statistic that is not finite",
     "first_bad_batch": "the first call in the window with a value that is not finite, counted from 1",
-    "first_bad_channel": "the first such channel in it, counted from 0",
+    "first_bad_channel": "the first channel with such a value in it, counted from 0",
     "ranks": "how many ranks the window is of, if several",
-    "rank_error": "what rank 0's data being others than all ranks' makes of eval_error, chance taken off; 0 where it "
-    "may be chance",
+    "rank_error": "RMS error that comes from rank 0's data differing from all ranks', chance taken off; 0 where it may "
+    "be chance",
     "recommended_momentum": "the momentum that the remedy names",
-    "recommended_error": "eval_error predicted with it",
+    "recommended_error": "eval_error predicted with recommended_momentum",
     "recommended_batch_size": "the batch size that the remedy names",
     "compensated_momentum": "the momentum that has, with several updates a call, the effect of the module's",
     "batches_to_go": "batches until the initial values no longer matter",
     "val_shift": "RMS over channels of the layer's val_shift",
-    "val_noise": "what chance makes of it",
+    "val_noise": "the part of val_shift that is chance",
     "val_batches": "calls in validation that were looked at",
-    "val_loader": "the validation loader that it is of, counted from 0, if there are several",
+    "val_loader": "the validation loader that val_shift is of, counted from 0, if there are several",
 }
 """Every number that a verdict, an explanation or a remedy may rest on, and what it is.
 
@@ -130,7 +131,15 @@ def distances(
 def observations(
     analysis: Analysis, population: Tensor, running: Tensor, has_running_stats: BoolArray, eps: Tensor
 ) -> Iterator[dict[str, float]]:
-    """What a window's numbers say of each layer: a part of its evidence. Shapes as in :func:`distances`."""
+    """What a window's numbers say of each layer: a part of its evidence.
+
+    Args:
+        analysis: Of the window.
+        population: Mean and unbiased variance, ``(2, C)``.
+        running: Running statistics, ``(2, C)``.
+        has_running_stats: Whether a layer has them, ``(L,)``.
+        eps: Of each channel's layer, ``(C,)``.
+    """
     layout = analysis.layout
     with np.errstate(all="ignore"):
         bad_running = ~torch.isfinite(running).all(dim=0).numpy() & (layout.spread(has_running_stats) > 0)

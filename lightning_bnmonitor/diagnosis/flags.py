@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from lightning_bnmonitor.diagnosis.circumstances import Circumstances
 from lightning_bnmonitor.diagnosis.evidence import WARNING, Evidence
-from lightning_bnmonitor.diagnosis.words import RECALIBRATE, Statement
+from lightning_bnmonitor.diagnosis.sentences import RECALIBRATE, Statement
 
 _MIN_VALIDATION_BATCHES = 4
 _CHANCE = 3  # times its noise floor that a shift must exceed

@@ -2,8 +2,8 @@
 
 To add one, add an object to the table below. Rules ask for distances in standard deviations of the normalised
 activation (0.1 is worth a warning) and compare with chance: see :mod:`lightning_bnmonitor.statistics.analysis` for how
-the numbers are had. Of what was measured: with these rules 0 of 1500 stationary layers get a verdict that needs
-attention (below 0.2 %), and clear-cut cases of each kind all get theirs.
+the numbers are computed. By simulation, 0 of 1500 stationary layers get a verdict that needs attention with these rules
+(below 0.2 %), and clear-cut cases of each kind all get theirs.
 
 *Not established:* whether ``ordered-batches`` comes from sorted data or from weights that move back and forth, and
 whether ``grouped-batches`` comes from the data: the explanations say so.
@@ -18,7 +18,7 @@ from typing import Literal
 
 from lightning_bnmonitor.diagnosis.circumstances import Circumstances
 from lightning_bnmonitor.diagnosis.evidence import WARNING, Evidence
-from lightning_bnmonitor.diagnosis.words import RECALIBRATE, Statement
+from lightning_bnmonitor.diagnosis.sentences import RECALIBRATE, Statement
 
 Attention = Literal["always", "if wrong", "never"]
 """Whether a verdict needs attention: "if wrong" where ``eval_error`` exceeds 0.1."""

@@ -120,6 +120,8 @@ class Attribution:
         if not self.is_significant:
             change = "raise" if self.gap < 0 else "lower"
             return f"Nothing to explain: exact running statistics {change} the loss by {difference}. {then}"
+        if not self.contributions:
+            return f"The loss differs by {difference}, and no layer was called that could be the reason. {then}"
         top = max(self.contributions, key=lambda part: part.reduction)
         if self.gap == math.inf:
             return f"Running statistics make the loss {self.eval_loss:.4g}: first those of {top.name}. {then}"

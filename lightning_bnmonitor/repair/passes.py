@@ -17,7 +17,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_bnmonitor.compat import BatchNorm, is_lazy, own_buffers, run_eagerly
 from lightning_bnmonitor.tracking.buffers import SavedBuffers
-from lightning_bnmonitor.tracking.tracker import recorders_of
+from lightning_bnmonitor.tracking.recorder import recorders_of
 
 Forward = Callable[[nn.Module, Any], Any]
 

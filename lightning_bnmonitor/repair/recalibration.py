@@ -11,17 +11,16 @@ import torch
 from tabulate import tabulate
 from torch import Tensor, nn
 
+from lightning_bnmonitor.arguments import as_patterns, check_positive_or_none
 from lightning_bnmonitor.compat import BatchNorm, is_lazy
 from lightning_bnmonitor.repair.passes import Forward, forward_of, run, training_only
 from lightning_bnmonitor.report.layer_report import LayerReport
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.tracking import collectives
-from lightning_bnmonitor.tracking.arguments import as_patterns, check_positive_or_none
 from lightning_bnmonitor.tracking.assessment import compare
 from lightning_bnmonitor.tracking.buffers import History, SavedBuffers, write_stats
 from lightning_bnmonitor.tracking.discovery import find_layers
-from lightning_bnmonitor.tracking.recorder import Recorder
-from lightning_bnmonitor.tracking.tracker import recorders_of
+from lightning_bnmonitor.tracking.recorder import Recorder, recorders_of
 
 _FROZEN, _NO_STATS, _UNUSED = "frozen", "no running statistics", "unused"
 
@@ -268,7 +267,8 @@ class _Measurement:
             if layer.hook.skipped:
                 raise RuntimeError(
                     f"{layer.hook.skipped} calls of layer {layer.name!r} could not be counted: what it receives is not "
-                    "(N, C, ...), or has no values of its own. Nothing was changed. Argument `exclude` leaves it alone."
+                    "(N, C, ...), has no values of its own, or is too large for a pass over it. Nothing was changed. "
+                    "Argument `exclude` leaves it alone."
                 )
 
     def compare(self, are_averaged: bool, all_ranks: bool) -> Report:
@@ -315,4 +315,5 @@ def _new_stats(layer: BatchNorm, report: LayerReport) -> list[Tensor]:
 
 def _history(report: LayerReport) -> History:
     """What running statistics are made of if they are those of all values together."""
-    return 0.0, 1 / report.num_samples, 1 / max(report.num_samples - report.num_batches, 1)
+    num_batches = report.evidence["batches"]  # of all ranks
+    return History(0.0, 1 / report.num_samples, 1 / max(report.num_samples - num_batches, 1))

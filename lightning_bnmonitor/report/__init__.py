@@ -2,5 +2,5 @@
 
 In: per layer its statistics, its running statistics and a diagnosis. Out: :class:`~.layer_report.LayerReport` (one
 layer), :class:`~.report.Report` (all of them), tables and texts (:mod:`tables`), figures (:mod:`figures`), and the
-heatmap of all windows (:mod:`heatmap`). Nothing here knows a module or a rank.
+heatmap of all windows (:mod:`heatmap`). Nothing here knows a module.
 """

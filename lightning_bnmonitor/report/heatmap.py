@@ -75,6 +75,7 @@ class Heatmap:
             "steps": list(self.steps),
             "errors": torch.from_numpy(self._errors.copy()),
             "verdicts": torch.from_numpy(self._verdicts.copy()),
+            "names": list(_NAMES),
             "stride": self._stride,
             "filled": self._filled,
         }
@@ -82,7 +83,11 @@ class Heatmap:
     def load_state_dict(self, state: Mapping[str, Any]) -> None:
         """Go on from a :meth:`state_dict`."""
         self.rows, self.steps, self._row_of = list(state["rows"]), list(state["steps"]), dict(state["row_of"])
-        self._errors, self._verdicts = state["errors"].numpy().copy(), state["verdicts"].numpy().copy()
+        self._errors = state["errors"].numpy().copy()
+        # Of other versions the verdicts may be others, or stand in another order.
+        names = state.get("names", _NAMES)
+        index = [_NAMES.index(name) if name in _NAMES else _NO_VERDICT for name in names] + [_NO_VERDICT]
+        self._verdicts = np.array(index, dtype=np.uint8)[state["verdicts"].numpy()]
         self._stride, self._filled = state["stride"], state["filled"]
 
     def draw(self) -> NDArray[np.uint8]:

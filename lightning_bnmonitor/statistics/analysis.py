@@ -70,13 +70,15 @@ class Analysis:
     initial_weight: FloatArray
     """Weight of the initial values in the buffers now, ``(L,)``."""
     noise: FloatArray
-    """Sum of squared weights over n (n - 1) in the buffers now, ``(2, L)``: what A0 and Q0 are for the next window."""
+    """Sum of squared weights over n (n - 1) in the buffers now, ``(2, L)``: the Q0 of the next window."""
     within: FloatArray
     """Weighted sum of squares of batch means and variances within blocks, ``(2, C)``: ``dof`` times the noise scale."""
     std_error: FloatArray
     """Standard deviation of the buffers' own sampling noise, ``(2, C)``; NaN if not known."""
     z: FloatArray
-    """The buffers against this window's reference, over what sampling noise explains, ``(2, C)``: 0 if not known."""
+    """The buffers against this window's reference, over what sampling noise explains, ``(2, C)``.
+
+    0, no evidence of anything, if that is not known."""
     num_samples: FloatArray
     """Values per channel in all calls, whether they updated the running statistics or not, ``(L,)``."""
     population: FloatArray
@@ -88,13 +90,13 @@ class Analysis:
     noise_error: FloatArray
     """RMS error of the normalised activation that the buffers' own sampling noise makes, ``(L,)``."""
     now_error: FloatArray
-    """The same of the sampling noise in ``now``, ``(L,)``."""
+    """RMS error that the sampling noise in ``now`` adds to a comparison with it, ``(L,)``."""
     warmup_error: FloatArray
-    """The same of what is left of the initial values, ``(L,)``."""
+    """RMS error that what is left of the initial values makes, ``(L,)``."""
     lag_error: FloatArray
-    """The same of batches of other weights (or data) than now's, chance taken off, ``(L,)``; 0 if it may be chance."""
+    """RMS error of being made of earlier weights or data, chance taken off, ``(L,)``; 0 if it may be chance."""
     drift_error: FloatArray
-    """The same of the whole window's statistics against now's, ``(L,)``; 0 if it may be chance."""
+    """RMS error of the whole window's statistics against now's, chance taken off, ``(L,)``; 0 if it may be chance."""
     max_score: FloatArray
     """Largest magnitude of any channel's score in any of these comparisons, ``(L,)``."""
     slope: FloatArray
@@ -145,9 +147,8 @@ def _analyse(blocks: Blocks, running: RunningStats, eps: FloatArray) -> Analysis
     window = _Window(blocks, densities, sums, noise, running, unit, layout)
     present = _present(window)
     comparisons = _compare(window, present)
-    relative = noise.scale / unit**2
     known = np.where(running.known, 1.0, np.nan)
-    first_of = np.stack([densities.num_batches / densities.total[f] for f in (MEAN, VAR)])
+    of_one_batch = densities.num_batches / densities.total
     return Analysis(
         layout=layout,
         num_batches=densities.num_batches,
@@ -163,9 +164,9 @@ def _analyse(blocks: Blocks, running: RunningStats, eps: FloatArray) -> Analysis
         population=_with_beside(layout, blocks, count, sums.reference[MEAN], squares),
         reference=sums.reference,
         now=present.now,
-        noise_error=known * np.sqrt(layout.mean(relative * layout.spread(noise.total)).sum(axis=0)),
-        now_error=np.sqrt(layout.mean(relative * layout.spread(present.noise)).sum(axis=0)),
-        jitter=np.sqrt(layout.mean(relative * layout.spread(first_of)).sum(axis=0)),
+        noise_error=known * noise.error(noise.total, unit),
+        now_error=noise.error(present.noise, unit),
+        jitter=noise.error(of_one_batch, unit),
         max_score=comparisons.max_score,
         first_bad=blocks.first_bad,
         **_movements(window, present, comparisons),

@@ -10,6 +10,8 @@ import torch
 from torch import Tensor
 from torchmetrics import Metric
 
+from lightning_bnmonitor.arguments import check_positive
+
 _COUNT, _MEAN, _M2 = 0, 1, 2
 
 
@@ -92,8 +94,7 @@ class ChannelMoments(Metric):
 
     def __init__(self, num_channels: int, **kwargs: Any) -> None:
         super().__init__(**{"compute_with_cache": False, **kwargs})  # the cache would outlive `merge_state`
-        if isinstance(num_channels, bool) or not isinstance(num_channels, int) or num_channels < 1:
-            raise ValueError(f"`num_channels` must be a positive integer, got {num_channels!r}.")
+        check_positive("num_channels", num_channels)
         self.num_channels = num_channels
         empty = torch.zeros(3, num_channels, dtype=torch.float64)
         self.add_state("state", default=empty, dist_reduce_fx=_merge_states, persistent=True)

@@ -74,6 +74,20 @@ class NoiseModel(NamedTuple):
     tolerance: FloatArray
     """What rounding explains of a difference from the running statistics, ``(2, C)``."""
 
+    def error(self, squared_weights: FloatArray, unit: FloatArray) -> FloatArray:
+        r"""RMS error of the normalised activation that the noise in a weighted sum of batches makes, ``(L,)``.
+
+        .. math:: \sqrt{\sum_f \operatorname{mean}_c \frac{V_{fc}\, w_f}{\text{unit}_{fc}^2}}
+
+        Args:
+            squared_weights: w: the sum over batches of squared weights over n (mean) and over n - 1 (variance),
+                ``(2, L)``. For the running statistics that is :attr:`total`, the noise floor.
+            unit: What a difference of means, and of variances, counts in, ``(2, C)``.
+        """
+        relative = self.scale / unit**2 * self.layout.spread(squared_weights)
+        error: FloatArray = np.sqrt(self.layout.mean(relative).sum(axis=0))
+        return error
+
     def z(self, difference: FloatArray, variance: FloatArray, tolerance: FloatArray | float = 0.0) -> FloatArray:
         """A difference, ``(2, C)``, whose variance is so many V, ``(2, L)``, over its standard error."""
         spread = self.layout.spread

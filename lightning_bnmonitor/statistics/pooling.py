@@ -167,13 +167,13 @@ def error_of_sampling(statistics: PooledStatistics, layout: ChannelLayout, eps: 
     Args:
         statistics: Of batches received at fixed weights.
         layout: Which channels are whose.
-        eps: Of each channel's layer, ``(C,)``.
+        eps: Of each layer, ``(L,)``.
 
     Returns:
         ``(L,)``; NaN with fewer than two batches.
     """
     with np.errstate(all="ignore"):
-        scaled = statistics.population(layout)[VAR] + eps
+        scaled = statistics.population(layout)[VAR] + layout.spread(eps)
         variance = statistics.within / layout.spread(statistics.dof) / layout.spread(statistics.weight)
         error: FloatArray = np.sqrt(layout.mean((variance / np.stack([scaled, 4 * scaled**2])).sum(axis=0)))
     return error

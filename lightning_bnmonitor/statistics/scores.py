@@ -30,7 +30,7 @@ def exceeds_chance(layout: ChannelLayout, scores: FloatArray) -> BoolArray:
 
     For the running mean: the mean of the squared scores exceeds 9. For the running variance, whose distribution has
     heavy tails: their *median* exceeds ``max(4.1, 9 - 0.7 (C - 1))`` for a layer of C channels. The second limit is
-    there because the median of a few channels is no average. By simulation a healthy layer of one channel then passes
+    there because the median of a few channels is no average. By simulation a healthy layer of one channel then alarms
     in 0.4 % of windows (2 % with extremely skewed inputs at momentum 0.5), wider layers more rarely.
     """
     squares = scores**2

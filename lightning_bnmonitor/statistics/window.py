@@ -1,4 +1,4 @@
-"""The window as blocks of consecutive batches: the whole state of the monitor, and its one fused update.
+"""The window as blocks of consecutive batches: what is kept of what layers receive, and its one fused update.
 
 All layers' channels lie side by side in a flat channel space, a layer being a slice of it, and all layers whose calls
 so far agree in number are updated together: the cost of an update grows with channels, not with layers or with steps.
@@ -141,10 +141,6 @@ class Window:
         self._first_bad = torch.full_like(self._first_bad, torch.inf)
         self._sums[:] = 0
         self._decays[:] = _FRESH
-
-    def update(self, batches: Mapping[int, Batches]) -> None:
-        """Add consecutive batches of layers, by index, in the order of time: see :meth:`merged`."""
-        commit(self.merged(batches))
 
     @torch.no_grad()
     def merged(self, batches: Mapping[int, Batches]) -> list[Write]:

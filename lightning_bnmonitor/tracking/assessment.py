@@ -15,7 +15,6 @@ from lightning_bnmonitor.diagnosis.evidence import METRICS, distances, observati
 from lightning_bnmonitor.report.layer_report import LayerReport
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.statistics.blocks import Blocks, at_fixed_weights
-from lightning_bnmonitor.statistics.channel_layout import ChannelLayout
 from lightning_bnmonitor.statistics.pooling import PooledStatistics, error_of_one_rank, pool
 from lightning_bnmonitor.tracking import collectives
 from lightning_bnmonitor.tracking.exchange import Exchange, Frame
@@ -28,7 +27,7 @@ from lightning_bnmonitor.tracking.measurement import (
     states_of,
 )
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
-from lightning_bnmonitor.tracking.windows import Windows
+from lightning_bnmonitor.tracking.windows import Windows, layout_of
 
 
 class Seen(NamedTuple):
@@ -72,20 +71,22 @@ def compare(layers: Sequence[TrackedLayer], windows: Windows, are_averaged: bool
     """Running statistics against batches that were received at fixed weights and have updated nothing.
 
     Args:
-        layers: As of :func:`assess`.
+        layers: Those that the report is about, in the order of the model's modules.
         windows: Where they lie.
         are_averaged: Whether the running statistics are the average of all these batches, rather than older.
-        all_ranks: As of :func:`assess`.
+        all_ranks: Whether to report on all ranks together: all have to call this, and get the same report.
     """
     ordered = windows.in_order(layers)
-    states, blocks, layout = states_of(ordered), windows.blocks(ordered), _layout(ordered)
-    if are_averaged:
-        states = [_averaging(state) for state in states]
+    states, blocks, layout = states_of(ordered), windows.blocks(ordered), layout_of(ordered)
     own = PooledStatistics.of_batches(blocks.beside, blocks.first_bad, layout)
 
     def described(pooled: PooledStatistics, evidence: Mapping[str, float]) -> list[LayerReport]:
         batches = pooled.as_batches(layout)
-        measured = measure(states, at_fixed_weights(blocks, batches, are_averaged))
+        received = [
+            _receiving(state, int(num), are_averaged)
+            for state, num in zip(states, batches.num_batches.tolist(), strict=True)
+        ]
+        measured = measure(received, at_fixed_weights(blocks, batches, are_averaged))
         return describe(measured, Seen(pooled, [evidence] * len(states)), at_fixed_weights=True)
 
     if all_ranks and layout.num_channels:
@@ -138,10 +139,11 @@ def describe(measured: Measurement, seen: Seen | None = None, at_fixed_weights: 
     ]
 
 
-def _averaging(state: LayerState) -> LayerState:
-    """A layer whose running statistics are the plain average of the batches that it has received."""
-    average = 1 / max(state.layer.num_calls, 1)
-    known = state.circumstances._replace(momentum=None, effective_momentum=average)
+def _receiving(state: LayerState, num_batches: int, are_averaged: bool) -> LayerState:
+    """A layer that has received so many batches, on all ranks together, if its running statistics average them."""
+    known = state.circumstances._replace(calls={"pass": num_batches}, training_calls=num_batches)
+    if are_averaged:
+        known = known._replace(momentum=None, effective_momentum=1 / max(num_batches, 1))
     return state._replace(circumstances=known)
 
 
@@ -155,11 +157,7 @@ def _seen(shares: Sequence[PooledStatistics], measured: Measurement) -> Seen:
 
 def _exchange(layers: Sequence[TrackedLayer], ordered: Sequence[TrackedLayer]) -> Exchange:
     position = {layer: index for index, layer in enumerate(ordered)}
-    return Exchange(_layout(ordered), np.array([position[layer] for layer in layers], dtype=np.int64))
-
-
-def _layout(layers: Sequence[TrackedLayer]) -> ChannelLayout:
-    return ChannelLayout(np.array([layer.width or layer.module.num_features for layer in layers], dtype=np.int64))
+    return Exchange(layout_of(ordered), np.array([position[layer] for layer in layers], dtype=np.int64))
 
 
 def _rank(all_ranks: bool) -> int | None:

@@ -12,12 +12,21 @@ from torch import Tensor, nn
 
 from lightning_bnmonitor.compat import BatchNorm, is_lazy
 
-History = tuple[float, float, float]
-"""What running statistics are made of: the weight that the initial values have in them, and the sums of squared weights
-over n and n - 1 of all batches since. None in its place: not known, as the running statistics were there before."""
+
+class History(NamedTuple):
+    """What running statistics are made of."""
+
+    initial_weight: float
+    """The weight that the initial values have in them."""
+    noise_of_mean: float
+    """The sum of squared weights over n of all batches since."""
+    noise_of_var: float
+    """The same over n - 1."""
+
+
 _RUNNING_STATS = ("running_mean", "running_var")
 _BUFFERS = (*_RUNNING_STATS, "num_batches_tracked")
-FRESH: History = (1.0, 0.0, 0.0)
+FRESH = History(1.0, 0.0, 0.0)
 """Of running statistics that no batch has updated."""
 
 
@@ -29,7 +38,7 @@ class Snapshot(NamedTuple):
     num_tracked: int | None = None
     """``num_batches_tracked``; None if it has none."""
     history: History | None = None
-    """What the buffers are made of; None if that is not known."""
+    """What the buffers are made of; None if that is not known, as they were there before."""
 
     def has_same_buffers(self, other: Snapshot) -> bool:
         """Whether the buffers are equal, to the bit. False if there are none."""
@@ -39,7 +48,7 @@ class Snapshot(NamedTuple):
 
     @property
     def is_initial(self) -> bool:
-        """Whether no batch has updated them: zeros and ones that were never counted on, or none at all."""
+        """Whether no batch has updated them: they are zeros and ones and no update was counted, or there are none."""
         if self.num_tracked:
             return False
         if self.buffers is None:

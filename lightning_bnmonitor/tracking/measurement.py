@@ -78,7 +78,7 @@ def endings_of(measured: Measurement) -> Iterator[Ending]:
     mean, var = analysis.population
     with np.errstate(invalid="ignore"):
         ratios = analysis.layout.maximum(abs(mean) / np.sqrt(var + analysis.layout.spread(measured.eps))).tolist()
-    histories = zip(analysis.initial_weight.tolist(), *analysis.noise.tolist(), strict=True)
+    histories = map(History, analysis.initial_weight.tolist(), *analysis.noise.tolist())
     for state, num_batches, history, ratio in zip(
         measured.states, analysis.num_batches.tolist(), histories, ratios, strict=True
     ):
@@ -118,11 +118,11 @@ def _estimated_history(layer: TrackedLayer, samples_per_batch: float) -> History
     """
     momentum, calls = layer.counts.momentum or 0.0, (layer.start.num_tracked or 0) / layer.assumed_updates
     if not momentum or not calls or samples_per_batch <= 1:
-        return 0.0, 0.0, 0.0
+        return History(0.0, 0.0, 0.0)
     squares = 1 / calls
     if layer.module.momentum is not None:
         squares = momentum / (2 - momentum) * (1 - (1 - momentum) ** (2 * calls))
-    return 0.0, squares / samples_per_batch, squares / (samples_per_batch - 1)
+    return History(0.0, squares / samples_per_batch, squares / (samples_per_batch - 1))
 
 
 def _side_by_side(buffers: Sequence[Tensor | None], blocks: Blocks, missing: Tensor) -> Tensor:

@@ -1,8 +1,9 @@
-"""What is counted of layers, from the hooks' stashes to the windows: the part of the engine that has no report."""
+"""What a tracker counts: the layers, the windows that their calls go into, and when calls count."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import weakref
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +22,8 @@ from lightning_bnmonitor.tracking.windows import Windows
 
 STATE_VERSION = 6
 
+_recorders: weakref.WeakSet[Recorder] = weakref.WeakSet()
+
 
 class Recorder:
     """Layers, the windows in which what they receive is merged, and whether their calls count.
@@ -34,7 +37,9 @@ class Recorder:
         self.gate = Gate(root)
         self.layers: list[TrackedLayer] = []  # in the order of the model's modules
         self.windows = Windows()
+        self.is_attached = False  # whether a tracker records a model with it
         self._by_pass = by_pass
+        _recorders.add(self)
 
     @property
     def is_closed(self) -> bool:
@@ -172,3 +177,9 @@ class Recorder:
 def _with_snapshots(layers: Sequence[TrackedLayer]) -> list[tuple[TrackedLayer, Snapshot]]:
     """Layers, and their running statistics as they are now."""
     return list(zip(layers, snapshots([layer.module for layer in layers]), strict=True))
+
+
+def recorders_of(layers: Iterable[BatchNorm]) -> list[Recorder]:
+    """What records any of these layers for a tracker that is attached."""
+    modules, attached = set(layers), [recorder for recorder in list(_recorders) if recorder.is_attached]
+    return [recorder for recorder in attached if any(layer.module in modules for layer in recorder.layers)]

@@ -17,7 +17,7 @@ from lightning_bnmonitor.capture.layer_hook import Call, Gate, LayerHook
 from lightning_bnmonitor.compat import BatchNorm
 from lightning_bnmonitor.statistics.pooled_calls import PooledCalls
 from lightning_bnmonitor.statistics.window import Batches, Window, Write
-from lightning_bnmonitor.tracking.buffers import FRESH, Snapshot
+from lightning_bnmonitor.tracking.buffers import FRESH, History, Snapshot
 
 _SAVED_OF_HOOK = ("by_pass", "skipped", "checkpointed")
 
@@ -26,7 +26,7 @@ class CallCounts(NamedTuple):
     """How a layer has been called in a window: of the calls that have been merged."""
 
     paths: Mapping[Path, int]
-    """Calls by the way in which their moments were had."""
+    """Calls by the way in which their moments were obtained."""
     training: int = 0
     """Calls in the layer's training mode."""
     updating: int = 0
@@ -105,13 +105,15 @@ class TrackedLayer:
         self.written_outside = has_ended and not known
         self.start = now._replace(history=known[0].history if known else None)
         self.written = None
-        self._forget_unknown_history()
+        self._assume_fresh_if_initial()
 
     def restart(self, now: Snapshot) -> None:
         """Count calls from 0 again in the same window, on these running statistics."""
         self.counts = self.counts.restarted()
+        self.hook.skipped, self.hook.checkpointed = 0, False
+        self.interrupted = self.written_outside = False
         self.start = now._replace(history=None)
-        self._forget_unknown_history()
+        self._assume_fresh_if_initial()
 
     def rewritten(self, now: Snapshot, window_ended: bool) -> None:
         """Go on from running statistics that we have written; without a history they are made of what they were."""
@@ -119,7 +121,7 @@ class TrackedLayer:
             self.written = now if now.history is not None else None
             return
         self.start = self.start._replace(buffers=now.buffers, history=now.history)
-        self._forget_unknown_history()
+        self._assume_fresh_if_initial()
 
     def end_window(self, end: Snapshot, updates: float) -> None:
         """Keep what the next window goes on from, and how often a call updated the running statistics in this one.
@@ -244,21 +246,21 @@ class TrackedLayer:
             "updates_per_call": self.assumed_updates,
             "next_updates_per_call": self.next_assumed_updates,
             "tracked_before": self.start.num_tracked,
-            "history": self.start.history,
+            "history": self.start.history and tuple(self.start.history),
             "has_start": self.start.buffers is not None,
             "tracked_end": end.num_tracked,
-            "last_history": end.history,
+            "last_history": end.history and tuple(end.history),
             "has_end": end.buffers is not None,
-            "history_since": written.history,
+            "history_since": written.history and tuple(written.history),
             "has_since": written.buffers is not None,
             **{field: getattr(self.hook, field) for field in _SAVED_OF_HOOK},
         }
 
     def restore(self, state: Mapping[str, Any], buffers: Tensor) -> None:
         """Go on as the layer whose :meth:`state` and :meth:`buffer_state` these are."""
-        start, end, written = (part.clone() for part in torch.split(buffers, 2))
+        start, end, written = (part.clone() for part in torch.split(buffers.cpu(), 2))
         self.counts = CallCounts(
-            paths=dict(state["calls"]),
+            paths={path: state["calls"].get(path, 0) for path in PATHS},
             training=state["training_calls"],
             updating=state["tracked_calls"],
             momentum=state["momentum"],
@@ -269,14 +271,15 @@ class TrackedLayer:
         self.interrupted = state["interrupted"] or state["within_step"]
         self.written_outside = state["written_outside"]
         self.assumed_updates, self.next_assumed_updates = state["updates_per_call"], state["next_updates_per_call"]
-        self.start = Snapshot(start if state["has_start"] else None, state["tracked_before"], state["history"])
-        ended = Snapshot(end if state["has_end"] else None, state["tracked_end"], state["last_history"])
+        history, last_history = _history(state["history"]), _history(state["last_history"])
+        self.start = Snapshot(start if state["has_start"] else None, state["tracked_before"], history)
+        ended = Snapshot(end if state["has_end"] else None, state["tracked_end"], last_history)
         self.end = None if ended == Snapshot() else ended
-        self.written = Snapshot(written, None, state["history_since"]) if state["has_since"] else None
+        self.written = Snapshot(written, None, _history(state["history_since"])) if state["has_since"] else None
         for field in _SAVED_OF_HOOK:
             setattr(self.hook, field, state[field])
 
-    def _forget_unknown_history(self) -> None:
+    def _assume_fresh_if_initial(self) -> None:
         """What no batch has updated yet is made of the initial values alone."""
         if self.start.history is None and self.start.is_initial:
             self.start = self.start._replace(history=FRESH)
@@ -302,3 +305,7 @@ class TrackedLayer:
                 return 0.0  # without a counter of updates, BatchNorm makes none
             return updates / (self.start.num_tracked + (calls_before + 1) * updates)
         return momentum if updates == 1 else 1 - (1 - momentum) ** updates
+
+
+def _history(saved: Sequence[float] | None) -> History | None:
+    return None if saved is None else History(*saved)

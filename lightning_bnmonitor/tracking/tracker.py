@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, get_args
 
 import torch
 from torch import nn
 
+from lightning_bnmonitor.arguments import as_patterns, check_choice
 from lightning_bnmonitor.capture.attachment import Attachment
 from lightning_bnmonitor.capture.batch_moments import CaptureMode
-from lightning_bnmonitor.compat import BatchNorm
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.tracking import collectives
-from lightning_bnmonitor.tracking.arguments import as_patterns, check_choice
 from lightning_bnmonitor.tracking.assessment import assess
 from lightning_bnmonitor.tracking.discovery import find_layers
 from lightning_bnmonitor.tracking.recorder import STATE_VERSION, Recorder
 from lightning_bnmonitor.tracking.validation import with_validation
 
 _NO_MODEL = "The model of this BatchNormTracker no longer exists. Make a new tracker."
-
-_attached: weakref.WeakSet[BatchNormTracker] = weakref.WeakSet()
 
 
 class BatchNormTracker:
@@ -123,7 +120,7 @@ class BatchNormTracker:
         self._attachment = Attachment(
             model, self._recorder.gate, hooks, drain=self._recorder.drain, after_step=self._recorder.merge_if_full
         )
-        _attached.add(self)
+        self._recorder.is_attached = True
         if self._pending is not None:
             self._restore(self._pending)
         return self
@@ -134,7 +131,7 @@ class BatchNormTracker:
             self._recorder.drain()
             self._attachment.remove()
             self._attachment = None
-            _attached.discard(self)
+            self._recorder.is_attached = False
 
     def step(self) -> None:
         """Tell that a training step has ended, one batch with all that belongs to it.
@@ -165,7 +162,7 @@ class BatchNormTracker:
                 the population is that of all their data, running statistics, verdicts and numbers of calls are those
                 of rank 0. Every rank has to call this, and gets the same report, also one whose layers were never
                 called. It takes two collectives: a gather to rank 0 of 56 bytes a channel from each rank, and a
-                broadcast of 64. One that a rank never joins ends with the timeout of the process group. Without a
+                broadcast of 80. One that a rank never joins ends with the timeout of the process group. Without a
                 process group, and for a window that has ended, it is as if False.
 
         Raises:
@@ -191,7 +188,8 @@ class BatchNormTracker:
     def start_validation(self, loader: int = 0) -> None:
         """Look at what is called in eval mode from now on, by a pass over each input.
 
-        Calls are pooled as they come: until :meth:`validation_report`, this takes 32 bytes a channel. Calls within
+        Calls are pooled as they come: until :meth:`validation_report`, this takes 32 bytes a channel and
+        loader. Calls within
         :meth:`paused` are not looked at.
 
         Args:
@@ -215,14 +213,15 @@ class BatchNormTracker:
         If the window has ended, it is the report from then on.
 
         Args:
-            all_ranks: Whether all ranks call this, and tell of what they have seen together: a gather to rank 0 of 64
+            all_ranks: Whether all ranks call this, and tell of what they have seen together: a gather to rank 0 of 56
                 bytes a channel and loader, and a broadcast of as many.
-            num_loaders: How many validation loaders there are, where a rank may have seen no batch of one of them.
+            num_loaders: How many validation loaders there are. All ranks have to tell of as many: give it where one may
+                have seen no batch of one of them. None: as many as were seen.
         """
         self.stop_validation()
         layers, together = self._recorder.layers, all_ranks and collectives.num_ranks() > 1
         seen = max((loader + 1 for layer in layers for loader in layer.validation), default=0)
-        report = with_validation(self.report(), layers, together, num_loaders or max(seen, together))
+        report = with_validation(self.report(), layers, together, num_loaders or max(seen, 1))
         if self._recorder.is_closed:
             self._closing = report
         for layer in layers:
@@ -276,10 +275,3 @@ class BatchNormTracker:
             warnings.warn(
                 f"BatchNorm layers have changed since the state was saved; {'; '.join(differences)}.", stacklevel=3
             )
-
-
-def recorders_of(layers: Iterable[BatchNorm]) -> list[Recorder]:
-    """What records any of these layers for a tracker that is attached."""
-    modules = set(layers)
-    recorders = [tracker._recorder for tracker in list(_attached)]
-    return [recorder for recorder in recorders if any(layer.module in modules for layer in recorder.layers)]

@@ -29,6 +29,7 @@ from lightning_bnmonitor.statistics.scores import MEAN, VAR
 from lightning_bnmonitor.tracking import collectives
 from lightning_bnmonitor.tracking.exchange import answer_of_rank_zero
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
+from lightning_bnmonitor.tracking.windows import layout_of
 
 
 def with_validation(report: Report, layers: Sequence[TrackedLayer], all_ranks: bool, num_loaders: int) -> Report:
@@ -42,13 +43,13 @@ def with_validation(report: Report, layers: Sequence[TrackedLayer], all_ranks: b
         all_ranks: Whether all ranks call this, each with its own part of the validation data.
         num_loaders: Validation loaders, as many on all ranks.
     """
-    layout = ChannelLayout(np.array([layer.width or layer.module.num_features for layer in layers], dtype=np.int64))
+    layout = layout_of(layers)
     if not layout.num_channels or not num_loaders:
         return report
     received = [_received(layers, loader, layout) for loader in range(num_loaders)]
     if all_ranks:
         received = _of_all_ranks(received, layout)
-    eps = layout.spread(np.array([layer.module.eps for layer in layers]))
+    eps = np.array([layer.module.eps for layer in layers])
     by_layer: dict[str, tuple[LayerReport, Evidence]] = {name: (layer, {}) for name, layer in report.items()}
     for loader, statistics in enumerate(received):
         population, noise = statistics.population(layout), error_of_sampling(statistics, layout, eps)

@@ -11,6 +11,7 @@ import torch
 
 from lightning_bnmonitor.capture.layer_hook import STASH_LIMIT
 from lightning_bnmonitor.statistics.blocks import Blocks, concatenated, empty_blocks, selected
+from lightning_bnmonitor.statistics.channel_layout import ChannelLayout
 from lightning_bnmonitor.statistics.window import Window, Write, commit
 from lightning_bnmonitor.tracking.buffers import device_of
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
@@ -127,11 +128,14 @@ class Windows:
             assert layer.window is not None
             layer.window.restore(layer.index, own[:-_BUFFER_ROWS], saved)
             layer.restore(saved, own[-_BUFFER_ROWS:])
+        known = {layer.name for layer, *_ in restored}
         for saved in state["not_called"]:
-            idle = layers.get(saved["name"])
-            if idle is not None and idle.module.num_features == saved["width"]:
-                idle.restore(saved, saved["buffers"])
-        known = {saved["name"] for saved in state["not_called"]} | {layer.name for layer, *_ in restored}
+            name, width = saved["name"], saved["width"]
+            if name in layers and layers[name].module.num_features == width:
+                layers[name].restore(saved, saved["buffers"])
+                known.add(name)
+            elif width:  # not a lazy layer, of which there was nothing to keep
+                left_out.append(name)
         return known, left_out
 
     def _place_called(self, layers: Sequence[TrackedLayer]) -> None:
@@ -153,6 +157,11 @@ class Windows:
         room = _calls_that_may_wait(len(self.layers), sum(layer.width for layer in self.layers))
         for layer in self.layers:
             layer.hook.make_room(room)
+
+
+def layout_of(layers: Sequence[TrackedLayer]) -> ChannelLayout:
+    """The channels of layers side by side."""
+    return ChannelLayout(np.array([layer.width or layer.module.num_features for layer in layers], dtype=np.int64))
 
 
 def _calls_that_may_wait(num_layers: int, num_channels: int) -> int:

@@ -89,6 +89,7 @@ def calibrated(scenario: str, rank: int, sizes: list[int]) -> dict[str, Any]:
         result = recalibrate(root, generate(), forward, all_ranks=scenario != "alone")
         outcome |= {"text": str(result), "count": result.num_batches, "left_alone": result.left_alone}
         outcome |= {"after": result.after.to_dict(), "num_samples": [x.num_samples for x in result.after.values()]}
+        outcome |= {"flags": [x.flags for report in (result.before, result.after) for x in report.values()]}
         outcome["layer"] = copy.deepcopy(model[0])
         outcome["written"] = buffers_of(model)
         result.restore()
@@ -108,7 +109,8 @@ def equal_batches() -> list[Tensor]:
 
 def noise_of(model: nn.Sequential, batches: list[Tensor]) -> dict[str, Any]:
     after = recalibrate(model, batches).after["0"]
-    return {"noise": after.evidence["noise_error"], "stderr": after.running_mean_stderr, "verdict": after.verdict}
+    words = {"verdict": after.verdict, "flags": after.flags}
+    return {"noise": after.evidence["noise_error"], "stderr": after.running_mean_stderr, **words}
 
 
 def synchronised(rank: int) -> dict[str, Any]:
@@ -151,6 +153,7 @@ def test_the_noise_is_that_of_all_ranks_data_not_of_one_ranks(both_ranks: list[d
         assert rank["noise"]["noise"] == pytest.approx(alone["noise"], rel=0.15)
         np.testing.assert_allclose(rank["noise"]["stderr"].mean(), alone["stderr"].mean(), rtol=0.15)
         assert rank["noise"]["verdict"] == alone["verdict"] == "healthy"
+        assert rank["noise"]["flags"] == alone["flags"] == ()
     # Of 1024 independent standard normal values, the mean is off by 1/32, half the log of the variance by 1/sqrt(2048).
     assert alone["noise"] == pytest.approx(math.hypot(1 / 32, 1 / math.sqrt(2048)), rel=0.25)
 
@@ -168,6 +171,7 @@ def test_ranks_end_with_the_same_buffers_those_of_the_union_of_their_data(
         assert outcome["left_alone"] == {}
         assert outcome["count"] == len(UNEVEN[scenario][rank])
         assert outcome["num_samples"] == [sum(map(len, union))]
+        assert outcome["flags"] == [(), ()]  # also where this rank had no batch
         assert_written(outcome["layer"], union)
         torch.testing.assert_close(outcome["layer"].running_var, alone[0].running_var, rtol=2e-7, atol=0)
         assert outcome["buffers"] == outcome["before"]  # restored, each rank its own

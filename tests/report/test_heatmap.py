@@ -637,3 +637,18 @@ def test_drawing_changes_nothing_of_the_history():
     assert (after["rows"], after["steps"]) == (before["rows"], before["steps"])
     np.testing.assert_array_equal(after["errors"], before["errors"])
     np.testing.assert_array_equal(after["verdicts"], before["verdicts"])
+
+
+def test_a_state_of_a_version_with_other_verdicts_in_another_order_keeps_the_verdicts_that_there_are() -> None:
+    heatmap = Heatmap()
+    heatmap.add(quick_report({"a": 0.5, "b": 0.2, "c": NAN}, {"a": "lagging", "b": "noisy"}), 1)
+    state = heatmap.state_dict()
+    names = ["an old one", *reversed(VERDICT_NAMES)]
+    indices = {index: names.index(name) for index, name in enumerate(VERDICT_NAMES)}
+    state["verdicts"] = torch.tensor([[indices[int(index)]] for index in state["verdicts"]], dtype=torch.uint8)
+    other = Heatmap()
+    other.load_state_dict(state | {"names": names})
+    assert other.state_dict()["verdicts"].tolist() == heatmap.state_dict()["verdicts"].tolist()
+    state["verdicts"][0] = 0
+    other.load_state_dict(state | {"names": names})
+    assert other.state_dict()["verdicts"][0] == len(VERDICT_NAMES)  # it is not known any more

@@ -13,7 +13,7 @@ from hypothesis import settings
 from lightning_bnmonitor.statistics.analysis import analyse
 from lightning_bnmonitor.statistics.blocks import MAX_BLOCKS, Blocks
 from lightning_bnmonitor.statistics.noise import RunningStats
-from lightning_bnmonitor.statistics.window import Batches, Window
+from lightning_bnmonitor.statistics.window import Batches, Window, commit
 
 LAW = settings(max_examples=50, deadline=None)
 CPU = torch.device("cpu")
@@ -42,7 +42,7 @@ class Batch(NamedTuple):
 def update(window, calls):
     """Add calls of layers, batch by batch, to a window."""
     empty = Batches(*[()] * len(Batches._fields))
-    window.update({layer: Batches(*zip(*its, strict=True)) if its else empty for layer, its in calls.items()})
+    commit(window.merged({layer: Batches(*zip(*its, strict=True)) if its else empty for layer, its in calls.items()}))
 
 
 @dataclass
