@@ -338,7 +338,7 @@ def test_a_model_whose_layers_have_changed_goes_on_and_is_told_which(tmp_path, s
     del model.never
     message = (
         r"BatchNorm layers have changed since the state was saved; left out, as the model has none of that name and "
-        r"width: b; new: b, extra\."
+        r"width: b, never; new: b, extra\."
     )
     with pytest.warns(UserWarning, match=message):
         after, _, _ = run(tmp_path, ckpt_path=stopped, model=model)
