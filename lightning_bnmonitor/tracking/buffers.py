@@ -125,8 +125,8 @@ class SavedBuffers:
 
 def copied_stats(layer: BatchNorm) -> Tensor | None:
     """A copy of a layer's running mean and variance on the CPU, ``(2, C)`` in their dtype; None if it has none."""
-    mean, var = (getattr(layer, name) for name in _RUNNING_STATS)
-    return None if mean is None or var is None else torch.stack([mean, var]).detach().cpu()
+    ((buffers, _, _),) = snapshots([layer])
+    return None if buffers is None or layer.running_mean is None else buffers.to(layer.running_mean.dtype)
 
 
 @torch.no_grad()
