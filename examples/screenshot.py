@@ -1,4 +1,4 @@
-"""Take the pictures in README.md and examples/README.md: TensorBoard's pages of two runs, in headless Chromium, and what notebooks show.
+"""Take the pictures of README.md and examples/README.md: TensorBoard pages of two runs in headless Chromium, notebooks.
 
 The runs are those of ``examples/synthetic.py`` and of ``examples/pathologies.py --logdir lightning_logs``. It needs
 Chromium and its driver (Debian: ``apt-get install chromium chromium-driver``) and the extra ``test``. It serves and
