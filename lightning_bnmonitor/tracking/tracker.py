@@ -214,7 +214,7 @@ class BatchNormTracker:
 
         Args:
             all_ranks: Whether all ranks call this, and tell of what they have seen together: a gather to rank 0 of 56
-                bytes a channel and loader, and a broadcast of as many.
+                bytes a channel and loader, and a broadcast of 16. Of an open window, rank 0's part is compared.
             num_loaders: How many validation loaders there are. All ranks have to tell of as many: give it where one may
                 have seen no batch of one of them. None: as many as were seen.
         """

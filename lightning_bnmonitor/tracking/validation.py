@@ -11,6 +11,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -19,7 +20,6 @@ from torch import Tensor
 from lightning_bnmonitor.diagnosis.diagnosis import diagnose_validation
 from lightning_bnmonitor.diagnosis.evidence import Evidence
 from lightning_bnmonitor.diagnosis.flags import is_shifted
-from lightning_bnmonitor.report.layer_report import LayerReport
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.statistics.blocks import PooledBatches
 from lightning_bnmonitor.statistics.channel_layout import ChannelLayout, FloatArray
@@ -32,13 +32,42 @@ from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 from lightning_bnmonitor.tracking.windows import layout_of
 
 
+class Comparison(NamedTuple):
+    """What layers have received of one validation loader, against training; NaN where a layer was not called."""
+
+    num_batches: FloatArray
+    """Calls that were looked at, ``(L,)``; 0 if there were none."""
+    shift: FloatArray
+    """RMS over channels of the shift, ``(L,)``."""
+    noise: FloatArray
+    """What chance makes of it, ``(L,)``."""
+    population: FloatArray
+    """Mean and unbiased variance, ``(2, C)``."""
+
+    def packed(self) -> Tensor:
+        """All of it as one tensor, of which the first number is not NaN."""
+        return torch.from_numpy(np.concatenate([field.ravel() for field in self]))
+
+    @staticmethod
+    def packed_size(layout: ChannelLayout) -> int:
+        """Numbers in what is :meth:`packed`."""
+        return 3 * layout.num_layers + 2 * layout.num_channels
+
+    @classmethod
+    def unpacked(cls, packed: Tensor, layout: ChannelLayout) -> Comparison:
+        """What was :meth:`packed` of these layers."""
+        layers = layout.num_layers
+        num_batches, shift, noise, population = np.split(packed.numpy(), [layers, 2 * layers, 3 * layers])
+        return cls(num_batches, shift, noise, population.reshape(2, -1))
+
+
 def with_validation(report: Report, layers: Sequence[TrackedLayer], all_ranks: bool, num_loaders: int) -> Report:
     """A report with how far validation was from training, by what the layers have received in it.
 
     Of several loaders, a layer is told of the one whose data differ most.
 
     Args:
-        report: Of the window before it.
+        report: Of the window before it. Of several ranks, validation is compared with the report of rank 0.
         layers: Those of the report.
         all_ranks: Whether all ranks call this, each with its own part of the validation data.
         num_loaders: Validation loaders, as many on all ranks.
@@ -48,28 +77,42 @@ def with_validation(report: Report, layers: Sequence[TrackedLayer], all_ranks: b
         return report
     received = [_received(layers, loader, layout) for loader in range(num_loaders)]
     if all_ranks:
-        received = _of_all_ranks(received, layout)
-    eps = np.array([layer.module.eps for layer in layers])
-    by_layer: dict[str, tuple[LayerReport, Evidence]] = {name: (layer, {}) for name, layer in report.items()}
-    for loader, statistics in enumerate(received):
-        population, noise = statistics.population(layout), error_of_sampling(statistics, layout, eps)
-        num_batches = statistics.weight[MEAN] - statistics.weight[VAR]
-        for index, (layer, own) in enumerate(zip(layers, layout.slices, strict=True)):
-            if layer.name not in report or not num_batches[index]:
-                continue
-            known = replace(report[layer.name], validation=torch.from_numpy(population[:, own].copy()))
-            evidence = _evidence(known, float(num_batches[index]), float(noise[index]))
-            if num_loaders > 1:
-                evidence |= {"val_loader": float(loader)}
-            if _severity(evidence) >= _severity(by_layer[layer.name][1]):
-                by_layer[layer.name] = known, evidence
+        comparisons = _of_all_ranks(report, layers, received, layout)
+    else:
+        comparisons = [_compared(report, layers, statistics, layout) for statistics in received]
+    index = {layer.name: position for position, layer in enumerate(layers)}
+    worst = {name: _worst(index[name], comparisons) if name in index else (None, {}) for name in report}
     diagnoses = diagnose_validation(
-        (layer.diagnosis, evidence, layer.has_running_stats) for layer, evidence in by_layer.values()
+        (layer.diagnosis, worst[name][1], layer.has_running_stats) for name, layer in report.items()
     )
-    described = (
-        replace(layer, diagnosis=diagnosis) for (layer, _), diagnosis in zip(by_layer.values(), diagnoses, strict=True)
-    )
+    described = []
+    for (name, layer), diagnosis in zip(report.items(), diagnoses, strict=True):
+        loader, _ = worst[name]
+        validation = layer.validation
+        if loader is not None:
+            own = comparisons[loader].population[:, layout.slices[index[name]]]
+            validation = torch.from_numpy(own.copy())
+        described.append(replace(layer, diagnosis=diagnosis, validation=validation))
     return Report(described, rank=report.rank)
+
+
+def _worst(layer: int, comparisons: Sequence[Comparison]) -> tuple[int | None, Evidence]:
+    """Of the loaders by which a layer was called, the one whose data differ most; and what that says."""
+    worst: tuple[int | None, Evidence] = None, {}
+    for loader, comparison in enumerate(comparisons):
+        if not comparison.num_batches[layer]:
+            continue
+        known = {
+            "val_batches": float(comparison.num_batches[layer]),
+            "val_shift": float(comparison.shift[layer]),
+            "val_noise": float(comparison.noise[layer]),
+            "val_loader": float(loader) if len(comparisons) > 1 else math.nan,
+        }
+        evidence = {name: value for name, value in known.items() if math.isfinite(value)}
+        severity = [(is_shifted(its), its.get("val_shift", 0.0)) for its in (evidence, worst[1])]
+        if worst[0] is None or severity[0] > severity[1]:
+            worst = loader, evidence
+    return worst
 
 
 def _received(layers: Sequence[TrackedLayer], loader: int, layout: ChannelLayout) -> PooledStatistics:
@@ -99,29 +142,33 @@ def _received(layers: Sequence[TrackedLayer], loader: int, layout: ChannelLayout
     return PooledStatistics.of_batches(PooledBatches(counts[0], counts[1], counts[2], value, m2), none_bad, layout)
 
 
-def _of_all_ranks(received: Sequence[PooledStatistics], layout: ChannelLayout) -> list[PooledStatistics]:
-    """What all ranks have received of each loader: a gather to rank 0, and a broadcast of what it makes of it."""
-    size = PooledStatistics.packed_size(layout)
+def _of_all_ranks(
+    report: Report, layers: Sequence[TrackedLayer], received: Sequence[PooledStatistics], layout: ChannelLayout
+) -> list[Comparison]:
+    """What all ranks have received, compared by rank 0: a gather to it, and a broadcast of what it finds."""
     gathered = collectives.gather(torch.cat([part.packed() for part in received]))
+    size = Comparison.packed_size(layout)
     with answer_of_rank_zero(size * len(received)) as answer:
         if gathered:
-            ranks = [_split(message, size, layout) for message in gathered]
-            answer.message = torch.cat([pool(loader, layout).packed() for loader in zip(*ranks, strict=True)])
-    return _split(answer.message, size, layout)
+            parts = [torch.split(message, PooledStatistics.packed_size(layout)) for message in gathered]
+            ranks = [[PooledStatistics.unpacked(part, layout) for part in of_rank] for of_rank in parts]
+            pooled = [pool(of_loader, layout) for of_loader in zip(*ranks, strict=True)]
+            found = [_compared(report, layers, statistics, layout) for statistics in pooled]
+            answer.message = torch.cat([comparison.packed() for comparison in found])
+    return [Comparison.unpacked(part, layout) for part in torch.split(answer.message, size)]
 
 
-def _split(message: Tensor, size: int, layout: ChannelLayout) -> list[PooledStatistics]:
-    return [PooledStatistics.unpacked(part, layout) for part in torch.split(message, size)]
-
-
-def _evidence(layer: LayerReport, num_batches: float, noise: float) -> dict[str, float]:
-    known = {
-        "val_batches": num_batches,
-        "val_shift": float(layer.val_shift.square().nanmean().sqrt()),
-        "val_noise": math.hypot(noise, layer.evidence.get("now_error", 0.0)),
-    }
-    return {name: value for name, value in known.items() if math.isfinite(value)}
-
-
-def _severity(evidence: Evidence) -> tuple[bool, bool, float]:
-    return bool(evidence), is_shifted(evidence), evidence.get("val_shift", 0.0)
+def _compared(
+    report: Report, layers: Sequence[TrackedLayer], statistics: PooledStatistics, layout: ChannelLayout
+) -> Comparison:
+    """What layers have received of one loader against a report of training."""
+    eps = np.array([layer.module.eps for layer in layers])
+    population, noise = statistics.population(layout), error_of_sampling(statistics, layout, eps)
+    shift = np.full(layout.num_layers, np.nan)
+    for index, (layer, own) in enumerate(zip(layers, layout.slices, strict=True)):
+        if layer.name in report:
+            validated = replace(report[layer.name], validation=torch.from_numpy(population[:, own]))
+            shift[index] = float(validated.val_shift.square().nanmean().sqrt())
+            noise[index] = math.hypot(noise[index], validated.evidence.get("now_error", 0.0))
+    num_batches = statistics.weight[MEAN] - statistics.weight[VAR]
+    return Comparison(num_batches, shift, noise, population)

@@ -129,6 +129,20 @@ def rank_that_fails_after_validation(rank):
     return "no error"
 
 
+def validated_in_mid_window(rank):
+    """What validation is said to be off by while the window goes on, in which each rank has received other data."""
+    layers = model()
+    with BatchNormTracker(layers) as tracker:
+        for _ in range(20):
+            layers["a"](torch.randn(8, 5) + 3 * rank)
+        layers.eval()
+        tracker.start_validation()
+        for _ in range(5):
+            layers["a"](torch.randn(8, 5) + 1)
+        report = tracker.validation_report(all_ranks=True)
+    return {name: layer.evidence.get("val_shift") for name, layer in report.items()}
+
+
 def run_rank(rank, world_size, folder):
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -140,6 +154,7 @@ def run_rank(rank, world_size, folder):
     )
     results = {scenario: window(scenario, rank) for scenario in SIZES}
     results["several windows"] = window("uneven shards", rank, windows=3)
+    results["in mid-window"] = validated_in_mid_window(rank)
     results["failure after validation"] = rank_that_fails_after_validation(rank)
     results["failure"] = rank_that_fails(rank)
     Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(results))
@@ -306,6 +321,12 @@ def test_windows_go_on_on_every_rank(ranks):
             pytest.approx(0.9 ** (30 * windows)) for windows in (1, 2, 3)
         ]
         assert len({report["a"].num_samples for report in reports}) == 1
+
+
+def test_validation_in_mid_window_is_compared_with_what_rank_0_has_received(ranks):
+    assert 0.5 < ranks[0]["in mid-window"]["a"] < 2  # the mean is off by 1; of what rank 1 has received by 2
+    for result in ranks[1:]:
+        assert result["in mid-window"] == ranks[0]["in mid-window"]
 
 
 @pytest.mark.parametrize("failure", ["failure", "failure after validation"])
