@@ -76,7 +76,7 @@ class Dashboard:
         try:
             image = self._heatmap.draw()
         except Exception as error:  # no reason not to train either
-            warnings.warn(f"The BatchNorm heatmap could not be drawn: {error!r}", stacklevel=6)
+            warnings.warn(f"The BatchNorm heatmap could not be drawn: {error!r}", stacklevel=7)
             return
         tag = f"{self._prefix}/heatmap"
         for logger in takers:
@@ -100,7 +100,7 @@ class Dashboard:
             log()
         except Exception as error:
             self._refused.add((id(logger), what))
-            warnings.warn(f"{type(logger).__name__} did not log the BatchNorm {what}: {error!r}", stacklevel=6)
+            warnings.warn(f"{type(logger).__name__} did not log the BatchNorm {what}: {error!r}", stacklevel=7)
 
 
 def _takes_images(logger: Logger) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
@@ -11,16 +12,13 @@ from typing_extensions import override
 
 from lightning_bnmonitor.arguments import (
     as_patterns,
-    check_bool,
     check_choice,
     check_not_negative,
 )
-from lightning_bnmonitor.callbacks.dashboard import Dashboard
-from lightning_bnmonitor.callbacks.scalars import Scalars
+from lightning_bnmonitor.callbacks.output import Output
 from lightning_bnmonitor.callbacks.schedule import WindowSchedule, is_training_over
-from lightning_bnmonitor.callbacks.unhealthy import Alarm, OnUnhealthy
+from lightning_bnmonitor.callbacks.unhealthy import OnUnhealthy
 from lightning_bnmonitor.capture.batch_moments import CaptureMode
-from lightning_bnmonitor.compat import batches_that_stepped
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.tracking import collectives
 from lightning_bnmonitor.tracking.tracker import BatchNormTracker
@@ -105,19 +103,15 @@ class BatchNormMonitor(Callback):
         on_unhealthy: OnUnhealthy = "warn",
     ) -> None:
         check_choice("capture", capture, get_args(CaptureMode))
-        check_bool("dashboard", dashboard)
         check_not_negative("validation_batches", validation_batches)
         self._schedule = WindowSchedule(every_n_epochs, every_n_train_batches)
         self._include = as_patterns("include", include)
         self._exclude = as_patterns("exclude", exclude)
         self._capture = capture
-        self._has_dashboard = dashboard
         self._validation_batches = validation_batches
         self._log_key_prefix = log_key_prefix
-        self._scalars = Scalars(log_key_prefix, per_layer)
-        self._alarm = Alarm(on_unhealthy)
+        self._output = Output(log_key_prefix, per_layer, dashboard, on_unhealthy)
         self._tracker: BatchNormTracker | None = None
-        self._dashboard: Dashboard | None = None
         self._report: Report | None = None
         self._has_validated = False  # whether there was a batch in the present validation
         self._state: dict[str, Any] = {}  # while there is no tracker: what `fit` ended with, or is to begin with
@@ -137,13 +131,8 @@ class BatchNormMonitor(Callback):
     def state_dict(self) -> dict[str, Any]:
         if self._tracker is None:
             return self._state
-        return {
-            **self._schedule.state_dict(),
-            "warned_of": self._alarm.state(),
-            "summary": dict(self._scalars.summary),
-            "dashboard": None if self._dashboard is None else self._dashboard.state_dict(),
-            "tracker": self._tracker.state_dict(),
-        }
+        parts = {**self._schedule.state_dict(), **self._output.state_dict()}
+        return {**parts, "tracker": self._tracker.state_dict()}
 
     @override
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
@@ -176,12 +165,7 @@ class BatchNormMonitor(Callback):
         self._detach()  # a fit that was interrupted may not have
         self._tracker = self._report = None
         self._schedule.begin()
-        self._alarm.restore([])
-        self._scalars.summary = {}
-        # Not where nothing is logged: it holds what only rank 0 shows.
-        shows = self._has_dashboard and trainer.is_global_zero
-        validates = self._validation_batches > 0 and bool(trainer.enable_validation)
-        self._dashboard = Dashboard(self._log_key_prefix, validates) if shows else None
+        self._output.begin(trainer, validates=self._validation_batches > 0 and bool(trainer.enable_validation))
         tracker = BatchNormTracker(pl_module, self._include, self._exclude, self._capture)
         self._tracker = tracker.attach()
         if collectives.num_ranks() > 1:
@@ -192,7 +176,7 @@ class BatchNormMonitor(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         # As they were: an EarlyStopping that finds no value in the first validation would raise.
-        self._scalars.publish(trainer)
+        self._output.publish(trainer)
 
     @override
     def on_train_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -242,7 +226,7 @@ class BatchNormMonitor(Callback):
         report = self._tracker.validation_report(all_ranks, num_loaders=len(trainer.num_val_batches))
         if self._schedule.is_due:  # and mid-window, `report()` goes on to be that of the last one
             self._report = report
-        self._scalars.log_validation(trainer, report, batches_that_stepped(trainer))
+        self._output.show_validation(trainer, report)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -253,8 +237,7 @@ class BatchNormMonitor(Callback):
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._schedule.training_ends()
         self._end_window(trainer, batches_over=1)
-        if self._dashboard is not None:
-            self._dashboard.finish(trainer.loggers)
+        self._output.finish(trainer)
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -264,19 +247,22 @@ class BatchNormMonitor(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._detach()
-        if self._dashboard is not None:
-            self._dashboard.finish(trainer.loggers)
+        self._output.finish(trainer)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._detach()
         self._report = self.report()
         self._state = self.state_dict()
-        self._tracker = self._dashboard = None
+        self._tracker = None
+        self._output.end()
 
     def __getstate__(self) -> dict[str, Any]:
         # A copy monitors nothing: it has the configuration and the last report.
-        return {**self.__dict__, "_tracker": None, "_dashboard": None, "_state": {}}
+        output = copy.copy(self._output)
+        output.end()
+        own = {"_schedule": copy.copy(self._schedule), "_output": output, "_tracker": None, "_state": {}}
+        return self.__dict__ | own
 
     def _compares(self, trainer: Trainer) -> bool:
         """Whether this validation is compared with training."""
@@ -295,11 +281,7 @@ class BatchNormMonitor(Callback):
         if is_elsewhere and not any(layer.num_samples for layer in report.values()):
             return  # there were no batches on any rank
         self._report = report
-        step = max(batches_that_stepped(trainer) - batches_over, 0)
-        has_layers = self._scalars.log_window(trainer, report, step)
-        if self._dashboard is not None:
-            self._dashboard.show(trainer.loggers, report, step, has_layers)
-        self._alarm.react(report, may_warn=trainer.is_global_zero)
+        self._output.show_window(trainer, report, batches_over)
 
     def _resume(self, state: Mapping[str, Any]) -> None:
         """Go on with the window of a checkpoint, if one was loaded."""
@@ -312,10 +294,7 @@ class BatchNormMonitor(Callback):
             warnings.warn(f"The BatchNorm statistics in the checkpoint are left out: {error}", stacklevel=2)
             return
         self._schedule.load_state_dict(state)
-        self._alarm.restore(state["warned_of"])
-        self._scalars.summary = dict(state["summary"])
-        if self._dashboard is not None and (shown := state.get("dashboard")) is not None:
-            self._dashboard.load_state_dict(shown)
+        self._output.load_state_dict(state)
 
     def _detach(self) -> None:
         if self._tracker is not None:

@@ -78,4 +78,4 @@ def log_scalars(logger: Logger, metrics: Mapping[str, float], step: int) -> None
         logger.log_metrics(dict(metrics), step=step)
     except Exception as error:  # a full disk, a name that it refuses: no reason not to train
         cause = error.__cause__ or error
-        warnings.warn(f"{type(logger).__name__} did not log the BatchNorm metrics: {cause!r}", stacklevel=6)
+        warnings.warn(f"{type(logger).__name__} did not log the BatchNorm metrics: {cause!r}", stacklevel=7)

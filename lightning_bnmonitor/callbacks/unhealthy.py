@@ -58,7 +58,7 @@ class Alarm:
             news = [layer for layer in report.unhealthy if (layer.name, layer.verdict) not in self._warned_of]
             self._warned_of.update((layer.name, layer.verdict) for layer in news)
             if news:
-                warnings.warn(_warning(news), stacklevel=4)
+                warnings.warn(_warning(news), stacklevel=5)
 
 
 def _warning(layers: Sequence[LayerReport]) -> str:

@@ -165,7 +165,7 @@ def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(tmp_path):
     monitor = BatchNormMonitor()
 
     def spoil(trainer):
-        monitor._dashboard._heatmap.rows = []
+        monitor._output._dashboard._heatmap.rows = []
 
     class Spoil(Callback):
         def on_train_end(self, trainer, pl_module):
