@@ -1,4 +1,4 @@
-"""The mathematics, on tensors and arrays: it knows neither the layers of a model nor ranks.
+"""The mathematics, on tensors and arrays: it knows neither a model's layers nor processes.
 
 In: the mean and variance of single batches, weights of the running average, running statistics before and after.
 Out: exact moments (:mod:`moments`), a window as at most 16 blocks of batches (:mod:`window`, :mod:`blocks`), what these

@@ -7,8 +7,9 @@ The ways of the data:
 
 - **A batch**: hook → ``stash`` → (enough wait, and a step ends) ``Recorder.flush`` → ``Windows.merge``: what waits of
   all layers becomes rows of blocks, in one step → (the window ends) numbers → ``LayerReport`` → the callback's loggers.
-- **A report**: each rank measures (:mod:`measurement`) → what all have seen goes to rank 0, which describes it
-  (:mod:`assessment`) → its reports go to all (:mod:`exchange`). On one rank the same, without the way there and back.
+- **A window's end**: the callback's schedule → ``BatchNormTracker.close`` → ``Recorder.end_window`` → ``assess``: each
+  rank measures (:mod:`measurement`) → what all have seen goes to rank 0, which describes it (:mod:`assessment`) → its
+  reports go to all (:mod:`exchange`). On one rank the same, without the way there and back.
 - **A validation batch**: hook → ``PooledCalls.add`` → (the validation ends) pooled over ranks (:mod:`validation`) →
   numbers → :func:`~lightning_bnmonitor.diagnosis.diagnosis.diagnose_validation` → the report of the window.
 - **A checkpoint**: ``Recorder.state`` = the windows' rows and what each layer keeps → ``load_state_dict`` → at
