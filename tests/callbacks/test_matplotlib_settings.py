@@ -19,7 +19,7 @@ from tests.callbacks.dashboard_fits import OnlyText, board, fit, scalar_tags
 from tests.callbacks.event_files import events, pixels
 from tests.callbacks.expected_warnings import EXPECTED_WARNINGS
 
-pytestmark = EXPECTED_WARNINGS
+pytestmark = [EXPECTED_WARNINGS, pytest.mark.slow]  # a process of its own draws and logs
 
 
 def child(folder):
@@ -61,7 +61,6 @@ def in_a_child(tmp_path_factory):
     return folder, json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.slow
 def test_nothing_is_drawn_where_nobody_takes_pictures(in_a_child):
     drawn = in_a_child[1]["drawn"]
     assert drawn.pop("TensorBoardLogger")
@@ -69,7 +68,6 @@ def test_nothing_is_drawn_where_nobody_takes_pictures(in_a_child):
     assert not any(drawn.values())
 
 
-@pytest.mark.slow
 def test_a_fast_dev_run_leaves_no_trace(in_a_child):
     assert in_a_child[1]["left"] == []
 
