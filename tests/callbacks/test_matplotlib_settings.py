@@ -19,7 +19,7 @@ from tests.callbacks.dashboard_fits import OnlyText, board, fit, scalar_tags
 from tests.callbacks.event_files import events, pixels
 from tests.callbacks.expected_warnings import EXPECTED_WARNINGS
 
-pytestmark = [EXPECTED_WARNINGS, pytest.mark.slow]  # a process of its own draws and logs
+pytestmark = [*EXPECTED_WARNINGS, pytest.mark.slow]  # a process of its own draws and logs
 
 
 def child(folder):
