@@ -95,7 +95,8 @@ def compare(layers: Sequence[TrackedLayer], windows: Windows, are_averaged: bool
         with exchange.answer() as answer:
             if shares:
                 answer.message = exchange.packed(described(pool(shares, layout), {"ranks": float(len(shares))}))
-        reports = exchange.unpacked(answer.message, _frames(states, blocks))
+        mine = at_fixed_weights(blocks, own.as_batches(layout), are_averaged)
+        reports = exchange.unpacked(answer.message, _frames(states, mine))
     else:
         reports = described(own, {})
     return Report(reports, rank=_rank(all_ranks))
@@ -141,7 +142,8 @@ def describe(measured: Measurement, seen: Seen | None = None, at_fixed_weights: 
 
 def _receiving(state: LayerState, num_batches: int, are_averaged: bool) -> LayerState:
     """A layer that has received so many batches, on all ranks together, if its running statistics average them."""
-    known = state.circumstances._replace(calls={"pass": num_batches}, training_calls=num_batches)
+    calls = dict.fromkeys(state.circumstances.calls, 0) | {"pass": num_batches}
+    known = state.circumstances._replace(calls=calls, training_calls=num_batches)
     if are_averaged:
         known = known._replace(momentum=None, effective_momentum=1 / max(num_batches, 1))
     return state._replace(circumstances=known)
