@@ -146,7 +146,7 @@ def test_trackers_that_are_dropped_with_their_models_while_attached_leave_nothin
 
 
 @pytest.mark.slow
-def test_four_hundred_windows_take_no_more_memory_than_a_hundred():
+def test_a_thousand_windows_take_no_more_memory_than_a_hundred():
     model, x = single(), torch.randn(8, C)
 
     def objects():
@@ -160,13 +160,13 @@ def test_four_hundred_windows_take_no_more_memory_than_a_hundred():
             tracker.reset()
         num_objects, num_tensors = objects()
         num_blocks = sys.getallocatedblocks()
-        for _ in range(300):
+        for _ in range(900):
             model(x)
             tracker.reset()
         after_objects, after_tensors = objects()
         assert after_tensors <= num_tensors
-        assert after_objects - num_objects < 100  # of which there would be 300 for each that a window leaves behind
-        assert sys.getallocatedblocks() - num_blocks < 300  # nor are there any that are not counted above
+        assert after_objects - num_objects < 100  # of which there would be 900 for each that a window leaves behind
+        assert sys.getallocatedblocks() - num_blocks < 900  # nor are there any that are not counted above
         assert_population(layer_of(tracker), [])
         batches = feed(model)
         assert_population(layer_of(tracker), batches)
