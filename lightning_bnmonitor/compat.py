@@ -1,8 +1,11 @@
 """Every private or version-dependent name of torch, its compiler and Lightning that this package uses, and why.
 
-No other file touches one. All were tested with torch 2.13 and Lightning 2.6; "from 2.10" tells where a name appeared,
-or from where on it does what we need. The names without a version are older than torch 2.8, below which neither
-saved-tensor hooks within a layer nor calls in compiled code can be told reliably.
+No other file touches one. "From 2.10" tells where a name appeared, or from where on it does what we need. The names
+without a version are older than torch 2.8, below which neither saved-tensor hooks within a layer nor calls in compiled
+code can be told reliably.
+
+A name that is gone from a later torch ends no run: what needs it is switched off, or done in a way that takes longer,
+and :func:`what_is_missing` tells what that means, in one sentence a name.
 
 What a hook needs at each call of a layer is torch's own C function, or the name of an attribute for ``getattr``: a
 function in Python would cost more than what it hides.
@@ -10,42 +13,74 @@ function in Python would cost more than what it hides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from contextlib import AbstractContextManager
 from functools import cache
 from operator import attrgetter
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import torch
 import torch._dynamo
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor as FakeTensor
 from torch.compiler import is_compiling as is_compiling
 from torch.compiler import is_dynamo_compiling as is_dynamo_compiling
-from torch.compiler import is_exporting as is_exporting
-from torch.nn.modules import batchnorm
-from torch.nn.parameter import is_lazy as is_lazy
+from torch.nn.parameter import UninitializedBuffer, UninitializedParameter
+
+if TYPE_CHECKING:
+    from torch.nn.modules import batchnorm
+
+    BatchNorm = batchnorm._BatchNorm
+else:
+    BatchNorm = nn.BatchNorm1d.__base__
+    """The base class of BatchNorm1d to 3d and SyncBatchNorm. There is no public one."""
+
+is_capturing = torch.cuda.is_current_stream_capturing
+"""Whether a CUDA graph is being captured. Public."""
 
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 
-# ------------------------------------------------------------------------------------------------------ torch: modules
-#
-# is_lazy: tells of a tensor of LazyBatchNorm* that it has no shape yet. In no documentation, but without underscore.
+_missing: list[str] = []
 
-BatchNorm = batchnorm._BatchNorm
-"""The base class of BatchNorm1d to 3d and SyncBatchNorm. There is no public one."""
-BUFFERS = "_buffers"
+
+def what_is_missing() -> list[str]:
+    """What this torch lacks of what is used here, and what that means, a sentence each: what was not told before."""
+    told = [f"torch {torch.__version__} {sentence}" for sentence in _missing]
+    _missing.clear()
+    return told
+
+
+def _private(path: str, otherwise: Any, without: str) -> Any:
+    """A name in torch, or what does in its place, and what is then said."""
+    try:
+        return attrgetter(path)(torch)
+    except AttributeError:
+        _missing.append(f"has no `torch.{path}`: {without}")
+        return otherwise
+
+
+# ------------------------------------------------------------------------------------------------------ torch: modules
+
+_module = vars(nn.Module())
+BUFFERS = "_buffers" if "_buffers" in _module else "_modules"  # where none is found: it is then looked up as any other
 """Where a module's ``__dict__`` has its buffers. ``module.running_mean`` looks there last, which takes long."""
 FORWARD_PRE_HOOKS = "_forward_pre_hooks"
 """Where a module's ``__dict__`` has what is called before its ``forward``, and may enter a context that this is in."""
+HAS_PRE_HOOKS = FORWARD_PRE_HOOKS in _module
+"""Whether it has."""
 WRAPPERS = frozenset({"_orig_mod", "_checkpoint_wrapped_module", "_fsdp_wrapped_module"})
 """Under which names ``torch.compile``, ``checkpoint_wrapper`` and FSDP hold the module that they wrap."""
 
 
+def is_lazy(tensor: object) -> bool:
+    """Whether a parameter or buffer (of ``LazyBatchNorm*``) has no shape yet."""
+    return isinstance(tensor, UninitializedBuffer | UninitializedParameter)
+
+
 def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
     """The buffers of a module itself, to be replaced in place: setting an attribute would refuse some tensors."""
-    return module._buffers
+    buffers: dict[str, Tensor | None] = getattr(module, "_buffers", vars(module))
+    return buffers
 
 
 # ----------------------------------------------------------------------------------------------------- torch: autograd
@@ -54,15 +89,36 @@ SAVED_MEAN = "_saved_result1"
 """Where the node of a BatchNorm kernel has the batch mean that was saved for backward. To read it runs its hooks."""
 SAVED_INVSTD = "_saved_result2"
 """Where it has the inverse standard deviation, (var + eps)^-1/2."""
-unpack_hook_of_mean: Callable[[Any], Any] = attrgetter("_raw_saved_result1.unpack_hook")
-"""The saved-tensor hook that reading :data:`SAVED_MEAN` would run, or None. ``unpack_hook`` is there from 2.10."""
-top_saved_tensor_hooks: Callable[[bool], Any] = torch._C._autograd._top_saved_tensors_default_hooks
+HAS_UNPACK_HOOKS = hasattr(torch._C, "_autograd") and hasattr(
+    getattr(torch._C._autograd, "SavedTensor", None), "unpack_hook"
+)
+"""Whether it can be told which hooks reading would run: from 2.10. Else only a layer with PyTorch's own ``forward``,
+which enters no context, is known to have none."""
+unpack_hook_of_mean: Callable[[Any], Any] = (
+    attrgetter("_raw_saved_result1.unpack_hook") if HAS_UNPACK_HOOKS else attrgetter("__class__")
+)
+"""The saved-tensor hook that reading :data:`SAVED_MEAN` would run, or None. Without :data:`HAS_UNPACK_HOOKS`, never."""
+top_saved_tensor_hooks: Callable[[bool], Any] = _private(
+    "_C._autograd._top_saved_tensors_default_hooks",
+    lambda _: (),
+    "batch moments are taken by a pass over each layer's input, which takes longer.",
+)
 """The saved-tensor hooks that are in force, or None. Given True, also while something traces."""
-current_backward: Callable[[], int] = torch._C._current_graph_task_id
+current_backward: Callable[[], int] = _private(
+    "_C._current_graph_task_id",
+    lambda: -1,
+    "calls that activation checkpointing makes again in the backward pass count twice.",
+)
 """Number of the backward pass that this is called within; -1 outside."""
-functorch_is_active: Callable[[], bool] = torch._C._are_functorch_transforms_active
+functorch_is_active: Callable[[], bool] = _private(
+    "_C._are_functorch_transforms_active",
+    lambda: False,
+    "calls within transforms of `torch.func` are not told from others.",
+)
 """Whether a transform of ``torch.func`` is active: tensors then have no values of their own."""
-tracing_state: Callable[[], Any] = torch._C._get_tracing_state
+tracing_state: Callable[[], Any] = _private(
+    "_C._get_tracing_state", lambda: None, "calls within `torch.jit.trace` are not told from others."
+)
 """What ``torch.jit.trace`` is at, or None."""
 
 
@@ -74,7 +130,8 @@ def batch_norm_kernel(node_type: type[Any]) -> Literal["plain", "synchronised"] 
     """
     if node_type.__name__ == "SyncBatchNormBackward":
         return "synchronised"
-    return "plain" if "BatchNorm" in node_type.__name__ and hasattr(node_type, SAVED_MEAN) else None
+    has_saved = hasattr(node_type, SAVED_MEAN) and hasattr(node_type, SAVED_INVSTD)
+    return "plain" if "BatchNorm" in node_type.__name__ and has_saved else None
 
 
 def saved_by_synchronised(node: Any) -> tuple[Tensor, Tensor, dist.ProcessGroup]:
@@ -84,22 +141,32 @@ def saved_by_synchronised(node: Any) -> tuple[Tensor, Tensor, dist.ProcessGroup]
 
 
 def has_unpack_hooks(node: Any) -> bool:
-    """Whether reading what a BatchNorm kernel's node has saved would run saved-tensor hooks."""
+    """Whether reading what a BatchNorm kernel's node has saved would run saved-tensor hooks, or may do so."""
     if batch_norm_kernel(node.__class__) == "plain":
         return unpack_hook_of_mean(node) is not None
-    return any(tensor.unpack_hook is not None for tensor in node._raw_saved_tensors)
+    return not HAS_UNPACK_HOOKS or any(tensor.unpack_hook is not None for tensor in node._raw_saved_tensors)
+
+
+def shape_of_output(node: Any) -> torch.Size | None:
+    """The shape of what the operation of an autograd node has returned; None if it cannot be told."""
+    described = getattr(node, "_input_metadata", None)  # of what the node receives, which is the gradient of that
+    return torch.Size(described[0].shape) if described else None
+
+
+def is_fake(tensor: object) -> bool:
+    """Whether a tensor is what a compiler runs a model on to learn shapes. Known by the names of its classes."""
+    return any(base.__name__ == "FakeTensor" for base in type(tensor).__mro__)
 
 
 # ----------------------------------------------------------------------------------------------------- torch: compiler
 #
-# FakeTensor: what a compiler runs a model on to learn shapes.
 # is_compiling, is_dynamo_compiling: public; Dynamo knows them as constants, by which it leaves a branch out.
-# is_exporting: public, from 2.7; within a hook, Dynamo of 2.7 to 2.11 takes it to be True in all compiled code.
 
-COMPILER_SETTINGS: Mapping[str, bool] = {
+_SETTINGS: Mapping[str, bool] = {
     "skip_nnmodule_hook_guards": False,
     "skip_fwd_side_effects_in_bwd_under_checkpoint": True,
 }
+COMPILER_SETTINGS = {name: value for name, value in _SETTINGS.items() if hasattr(torch._dynamo.config, name)}
 """What ``torch.compile`` must do differently for hooks on a model's layers to see every call, and no call twice.
 
 - Look for changed hooks: by default compiled code does not, and hooks that were registered again, or on a model that
@@ -108,6 +175,30 @@ COMPILER_SETTINGS: Mapping[str, bool] = {
   checkpointed part then runs eagerly, where it updates the buffers twice. What is left behind is that of the first
   forward alone, as it should be. From 2.10.
 """
+if "skip_nnmodule_hook_guards" not in COMPILER_SETTINGS:
+    _missing.append("may go on with what it compiled without a monitor: attach one before the first compiled call.")
+COMPILES_CHECKPOINTS = "skip_fwd_side_effects_in_bwd_under_checkpoint" in COMPILER_SETTINGS
+"""Whether a model can be compiled with activation checkpointing while hooks are on its layers, and train the same."""
+_CHECKPOINTING = ("gradient_checkpointing", "grad_checkpointing")  # of transformers and timm
+
+
+def uses_checkpointing(modules: Iterable[nn.Module]) -> bool:
+    """Whether activation checkpointing can be seen on any of these: a wrapper, or what libraries call their switch."""
+    return any(
+        hasattr(module, "_checkpoint_wrapped_module") or any(vars(module).get(name) is True for name in _CHECKPOINTING)
+        for module in modules
+    )
+
+
+if hasattr(torch.compiler, "_is_exporting_flag"):
+
+    def is_exporting() -> bool:
+        """Whether ``torch.export`` traces. In a hook, Dynamo of 2.7 to 2.11 takes the public function to be True."""
+        flag: bool = torch.compiler._is_exporting_flag
+        return flag
+
+else:
+    is_exporting = torch.compiler.is_exporting
 
 
 def change_compiler_settings(settings: Mapping[str, bool]) -> dict[str, bool]:
@@ -121,8 +212,12 @@ def change_compiler_settings(settings: Mapping[str, bool]) -> dict[str, bool]:
 
 def forget_compiled_code() -> None:
     """Have all be compiled anew if anything was compiled, which nothing public tells."""
-    if torch._dynamo.convert_frame.input_codes.seen:
-        torch._dynamo.reset()
+    try:
+        was_compiled = bool(torch._dynamo.convert_frame.input_codes.seen)
+    except AttributeError:
+        was_compiled = True
+    if was_compiled:
+        torch.compiler.reset()
 
 
 def never_compiled(function: AnyFunction) -> AnyFunction:
@@ -145,13 +240,12 @@ def uncompiled(module: nn.Module) -> nn.Module:
 
 def has_compiled_forward(module: nn.Module) -> bool:
     """Whether ``torch.compile`` has made the module, or the function that its attribute ``forward`` holds."""
-    is_wrapper = isinstance(module, torch._dynamo.OptimizedModule)
-    return is_wrapper or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+    return hasattr(module, "_orig_mod") or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
 
 
 def compiled_call(module: nn.Module) -> Callable[..., Any] | None:
     """What ``module.compile()`` has put in the place of calling the module, its hooks included; None if it has not."""
-    call: Callable[..., Any] | None = module._compiled_call_impl
+    call: Callable[..., Any] | None = getattr(module, "_compiled_call_impl", None)
     return call
 
 
@@ -165,7 +259,9 @@ def set_compiled_call(module: nn.Module, call: Callable[..., Any]) -> None:
 
 def device_for_objects(group: dist.ProcessGroup) -> torch.device:
     """Where a process group takes tensors from that its ranks exchange: the CPU if it can."""
-    return torch.device(dist.distributed_c10d._get_object_coll_device(group))
+    if hasattr(dist.distributed_c10d, "_get_object_coll_device"):
+        return torch.device(dist.distributed_c10d._get_object_coll_device(group))
+    return torch.device("cuda" if dist.get_backend(group) == "nccl" else "cpu")
 
 
 # ----------------------------------------------------------------------------------------------------------- Lightning
@@ -175,13 +271,15 @@ def device_for_objects(group: dist.ProcessGroup) -> torch.device:
 
 def batches_that_stepped(trainer: Any) -> int:
     """The step of what a Trainer logs: batches after which an optimizer has stepped, whatever their number."""
-    batches: int = trainer.fit_loop.epoch_loop._batches_that_stepped
+    batches: int = getattr(trainer.fit_loop.epoch_loop, "_batches_that_stepped", trainer.global_step)
     return batches
 
 
 def prepared_batch(pl_module: Any, batch: Any) -> Any:
     """A batch as the module's hook ``on_before_batch_transfer`` gives it, or the datamodule's if that has the hook."""
-    return pl_module._on_before_batch_transfer(batch)
+    if hasattr(pl_module, "_on_before_batch_transfer"):
+        return pl_module._on_before_batch_transfer(batch)
+    return pl_module.on_before_batch_transfer(batch, 0)
 
 
 def logger_prefix(logger: Any) -> str:

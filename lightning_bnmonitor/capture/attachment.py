@@ -5,16 +5,21 @@ Hooks only. They change nothing, and copies of the model (deep copies, pickles) 
 
 from __future__ import annotations
 
+import warnings
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar
 
+import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_bnmonitor.capture.layer_hook import Gate, Hook, LayerHook
+from lightning_bnmonitor.capture.saved import enters_no_context
 from lightning_bnmonitor.compat import (
     COMPILER_SETTINGS,
+    COMPILES_CHECKPOINTS,
+    HAS_UNPACK_HOOKS,
     BatchNorm,
     change_compiler_settings,
     compiled_call,
@@ -22,6 +27,8 @@ from lightning_bnmonitor.compat import (
     has_compiled_forward,
     is_dynamo_compiling,
     set_compiled_call,
+    uses_checkpointing,
+    what_is_missing,
 )
 
 
@@ -34,6 +41,10 @@ class Attachment:
         hooks: The BatchNorm layers and their hooks.
         drain: Called after each call of a compiled module in ``model``.
         after_step: Called after a step of one of the model's optimizers if there is more to do than to count it.
+
+    Raises:
+        RuntimeError: If hooks would change what this model is trained to, which they do before torch 2.10 where it is
+            compiled and uses activation checkpointing.
     """
 
     def __init__(
@@ -44,6 +55,7 @@ class Attachment:
         drain: Callable[[], None],
         after_step: Callable[[], None],
     ) -> None:
+        _check_version(model, hooks)
         self._handles: list[Any] = []
         self._drained: list[tuple[weakref.ref[nn.Module], _DrainedCall]] = []
         CompilerSettings.acquire()
@@ -73,6 +85,26 @@ class Attachment:
                 set_compiled_call(module, call.compiled)
         self._drained.clear()
         self._release()
+
+
+def _check_version(model: nn.Module, layers: Iterable[BatchNorm]) -> None:
+    """Refuse what this version of torch cannot do, and tell what it does otherwise."""
+    modules = list(model.modules())
+    is_compiled = any(has_compiled_forward(module) or compiled_call(module) is not None for module in modules)
+    if is_compiled and not COMPILES_CHECKPOINTS and uses_checkpointing(modules):
+        raise RuntimeError(
+            f"torch {torch.__version__} trains a compiled model with activation checkpointing otherwise while hooks "
+            "are on its layers. Switch one of the two off, use torch 2.10 or later, or train without the monitor."
+        )
+    sentences = what_is_missing()
+    own = sum(not enters_no_context(layer) for layer in layers)
+    if own and not HAS_UNPACK_HOOKS:
+        sentences.append(
+            f"torch {torch.__version__} does not tell which saved-tensor hooks would run: {own} layers with a "
+            "`forward` of their own are measured by a pass over their input, which takes longer."
+        )
+    for sentence in sentences:
+        warnings.warn(sentence, stacklevel=4)
 
 
 def _release(step_hook: Any) -> None:

@@ -1,13 +1,14 @@
-"""One call of a BatchNorm layer and the batch moments of what it received, in the cheapest way that is exact.
+"""The batch moments of one call of a BatchNorm layer, and the ways to them, of which the cheapest exact one is taken.
 
 ==========  ==================================================  =================================================
 path        when                                                how
 ==========  ==================================================  =================================================
 ``saved``   eager, training mode, autograd graph recorded       the kernel has computed mean and inverse standard
-                                                                deviation for its backward: read them off the node
+                                                                deviation for its backward: read them off the
+                                                                node, :mod:`.saved`
 ``traced``  under ``torch.compile``                             ``var_mean`` in the graph, where the compiler fuses
                                                                 it with BatchNorm's own reduction
-``pass``    otherwise, and on request                           ``var_mean`` of the input
+``pass``    otherwise, and on request                           sums over the input, :mod:`.reduction`
 ==========  ==================================================  =================================================
 
 The choice depends on modes, types and shapes, never on data: nothing here waits for the device.
@@ -15,27 +16,18 @@ The choice depends on modes, types and shapes, never on data: nothing here waits
 
 from __future__ import annotations
 
-from typing import Any, Literal, NamedTuple
+from collections.abc import Sequence
+from typing import Literal, NamedTuple
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
-from lightning_bnmonitor.compat import (
-    SAVED_INVSTD,
-    SAVED_MEAN,
-    BatchNorm,
-    batch_norm_kernel,
-    has_unpack_hooks,
-    saved_by_synchronised,
-    top_saved_tensor_hooks,
-)
+from lightning_bnmonitor.capture.reduction import moments_of
 
 CaptureMode = Literal["auto", "pass"]
 Path = Literal["saved", "traced", "pass"]
 PATHS: tuple[Path, ...] = ("saved", "traced", "pass")
-_FULL_PRECISION = (torch.float32, torch.float64)
-_MAX_SERIAL = 4096  # values per channel that a serial float32 sum may have and still be exact enough
+FULL_PRECISION = (torch.float32, torch.float64)
 
 
 class BatchMoments(NamedTuple):
@@ -61,70 +53,24 @@ class BatchMoments(NamedTuple):
     """Over how many ranks SyncBatchNorm has taken them. Counts then are those of this rank times that number."""
 
 
-def owned(moments: BatchMoments) -> BatchMoments:
-    """Moments as they are, whose memory no CUDA graph will write to at its next replay."""
-    if moments.negated:
-        return moments._replace(mean=-moments.mean, spread=-moments.spread, negated=False)
-    if not moments.mean.is_cuda:
-        return moments
-    mean, spread = torch.stack([moments.mean, moments.spread])
-    return moments._replace(mean=mean, spread=spread)
+def owned(moments: Sequence[BatchMoments]) -> list[BatchMoments]:
+    """Traced moments as they are, in memory that no CUDA graph will write to at its next replay.
 
-
-def saved_moments(module: BatchNorm, x: Tensor, output: object) -> BatchMoments | None:
-    """What the kernel that produced ``output`` saved for its backward, without a kernel of our own.
-
-    Args:
-        module: The BatchNorm layer.
-        x: What it received, ``(N, C, *)``. Only its layout matters.
-        output: What it returned, ``(N, C, *)``.
-
-    Returns:
-        None if nothing usable was saved: no graph (``no_grad``, or nothing that requires grad), the layer normalised by
-        its running statistics, the output is not the kernel's own (a subclass with an activation), the module computes
-        in half precision and saved in it. None also if saved-tensor hooks were active (activation checkpointing,
-        ``save_on_cpu``): reading would run them, and under checkpointing a whole recomputation. And None for a large
-        batch that the CPU's kernel sums value by value in float32, as it does with one position a sample and if ``x``
-        is not contiguous (channels-last, slices): the error grows with the root of the number of values.
+    Copied all at once: a copy for each layer would be a kernel to launch for each.
     """
-    if not isinstance(output, Tensor) or is_intercepted(output):
-        return None
-    node: Any = output.grad_fn
-    kernel = batch_norm_kernel(node.__class__)
-    if kernel != "plain":
-        return _synchronised_moments(module, output) if kernel == "synchronised" else None
-    mean, invstd = getattr(node, SAVED_MEAN), getattr(node, SAVED_INVSTD)
-    num_channels = module.num_features
-    if mean.numel() != num_channels or mean.dtype not in _FULL_PRECISION:
-        return None
-    shape = output.shape
-    batch_size, num_samples = shape[0], shape.numel() // num_channels
-    serial = num_samples == batch_size or not x.is_contiguous()
-    if serial and num_samples > _MAX_SERIAL and x.device.type == "cpu":
-        return None
-    return BatchMoments("saved", num_samples, batch_size, mean, invstd, module.eps, serial)
-
-
-def _synchronised_moments(module: BatchNorm, output: Tensor) -> BatchMoments | None:
-    """What SyncBatchNorm's forward on several ranks saved: the moments of the batches of all these ranks together.
-
-    How many values the other ranks had is on the device; each is taken to have had as many as this one.
-    """
-    mean, invstd, group = saved_by_synchronised(output.grad_fn)
-    if mean.numel() != module.num_features or mean.dtype not in _FULL_PRECISION:
-        return None
-    num_ranks = dist.get_world_size(group)
-    num_samples = output.numel() // module.num_features * num_ranks
-    batch_size = len(output) * num_ranks
-    return BatchMoments("saved", num_samples, batch_size, mean, invstd, module.eps, num_ranks=num_ranks)
-
-
-def is_intercepted(output: object) -> bool:
-    """Whether something intercepts what autograd saves, or has for ``output``: checkpointing, ``save_on_cpu``."""
-    if top_saved_tensor_hooks(True) is not None:
-        return True
-    node: Any = getattr(output, "grad_fn", None)
-    return batch_norm_kernel(node.__class__) is not None and has_unpack_hooks(node)
+    taken = [
+        each._replace(mean=-each.mean, spread=-each.spread, negated=False) if each.negated else each for each in moments
+    ]
+    by_device: dict[torch.device, list[int]] = {}
+    for index, each in enumerate(moments):
+        if each.mean.is_cuda and not each.negated:
+            by_device.setdefault(each.mean.device, []).append(index)
+    for indices in by_device.values():
+        shared = [part for index in indices for part in (taken[index].mean, taken[index].spread)]
+        copies = iter(torch.split(torch.cat(shared), [len(part) for part in shared]))
+        for index in indices:
+            taken[index] = taken[index]._replace(mean=next(copies), spread=next(copies))
+    return taken
 
 
 def traced_moments(x: Tensor) -> BatchMoments:
@@ -139,33 +85,18 @@ def traced_moments(x: Tensor) -> BatchMoments:
     is what there is, with the opposite sign. A plain copy is found to be superfluous by the compiler.
     """
     x = _at_least_float32(x.detach())
-    var, mean = torch.var_mean(x, _all_but_channels(x), correction=0, keepdim=True)
+    var, mean = torch.var_mean(x, [dim for dim in range(x.ndim) if dim != 1], correction=0, keepdim=True)
     mean, var = mean.flatten(), var.flatten()
     negated = x.dtype == torch.float64 or x.device.type == "mps"  # which has no float64
     mean, var = (-mean, -var) if negated else (mean.double(), var.double())
     return BatchMoments("traced", x.numel() // x.shape[1], x.shape[0], mean, var, None, negated=negated)
 
 
-@torch.no_grad()
 def pass_moments(x: Tensor) -> BatchMoments:
-    """Moments of ``x``, ``(N, C, *)``, not empty, by a pass over it in at least float32.
-
-    Two passes, in fact: the first finds a mean that float32 has rounded, the second the moments about it, and the two
-    means are added in float64. The difference of two floats that are close is exact, so that no digit is lost however
-    large the mean is beside the standard deviation.
-    """
-    x = _at_least_float32(x.detach())
-    dims = _all_but_channels(x)
-    centre = x.mean(dims, keepdim=True)
-    var, rest = torch.var_mean(x - centre, dims, correction=0)
-    wide = torch.float32 if x.device.type == "mps" else torch.float64  # MPS has no float64
-    mean = rest.to(wide) + centre.flatten().to(wide)
+    """Moments of ``x``, ``(N, C, *)``, not empty, by a pass over it in at least float32."""
+    mean, var = moments_of(x)
     return BatchMoments("pass", x.numel() // x.shape[1], len(x), mean, var, None)
 
 
 def _at_least_float32(x: Tensor) -> Tensor:
-    return x if x.dtype in _FULL_PRECISION else x.float()
-
-
-def _all_but_channels(x: Tensor) -> list[int]:
-    return [dim for dim in range(x.ndim) if dim != 1]
+    return x if x.dtype in FULL_PRECISION else x.float()

@@ -12,13 +12,15 @@ from typing import Any, NamedTuple, TypeGuard
 import torch
 from torch import Tensor, nn
 
-from lightning_bnmonitor.capture.batch_moments import (
-    BatchMoments,
-    Path,
+from lightning_bnmonitor.capture.batch_moments import BatchMoments, Path, pass_moments, traced_moments
+from lightning_bnmonitor.capture.saved import (
+    Kernel,
+    Way,
+    at_end_of,
+    enters_no_context,
     is_intercepted,
-    pass_moments,
+    kernel_behind,
     saved_moments,
-    traced_moments,
 )
 from lightning_bnmonitor.compat import (
     BUFFERS,
@@ -26,13 +28,14 @@ from lightning_bnmonitor.compat import (
     SAVED_INVSTD,
     SAVED_MEAN,
     BatchNorm,
-    FakeTensor,
     batch_norm_kernel,
     current_backward,
     functorch_is_active,
+    is_capturing,
     is_compiling,
     is_dynamo_compiling,
     is_exporting,
+    is_fake,
     never_compiled,
     top_saved_tensor_hooks,
     tracing_state,
@@ -42,7 +45,6 @@ from lightning_bnmonitor.compat import (
 
 STASH_LIMIT = 72
 """Most calls of a layer that may wait for the next update."""
-_OWN_FORWARDS = (BatchNorm.forward, nn.SyncBatchNorm.forward)
 _ASKED_FOR = {"eps", "momentum", "training"}  # of a module's ``__dict__``, where a property would not be seen
 _call_counter = itertools.count()
 
@@ -57,6 +59,7 @@ class Gate:
         self.is_closed = False  # whether the window has ended
         self.steps = 0  # training steps that have ended
         self.is_full = False  # whether as many calls of a layer wait as may
+        self.has_warned_of_graph = False  # that is captured
         self.is_traced = False  # whether compiled graphs may have left anything behind
         # Replicas of a model may be called in several threads. They need no lock to append to a list.
         self.lock = threading.RLock()
@@ -87,6 +90,8 @@ class RepeatableCall(NamedTuple):
     """Whether the input was; None also if that tells nothing."""
     plain_class: type | None
     """The layer's class if it has PyTorch's own ``forward``, within which nothing intercepts what autograd saves."""
+    way: Way
+    """From the output's node to the kernel's."""
     path: Path
     """How the moments were obtained."""
     num_samples: int
@@ -217,7 +222,7 @@ class LayerHook(Hook):
         # have changed since. All others go the long way, which tells the same of it.
         last, stash, limit = self.last_call, self.stash, self.limit
         if last is not None and len(stash) < limit and tracing_state() is None and output.__class__ is Tensor:
-            eps, momentum, training, updating, nbytes, shape, node_type, contiguous, plain, _, _, _, _, _, _ = last
+            eps, momentum, training, updating, nbytes, shape, node_type, contiguous, plain, way, _, _, _, _, _, _ = last
             if (
                 output.shape == shape
                 and (node := output.grad_fn).__class__ is node_type
@@ -230,11 +235,14 @@ class LayerHook(Hook):
                 and not functorch_is_active()
                 and (
                     (module.__class__ is plain and "forward" not in attributes and not attributes[FORWARD_PRE_HOOKS])
-                    or unpack_hook_of_mean(node) is None
+                    or (
+                        (node := at_end_of(way, node, getattr(x, "grad_fn", None))) is not None
+                        and unpack_hook_of_mean(node) is None
+                    )
                 )
             ):
                 mean, spread = getattr(node, SAVED_MEAN), getattr(node, SAVED_INVSTD)
-                if mean.nbytes == nbytes and not mean.is_meta:
+                if mean.nbytes == nbytes and not mean.is_meta and not (mean.is_cuda and is_capturing()):
                     stash.append((mean, spread, gate.steps, last))
                     if len(stash) >= limit:
                         gate.is_full = True
@@ -250,10 +258,15 @@ class LayerHook(Hook):
         if _is_abstract(x) or not _has_channels(x, module):
             self.skipped += 1
             return
+        if x.is_cuda and is_capturing():
+            self._tell_of_graph()
+            self.skipped += 1
+            return
         try:
-            moments = None if self.by_pass else saved_moments(module, x, output)
+            kernel = kernel_behind(module, x, output)
+            moments = None if self.by_pass else saved_moments(module, x, kernel)
             if moments is None and x.numel():
-                self.checkpointed |= is_intercepted(output)
+                self.checkpointed |= is_intercepted(module, kernel)
                 moments = pass_moments(x)
         except Exception as error:
             self._warn_of(module, error)
@@ -264,7 +277,7 @@ class LayerHook(Hook):
             self.receive_empty(updating)
         else:
             call = _call_of(moments, module, module.training, updating)
-            repeatable = _repeatable(call, module, x, output)
+            repeatable = None if kernel is None else _repeatable(call, module, x, output, kernel)
             self._keep(moments, repeatable or call)
         self.last_call = repeatable
 
@@ -277,7 +290,7 @@ class LayerHook(Hook):
 
     @never_compiled
     def _take_in_validation(self, module: BatchNorm, x: object) -> None:
-        if not _is_abstract(x) and _has_channels(x, module) and x.numel():
+        if not _is_abstract(x) and _has_channels(x, module) and x.numel() and not (x.is_cuda and is_capturing()):
             try:
                 moments = pass_moments(x)
             except Exception as error:
@@ -291,12 +304,22 @@ class LayerHook(Hook):
             warnings.warn(f"The moments of a call of {type(module).__name__} are left out: {error!r}", stacklevel=3)
         self._has_warned = True
 
-    def receive(self, module: BatchNorm, moments: BatchMoments | None, training: bool, updating: bool) -> None:
-        """Take the moments of a call that compiled code has left behind, None of an empty batch."""
-        if moments is None:
-            self.receive_empty(updating)
-        else:
+    def _tell_of_graph(self) -> None:
+        """The kernels of a CUDA graph run again without Python, and write over what they had saved."""
+        if not self.gate.has_warned_of_graph:
+            warnings.warn(
+                "A CUDA graph is being captured: its replays run no hooks, so that what BatchNorm layers receive in "
+                "them is not counted. `torch.compile(mode='reduce-overhead')` has CUDA graphs that are.",
+                stacklevel=4,
+            )
+        self.gate.has_warned_of_graph = True
+
+    def receive(self, module: BatchNorm, training: bool, updating: bool, moments: BatchMoments) -> None:
+        """Take the moments of a call, or of an empty batch, that compiled code has left behind."""
+        if moments.num_samples:
             self._keep(moments, _call_of(moments, module, training, updating))
+        else:
+            self.receive_empty(updating)
 
     def _keep(self, moments: BatchMoments, call: RepeatableCall) -> None:
         if self.first_call < 0:
@@ -323,6 +346,7 @@ def _call_of(moments: BatchMoments, module: BatchNorm, training: bool, updating:
         node_type=None,
         contiguous=None,
         plain_class=None,
+        way=(),
         path=moments.path,
         num_samples=moments.num_samples,
         batch_size=moments.batch_size,
@@ -332,18 +356,19 @@ def _call_of(moments: BatchMoments, module: BatchNorm, training: bool, updating:
     )
 
 
-def _repeatable(call: RepeatableCall, module: BatchNorm, x: Tensor, output: object) -> RepeatableCall | None:
+def _repeatable(
+    call: RepeatableCall, module: BatchNorm, x: Tensor, output: Any, kernel: Kernel
+) -> RepeatableCall | None:
     """The call with what tells that another is the same; None if one can have all of that and be different."""
-    if call.path != "saved" or call.eps != module.eps or not isinstance(output, Tensor) or x.shape != output.shape:
-        return None
-    node: Any = output.grad_fn
-    if batch_norm_kernel(node.__class__) != "plain" or not vars(module).keys() >= _ASKED_FOR:
+    is_plain = batch_norm_kernel(kernel.node.__class__) == "plain"
+    if call.path != "saved" or not is_plain or call.eps != module.eps or not vars(module).keys() >= _ASKED_FOR:
         return None
     return call._replace(
         shape=output.shape,
-        node_type=type(node),
+        node_type=type(output.grad_fn),
         contiguous=x.is_contiguous() if call.num_samples != call.batch_size else None,
-        plain_class=type(module) if type(module).forward in _OWN_FORWARDS else None,
+        plain_class=type(module) if enters_no_context(module) else None,
+        way=kernel.way,
     )
 
 
@@ -363,4 +388,4 @@ def _has_channels(x: object, module: BatchNorm) -> TypeGuard[Tensor]:
 def _is_abstract(x: object) -> bool:
     """Whether ``x`` has no values of its own: within a transform of ``torch.func``, while tracing, or if it is fake."""
     is_transformed = functorch_is_active() or tracing_state() is not None
-    return is_transformed or isinstance(x, FakeTensor) or (isinstance(x, Tensor) and x.is_meta)
+    return is_transformed or is_fake(x) or (isinstance(x, Tensor) and x.is_meta)

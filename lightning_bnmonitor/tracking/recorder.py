@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lightning_bnmonitor.capture.batch_moments import owned
 from lightning_bnmonitor.capture.layer_hook import Gate
 from lightning_bnmonitor.compat import BatchNorm
 from lightning_bnmonitor.report.report import Report
@@ -70,8 +71,9 @@ class Recorder:
     def drain(self) -> None:
         """Take what compiled graphs have left behind."""
         self.gate.is_traced = False
-        for layer in self.layers:
-            layer.drain()
+        left = [each for layer in self.layers for each in layer.left_behind()]
+        for moments, (_, take) in zip(owned([moments for moments, _ in left]), left, strict=True):
+            take(moments)
 
     @contextmanager
     def paused(self) -> Iterator[None]:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_bnmonitor.capture.batch_moments import PATHS, BatchMoments, Path, owned
+from lightning_bnmonitor.capture.batch_moments import PATHS, BatchMoments, Path
 from lightning_bnmonitor.capture.layer_hook import Call, Gate, LayerHook
 from lightning_bnmonitor.compat import BatchNorm
 from lightning_bnmonitor.statistics.pooled_calls import PooledCalls
@@ -20,6 +20,10 @@ from lightning_bnmonitor.statistics.window import Batches, Window, Write
 from lightning_bnmonitor.tracking.buffers import FRESH, History, Snapshot
 
 _SAVED_OF_HOOK = ("by_pass", "skipped", "checkpointed")
+
+
+LeftBehind = tuple[BatchMoments, Callable[[BatchMoments], None]]
+"""The moments of one call in compiled code, in memory that may be the compiler's own, and what takes them."""
 
 
 class CallCounts(NamedTuple):
@@ -153,18 +157,22 @@ class TrackedLayer:
         with self.gate.lock:
             self._in_validation.add(moments.num_samples, moments.batch_size, moments.mean, moments.spread)
 
-    def drain(self) -> None:
-        """Take what compiled graphs have left behind, if it counts."""
+    def left_behind(self) -> list[LeftBehind]:
+        """What compiled graphs have left behind, if it counts, and what takes each. It is not there any more then."""
         gate, hook = self.gate, self.hook
-        if hook.traced_validation:
-            validated, hook.traced_validation = hook.traced_validation, ()
-            for moments in validated if gate.validating and not gate.paused else ():
-                if moments.num_samples:
-                    self.validate(owned(moments))
-        if hook.traced:
-            traced, hook.traced = hook.traced, ()
-            for moments, training, updating in traced if not (gate.paused or gate.is_closed) else ():
-                hook.receive(self.module, owned(moments) if moments.num_samples else None, training, updating)
+        if not (hook.traced or hook.traced_validation):
+            return []
+        validated, hook.traced_validation = hook.traced_validation, ()
+        traced, hook.traced = hook.traced, ()
+        left: list[LeftBehind] = []
+        if gate.validating and not gate.paused:
+            left += [(moments, self.validate) for moments in validated if moments.num_samples]
+        if not (gate.paused or gate.is_closed):
+            left += [
+                (moments, partial(hook.receive, self.module, training, updating))
+                for moments, training, updating in traced
+            ]
+        return left
 
     def waiting(self, calls: Sequence[Call]) -> WaitingCalls:
         """Calls that wait to be merged, field by field. Those of another width than the first contribute nothing."""

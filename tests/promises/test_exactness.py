@@ -282,6 +282,24 @@ def moving_weights() -> tuple:
     return model, layer, train, 60
 
 
+class BatchNormReLU(nn.BatchNorm2d):
+    def forward(self, input: Tensor) -> Tensor:
+        return F.relu(super().forward(input))
+
+
+def activation_within_the_layer() -> tuple:
+    layer = BatchNormReLU(C)
+    model = nn.Sequential(nn.Conv2d(3, C, 3), layer)
+    return model, layer, training(model, [torch.randn(6, 3, 5, 5) for _ in range(20)]), 20
+
+
+def hook_that_replaces_the_output() -> tuple:
+    layer = nn.BatchNorm2d(C)
+    layer.register_forward_hook(lambda module, args, output: output * 2)
+    model = nn.Sequential(nn.Conv2d(3, C, 3), layer)
+    return model, layer, training(model, [torch.randn(6, 3, 5, 5) for _ in range(20)]), 20
+
+
 def autocast(dtype: torch.dtype) -> Scenario:
     def scenario() -> tuple:
         layer = nn.BatchNorm1d(C)
@@ -308,6 +326,8 @@ def half_inputs(kind: str, dtype: torch.dtype) -> Scenario:
 
 
 SAVED: dict[str, Scenario] = {
+    "subclass with an activation": activation_within_the_layer,
+    "hook that replaces the output": hook_that_replaces_the_output,
     "affine=False": without_affine,
     "affine=False, input requires grad": without_affine_but_with_an_input_that_requires_grad,
     "momentum=None, ReLU in place": cumulative_average,
@@ -383,24 +403,6 @@ def frozen_layer() -> tuple:
     return model, layer, training(model, [torch.randn(6, 3, 5, 5) for _ in range(20)]), 20
 
 
-class BatchNormReLU(nn.BatchNorm2d):
-    def forward(self, input: Tensor) -> Tensor:
-        return F.relu(super().forward(input))
-
-
-def activation_within_the_layer() -> tuple:
-    layer = BatchNormReLU(C)
-    model = nn.Sequential(nn.Conv2d(3, C, 3), layer)
-    return model, layer, training(model, [torch.randn(6, 3, 5, 5) for _ in range(20)]), 20
-
-
-def hook_that_replaces_the_output() -> tuple:
-    layer = nn.BatchNorm2d(C)
-    layer.register_forward_hook(lambda module, args, output: output * 2)
-    model = nn.Sequential(nn.Conv2d(3, C, 3), layer)
-    return model, layer, training(model, [torch.randn(6, 3, 5, 5) for _ in range(20)]), 20
-
-
 def activations_on_the_cpu() -> tuple:
     layer = nn.BatchNorm2d(C)
     model = nn.Sequential(nn.Conv2d(3, C, 3), layer, nn.Conv2d(C, 2, 2))
@@ -442,8 +444,6 @@ PASS: dict[str, Scenario] = {
     "no_grad": with_no_grad,
     "nothing requires grad": nothing_requires_grad,
     "frozen layer in a training model": frozen_layer,
-    "subclass with an activation": activation_within_the_layer,
-    "hook that replaces the output": hook_that_replaces_the_output,
     "save_on_cpu": activations_on_the_cpu,
     "reentrant checkpointing": activation_checkpointing(use_reentrant=True),
     "non-reentrant checkpointing": activation_checkpointing(use_reentrant=False),

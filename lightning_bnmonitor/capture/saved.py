@@ -1,0 +1,151 @@
+"""What a BatchNorm kernel has saved for its backward, read off the autograd graph behind a layer's output.
+
+The kernel's node is that of the output itself, or lies a few steps behind it where the layer's own ``forward`` goes on
+with an activation, dropout, a reshape. What lies behind the layer's input belongs to others.
+"""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from lightning_bnmonitor.capture.batch_moments import FULL_PRECISION, BatchMoments
+from lightning_bnmonitor.compat import (
+    FORWARD_PRE_HOOKS,
+    HAS_PRE_HOOKS,
+    HAS_UNPACK_HOOKS,
+    SAVED_INVSTD,
+    SAVED_MEAN,
+    BatchNorm,
+    batch_norm_kernel,
+    has_unpack_hooks,
+    saved_by_synchronised,
+    shape_of_output,
+    top_saved_tensor_hooks,
+)
+
+Way = tuple[tuple[int, type], ...]
+"""Steps from one autograd node to another: which of a node's inputs to go on with, and the type of the node there."""
+_MOST_STEPS = 6
+_MAX_SERIAL = 4096  # values per channel that a serial float32 sum may have and still be exact enough
+_OWN_FORWARDS = (BatchNorm.forward, nn.SyncBatchNorm.forward)
+
+
+class Kernel(NamedTuple):
+    """The kernel that has normalised in a call of a layer."""
+
+    node: Any
+    """Its autograd node."""
+    way: Way
+    """From the output's node to it: empty where that is the same."""
+
+
+def kernel_behind(module: BatchNorm, x: object, output: object) -> Kernel | None:
+    """The kernel that ``output`` comes from, if it is one of this layer's and at most 6 steps behind.
+
+    A step is taken while one input matters: parameters do not, nor does ``x`` beside others (a residual connection). Of
+    several kernels the one is taken that has the layer's own parameters.
+    """
+    node: Any = getattr(output, "grad_fn", None)
+    before: Any = getattr(x, "grad_fn", None)
+    way: Way = ()
+    while node is not None and node is not before:
+        if batch_norm_kernel(node.__class__) is not None:
+            return Kernel(node, way) if _belongs_to(module, x, node) else None
+        if len(way) == _MOST_STEPS:
+            return None
+        inputs = [
+            (index, following)
+            for index, (following, _) in enumerate(node.next_functions)
+            if following is not None and following is not before and not hasattr(following, "variable")
+        ]
+        if len(inputs) > 1:
+            inputs = [each for each in inputs if _is_own_kernel(module, x, each[1])]
+        if len(inputs) != 1:
+            return None
+        [(index, node)] = inputs
+        way = (*way, (index, type(node)))
+    return None
+
+
+def at_end_of(way: Way, node: Any, before: Any) -> Any:
+    """The node that a way from ``node`` ends at, None if it is another way now. ``before`` is the node of the input."""
+    for index, node_type in way:
+        if node is before:
+            return None
+        following = node.next_functions
+        node = following[index][0] if index < len(following) else None
+        if node.__class__ is not node_type:
+            return None
+    return None if node is before else node
+
+
+def is_intercepted(module: BatchNorm, kernel: Kernel | None) -> bool:
+    """Whether something intercepts what autograd saves, or may have in this call: checkpointing, ``save_on_cpu``."""
+    if top_saved_tensor_hooks(True) is not None:
+        return True
+    if kernel is None or (not HAS_UNPACK_HOOKS and enters_no_context(module)):
+        return False
+    return has_unpack_hooks(kernel.node)
+
+
+def enters_no_context(module: BatchNorm) -> bool:
+    """Whether a layer has PyTorch's own ``forward`` and nothing before it, so that it saves as its surroundings do."""
+    attributes = vars(module)
+    is_own = type(module).forward in _OWN_FORWARDS and "forward" not in attributes
+    return is_own and HAS_PRE_HOOKS and not attributes[FORWARD_PRE_HOOKS]
+
+
+def saved_moments(module: BatchNorm, x: Tensor, kernel: Kernel | None) -> BatchMoments | None:
+    """What the kernel saved for its backward, without a kernel of our own.
+
+    Args:
+        module: The BatchNorm layer.
+        x: What it received, ``(N, C, *)``. Only its layout matters.
+        kernel: The kernel, None if there is none.
+
+    Returns:
+        None if nothing usable was saved: no graph (``no_grad``, or nothing that requires grad), the layer normalised by
+        its running statistics, the CPU's kernel computed in half precision and saved in it. None also if saved-tensor
+        hooks were active (activation checkpointing, ``save_on_cpu``): reading would run them, and under checkpointing a
+        whole recomputation. And None for a large batch that the CPU's kernel sums value by value in float32, as it does
+        with one position a sample and if ``x`` is not contiguous (channels-last, slices): the error grows with the root
+        of the number of values.
+    """
+    if kernel is None or is_intercepted(module, kernel):
+        return None
+    shape, num_channels = shape_of_output(kernel.node), module.num_features
+    if shape is None:
+        return None
+    num_ranks, is_synchronised = 1, batch_norm_kernel(kernel.node.__class__) == "synchronised"
+    if is_synchronised:
+        # The moments of the batches of all ranks together. How many values the other ranks had is on the device; each
+        # is taken to have had as many as this one.
+        mean, spread, group = saved_by_synchronised(kernel.node)
+        num_ranks = dist.get_world_size(group)
+    else:
+        mean, spread = getattr(kernel.node, SAVED_MEAN), getattr(kernel.node, SAVED_INVSTD)
+    if mean.numel() != num_channels or mean.dtype not in FULL_PRECISION:
+        return None
+    batch_size, num_samples = shape[0], shape.numel() // num_channels
+    serial = not is_synchronised and (num_samples == batch_size or not x.is_contiguous())
+    if serial and num_samples > _MAX_SERIAL and x.device.type == "cpu":
+        return None
+    counts = num_samples * num_ranks, batch_size * num_ranks
+    return BatchMoments("saved", *counts, mean, spread, module.eps, serial, num_ranks=num_ranks)
+
+
+def _is_own_kernel(module: BatchNorm, x: object, node: Any) -> bool:
+    return batch_norm_kernel(node.__class__) is not None and _belongs_to(module, x, node)
+
+
+def _belongs_to(module: BatchNorm, x: object, node: Any) -> bool:
+    """Whether a kernel's node has one of the layer's parameters for an input, or what the layer received."""
+    own = [tensor for tensor in (x, module.weight, module.bias) if isinstance(tensor, Tensor) and tensor.requires_grad]
+    return any(
+        any(getattr(following, "variable", None) is tensor or following is tensor.grad_fn for tensor in own)
+        for following, _ in node.next_functions
+        if following is not None
+    )
