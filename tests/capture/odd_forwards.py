@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, ClassVar
 
 import torch
@@ -280,6 +280,34 @@ class Front(nn.Module):
 
     def forward(self, x: Tensor) -> Any:
         return self.norm(self.front(x))
+
+
+class Pair(nn.Module):
+    """A layer that receives two tensors from one node, and normalises the second."""
+
+    def __init__(self, parted: Callable[[Tensor], Sequence[Tensor]], activated: bool) -> None:
+        super().__init__()
+        self.parted, self.mix, self.norm = parted, nn.Conv2d(C, C, 1), OfTheSecond(C)
+        self.norm.activated = activated
+
+    def forward(self, x: Tensor) -> Tensor:
+        first, second = self.parted(self.mix(x))
+        return self.norm(first, second)
+
+
+class OfTheSecond(nn.BatchNorm2d):
+    activated = True
+
+    def forward(self, first: Tensor, second: Tensor) -> Tensor:
+        y = super().forward(second)
+        return F.relu(y) if self.activated else y.add(0)
+
+
+class TokensLast(nn.BatchNorm1d):
+    """Of ``(N, L, C)``, with channels last."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.relu(super().forward(x.transpose(1, 2)).transpose(1, 2))
 
 
 USUAL_FRONTS = ["a leaf", "of a convolution", "of another layer"]

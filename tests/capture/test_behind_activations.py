@@ -29,6 +29,8 @@ from tests.capture.odd_forwards import (
     C,
     Front,
     Layer,
+    Pair,
+    TokensLast,
     Watched,
     around_both,
     around_the_activation,
@@ -121,6 +123,54 @@ def test_of_what_the_kernel_returned_it_is_what_the_layer_or_the_kernel_received
     training = same(behind(front, RETURNED[forward]), inputs_of(front), step=step)
     layer = training.report["norm"]
     assert is_exact(layer, training.received.batches["norm"]) or is_exact(layer, received[:STEPS])
+
+
+PARTED: dict[str, Callable[[Tensor], Any]] = {
+    "parts": lambda x: x.chunk(2),
+    "of an operation": lambda x: (x, 3 * x),
+    "of a stack": lambda x: torch.stack([x, 2 * x]).unbind(),
+}
+
+
+@pytest.mark.parametrize("activated", [True, False])
+@pytest.mark.parametrize("parted", PARTED)
+def test_it_is_the_first_of_two_tensors_though_the_second_is_normalised(parted: str, activated: bool) -> None:
+    def inputs(step: int) -> dict[str, Tensor]:
+        x = batches(step)["x"]
+        return {"x": torch.cat([x, 2 * x])}
+
+    checked(lambda: Pair(PARTED[parted], activated), inputs)
+
+
+def test_an_input_that_is_written_to_after_it_was_normalised_is_no_reason_to_fail() -> None:
+    """It may be asked for no more, be it by a backward pass or by us."""
+
+    def forward(layer: Layer, x: Tensor) -> Tensor:
+        y = F.silu(layer.norm(x))
+        x.detach().mul_(2)
+        return y
+
+    for front in USUAL_FRONTS:
+        training = same(behind(front, forward), step=no_backward)
+        assert training.report["norm"].num_batches == STEPS
+        assert training.report["norm"].evidence["calls_skipped"] == 0
+
+
+@pytest.mark.parametrize("requires_grad", [True, False])
+@pytest.mark.parametrize("length", [C, C + 1])
+def test_tokens_with_channels_last_are_looked_at_as_if_they_were_not_or_skipped(
+    length: int, requires_grad: bool
+) -> None:
+    def inputs(step: int) -> dict[str, Tensor]:
+        x = batches(step)["x"].flatten(2).repeat(1, 2, 1)[:, :length, :C].clone()
+        return {"x": x.requires_grad_(requires_grad)}
+
+    training = same(lambda: Front(TokensLast(C)), inputs)
+    if length == C:
+        assert_all_exact(training)
+    else:
+        assert training.report["norm"].num_batches == 0
+        assert training.calls("norm") == {"calls_skipped": STEPS}
 
 
 # --- what changes between two calls -----------------------------------------------------------------------------------
@@ -428,7 +478,10 @@ def test_channels_last(forward: str, size: int) -> None:
 
 def test_many_rows_and_pooled_images() -> None:
     """With one position a sample the kernel sums value by value, whatever shape comes out."""
-    forward = lambda layer, x: F.silu(layer.norm(x)).repeat(1, 1, 2, 2)  # noqa: E731
+
+    def forward(layer: Layer, x: Tensor) -> Tensor:
+        return F.silu(layer.norm(x)).repeat(1, 1, 2, 2)
+
     for num in (100, 5000):
         training = checked(behind("a leaf", forward), lambda step, num=num: {"x": torch.randn(num, C, 1, 1) + 1})
         if num == 5000:
@@ -472,10 +525,12 @@ def test_what_is_not_finite_is_of_its_channel_alone(value: float) -> None:
 
     training = same(behind("a leaf", READ_THROUGH["activation"]), inputs, step=without_the_spoilt)
     layer, finite = training.report["norm"], [0, 1, 3]
-    received = np.concatenate([np.moveaxis(x, 1, 0).reshape(C, -1) for x in training.received.batches["norm"]], axis=1)
+    received = np.concatenate([np.moveaxis(x, 1, 0).reshape(C, -1) for x in training.received.batches["norm"]], 1)[
+        finite
+    ]
     assert layer.population_mean.isnan().tolist() == [False, False, True, False]
-    np.testing.assert_allclose(layer.population_mean[finite].numpy(), received.mean(1)[finite], rtol=1e-6)
-    np.testing.assert_allclose(layer.population_var[finite].numpy(), received.var(1, ddof=1)[finite], rtol=1e-5)
+    np.testing.assert_allclose(layer.population_mean[finite].numpy(), received.mean(1), rtol=1e-6)
+    np.testing.assert_allclose(layer.population_var[finite].numpy(), received.var(1, ddof=1), rtol=1e-5)
 
 
 class Shared(nn.Module):
@@ -512,6 +567,7 @@ def test_copies_are_not_counted(copied: Callable[[nn.Module], nn.Module]) -> Non
     assert training.report["norm"].num_batches == 2 * STEPS
 
 
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("what", ["vmap", "grad", "trace"])
 def test_calls_within_a_transform_are_skipped(what: str) -> None:
     model = nn.Sequential(BatchNormAct2d(C, nn.SiLU(), track_running_stats=False))

@@ -50,7 +50,7 @@ class Received:
 
     def _record(self, module: nn.Module, args: tuple[Tensor, ...]) -> None:
         if module in self.names and self.listening and self.model.training:
-            (x,) = args
+            x, *_ = args
             name = self.names[module]
             self.batches[name].append(x.detach().clone().double().numpy())
             if not x.is_contiguous() or x.numel() == x.shape[0] * x.shape[1]:
