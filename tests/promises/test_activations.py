@@ -1,0 +1,119 @@
+"""Networks of layers with an activation in them cost no pass, are exact, and train as without the tracker."""
+
+from __future__ import annotations
+
+import functools
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+from torch.nn.modules.conv import _ConvNd
+
+from tests.promises.activated_layers import FUSED_ARCHITECTURES, NETWORKS, Model, SplitBatchNorm2d
+from tests.promises.recorded_training import (
+    Training,
+    assert_all_exact,
+    assert_identical,
+    batch_norms,
+    train,
+)
+
+STEPS = 4
+
+
+@functools.cache
+def trained(network: str, monitored: bool) -> Training:
+    """A training, from which several tests read."""
+    build = {**NETWORKS, **FUSED_ARCHITECTURES}[network]
+    torch.manual_seed(10)
+    _, inputs = build()
+
+    def make() -> nn.Module:
+        model, _ = build()
+        for module in model.modules():  # others' initial weights are so small that variances would be below eps
+            if isinstance(module, nn.Linear | _ConvNd | nn.modules.batchnorm._BatchNorm):
+                module.reset_parameters()
+        return model
+
+    return train(make, inputs, monitored, STEPS)
+
+
+@pytest.fixture(
+    scope="module", params=[*NETWORKS, *(pytest.param(name, marks=pytest.mark.slow) for name in FUSED_ARCHITECTURES)]
+)
+def network(request: pytest.FixtureRequest) -> str:
+    """Of the module, so that all tests of one follow each other and read from the same training."""
+    return request.param
+
+
+def test_no_call_costs_a_pass(network: str) -> None:
+    training = trained(network, monitored=True)
+    for name, batches in training.received.batches.items():
+        assert training.calls(name) == {"calls_saved": len(batches)}
+
+
+def test_every_layer_is_exact(network: str) -> None:
+    training = trained(network, monitored=True)
+    assert_all_exact(training)
+    assert all(len(batches) == STEPS for batches in training.received.batches.values())
+
+
+def test_a_pass_is_as_exact(network: str) -> None:
+    build = {**NETWORKS, **FUSED_ARCHITECTURES}[network]
+    torch.manual_seed(10)
+    _, inputs = build()
+    training = train(lambda: build()[0], inputs, monitored=True, steps=2, capture="pass")
+    for name, batches in training.received.batches.items():
+        assert training.calls(name) == {"calls_pass": len(batches)}
+    assert_all_exact(training)
+
+
+def test_training_is_bit_identical_without_the_tracker(network: str) -> None:
+    training = trained(network, monitored=True)
+    assert_identical(training.computed, trained(network, monitored=False).computed)
+    losses = torch.stack([loss for loss in training.computed if isinstance(loss, torch.Tensor) and loss.ndim == 0])
+    assert torch.isfinite(losses).all()
+
+
+def test_the_networks_are_of_layers_whose_output_is_not_the_kernels() -> None:
+    assert len(NETWORKS) + len(FUSED_ARCHITECTURES) >= 20
+    for build in NETWORKS.values():
+        model, inputs = build()
+        nodes: list[str] = []
+
+        def note(layer: nn.Module, args: object, output: torch.Tensor, nodes: list[str] = nodes) -> None:
+            nodes.append(output.grad_fn.name())
+
+        for layer in batch_norms(model).values():
+            layer.register_forward_hook(note)
+        model(**inputs(0))
+        assert len(nodes) == len(batch_norms(model))
+        assert any("BatchNorm" not in node for node in nodes)
+
+
+def test_frozen_reimplementations_are_left_out() -> None:
+    training = trained("partly frozen", monitored=True)
+    modules = dict(training.model.named_modules())
+    assert "FrozenBatchNormAct2d" in {type(module).__name__ for module in modules.values()}
+    assert {type(modules[name]).__name__ for name in training.report} == {"BatchNormAct2d"}
+
+
+@pytest.mark.parametrize("num_splits", [2, 3])
+def test_a_layer_that_leaves_a_part_of_the_batch_to_others_has_received_all_of_it(num_splits: int) -> None:
+    def make() -> nn.Module:
+        return Model(nn.Conv2d(3, 6, 3), SplitBatchNorm2d(6, num_splits), nn.ReLU(), nn.Conv2d(6, 2, 3))
+
+    def inputs(step: int) -> dict[str, torch.Tensor]:
+        parts = [torch.randn(2 + step % 2, 3, 8, 8) + shift for shift in range(num_splits)]
+        return {"x": torch.cat(parts)}
+
+    training = train(make, inputs, monitored=True, steps=STEPS)
+    assert_all_exact(training)
+    assert_identical(training.computed, train(make, inputs, monitored=False, steps=STEPS).computed)
+    whole, *parts = training.received.batches.values()
+    assert [len(batch) for batch in whole] == [num_splits * len(batch) for batch in parts[0]]
+    assert not np.allclose(whole[0].mean((0, 2, 3)), parts[0][0].mean((0, 2, 3)), atol=1e-3)
+    assert training.calls("body.1") == {"calls_pass": STEPS}
+    for index in range(num_splits - 1):
+        assert training.calls(f"body.1.aux_bn.{index}") == {"calls_saved": STEPS}
