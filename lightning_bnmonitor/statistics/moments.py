@@ -1,13 +1,12 @@
 """Exact streaming moments per channel: the merge that everything rests on, and a metric that uses it."""
 
-from __future__ import annotations
-
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.nn import Module
 from torchmetrics import Metric
 
 from lightning_bnmonitor.arguments import check_positive
@@ -67,6 +66,11 @@ class ChannelMoments(Metric):
 
     Batches may be split, merged and gathered over ranks in any way: the result is that of one pass over all values, to
     float64 rounding. Inputs are converted to float64 batch by batch, which takes 8 bytes a value while ``update`` runs.
+    The state is float64 too, and stays so when the metric, or a module that has it, is converted to another dtype.
+
+    As usual in torchmetrics, the state is no part of ``state_dict()`` before ``metric.persistent(True)``; it is loaded
+    from a checkpoint that has it, and a module that has gained the metric loads older checkpoints, strictly too.
+    Results are cached only with ``compute_with_cache=True``; without, each ``compute`` on several ranks is collective.
 
     Args:
         num_channels: Number of channels C.
@@ -90,14 +94,19 @@ class ChannelMoments(Metric):
 
     is_differentiable = False
     full_state_update = False
-    state: Tensor
+    state: Tensor  # TorchScript reads this, so annotations are not postponed in this file
 
     def __init__(self, num_channels: int, **kwargs: Any) -> None:
-        super().__init__(**{"compute_with_cache": False, **kwargs})  # the cache would outlive `merge_state`
+        super().__init__(**{"compute_with_cache": False, **kwargs})  # a cache outlives `load_state_dict`
         check_positive("num_channels", num_channels)
         self.num_channels = num_channels
         empty = torch.zeros(3, num_channels, dtype=torch.float64)
-        self.add_state("state", default=empty, dist_reduce_fx=_merge_states, persistent=True)
+        self.add_state("state", default=empty, dist_reduce_fx=_merge_states)
+
+    @property
+    def update_called(self) -> bool:
+        """Whether there is anything to compute: an update, known moments, another metric's state, a loaded one."""
+        return self.update_count > 0 or bool(self.state.any())
 
     def update(self, x: Tensor) -> None:
         """Add a batch.
@@ -146,8 +155,38 @@ class ChannelMoments(Metric):
         mean, m2 = (torch.where(count > 0, values.detach(), nothing) for values in (mean, m2))
         if torch.any(m2 < 0):
             raise ValueError(f"`m2` must not be negative, got {m2[m2 < 0].min().item()}.")
-        self._update_count += 1  # or torchmetrics would warn that there is nothing to compute
+        self._computed = None  # a cached result is that of before
         self._add(count, mean, m2)
+
+    def merge_state(self, incoming_state: dict[str, Any] | Metric) -> None:
+        """Add the data of another metric, as torchmetrics' own method does, which came with torchmetrics 1.6.
+
+        Args:
+            incoming_state: A metric of this class, or its states by name: ``{"state": metric.state}``.
+
+        Raises:
+            ValueError: If it is neither of them, lacks a state, or has another number of channels.
+            RuntimeError: With ``dist_sync_on_step=True``, or if a subclass has not ``full_state_update=False``.
+        """
+        if not isinstance(incoming_state, (dict, type(self))):
+            raise ValueError(
+                f"`incoming_state` must be a {type(self).__name__} or a dictionary of its states, "
+                f"got {type(incoming_state).__name__}."
+            )
+        if self.full_state_update is not False or self.dist_sync_on_step:
+            raise RuntimeError(
+                "`merge_state` needs `full_state_update=False` and `dist_sync_on_step=False`, "
+                f"got {self.full_state_update} and {self.dist_sync_on_step}."
+            )
+        states: dict[str, Any] = incoming_state if isinstance(incoming_state, dict) else incoming_state.metric_state
+        missing = [name for name in self.metric_state if name not in states]
+        if missing:
+            raise ValueError(f"`incoming_state` must have {list(self.metric_state)}, but lacks {missing}.")
+        shape = tuple(states["state"].shape)
+        if shape != (3, self.num_channels):
+            raise ValueError(f"The state of `incoming_state` must have shape (3, {self.num_channels}), got {shape}.")
+        self._computed = None
+        self._reduce_states(states)
 
     def compute(self) -> Moments:
         """Moments of all data so far. See :class:`Moments`."""
@@ -163,11 +202,22 @@ class ChannelMoments(Metric):
         wrapped = super()._wrap_compute(compute)
 
         @functools.wraps(compute)
-        def keep_shape(*args: Any, **kwargs: Any) -> Moments:
+        def keep_shape(*args: Any, **kwargs: Any) -> Any:
             # torchmetrics squeezes tensors of one element: give (1,) back to a single channel.
-            return Moments(*(field.reshape(self.num_channels) for field in wrapped(*args, **kwargs)))
+            value = wrapped(*args, **kwargs)
+            return Moments(*map(torch.atleast_1d, value)) if isinstance(value, Moments) else value
 
         return keep_shape
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], exclude_state: Sequence[str] = "") -> Module:
+        """Move the state and keep it float64, which torchmetrics does in ``half()`` but not in ``to(torch.half)``."""
+
+        @functools.wraps(fn)  # torchmetrics goes by its name
+        def keep_double(values: Tensor) -> Tensor:
+            moved = fn(values)
+            return values.to(moved.device) if values.dtype == torch.float64 != moved.dtype else moved
+
+        return super()._apply(keep_double, exclude_state)
 
     def _add(self, count: Tensor, mean: Tensor, m2: Tensor) -> None:
         self.state = _merge_states(torch.stack([self.state, torch.stack([count, mean, m2])]))

@@ -1,11 +1,7 @@
-"""Streaming moments against two passes over all data, however these were split, merged, stored or spread over ranks."""
+"""Streaming moments against two passes over all data, however these were split and merged; what is refused."""
 
 from __future__ import annotations
 
-import copy
-import datetime
-import multiprocessing
-import pickle
 import re
 import warnings
 
@@ -14,55 +10,14 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torchmetrics import MetricCollection
 
-from lightning_bnmonitor import ChannelMoments, Moments
+from lightning_bnmonitor import ChannelMoments
 from lightning_bnmonitor.statistics.moments import merge_moments
-from tests import processes
+from tests.statistics.known_moments import assert_moments, equal, filled, moments_of, normal
 
 LAW = settings(max_examples=60, deadline=None)
 NO_DATA = "was called before the ``update`` method"
 SHAPES = [(7, 3), (7, 3, 5), (4, 3, 2, 5), (2, 3, 2, 3, 4), (7, 1), (1, 3, 6), (4, 1, 3, 2), (1, 1, 2)]
-
-
-def rows(x):
-    """All values, ``(count, C)`` float64."""
-    array = x.detach().double().numpy()
-    return np.moveaxis(array, 1, -1).reshape(-1, array.shape[1])
-
-
-def two_pass(*tensors):
-    values = np.concatenate([rows(x) for x in tensors])
-    mean = values.mean(axis=0)
-    return len(values), mean, ((values - mean) ** 2).sum(axis=0) / max(len(values) - 1, 1)
-
-
-def assert_moments(moments, *tensors, ratio=1.0):
-    """``ratio`` is mean / std: a rounding of the mean is so many roundings of the standard deviation."""
-    count, mean, var = two_pass(*tensors)
-    assert isinstance(moments, Moments)
-    for field in moments:
-        assert field.dtype == torch.float64
-        assert field.shape == mean.shape
-    assert moments.count.tolist() == [count] * len(mean)
-    np.testing.assert_allclose(moments.mean.numpy(), mean, rtol=1e-14, atol=1e-13 * np.sqrt(var.max()))
-    np.testing.assert_allclose(moments.var.numpy(), var, rtol=1e-12 + 1e-15 * ratio)
-
-
-def normal(shape, mean=0.0, std=1.0, dtype=torch.float64, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    return (mean + std * torch.randn(shape, generator=generator, dtype=torch.float64)).to(dtype)
-
-
-def filled(*tensors, **kwargs):
-    metric = ChannelMoments(tensors[0].shape[1], **kwargs)
-    for x in tensors:
-        metric.update(x)
-    return metric
-
-
-def equal(left, right):
-    return all(torch.equal(a, b) for a, b in zip(left, right, strict=True))
 
 
 # merge_moments
@@ -158,6 +113,13 @@ def test_weights_differ_between_channels():
     assert m2.tolist() == [[6.0 + 1 * 9 + 3 * 1, 2.0]]
 
 
+def test_a_mean_far_from_zero_cancels_nothing():
+    weight = torch.full((3, 1), 1000.0, dtype=torch.float64)
+    mean = 1e15 + torch.tensor([[0.0], [1.0], [2.0]], dtype=torch.float64)
+    total, merged, m2 = merge_moments(weight, mean, torch.zeros_like(mean), torch.ones(1, 3, dtype=torch.float64))
+    assert (total.item(), merged.item(), m2.item()) == (3000, 1e15 + 1, 2000)
+
+
 # ChannelMoments: data
 
 
@@ -179,7 +141,7 @@ def test_channels_of_unlike_scale_do_not_disturb_each_other():
     scale = torch.tensor([1e-8, 1.0, 1e8], dtype=torch.float64)
     batches = [normal((9, 3), 2.0, seed=seed) * scale for seed in range(4)]
     moments = filled(*batches).compute()
-    _, mean, var = two_pass(*batches)
+    _, mean, var = moments_of(*batches)
     np.testing.assert_allclose(moments.mean.numpy(), mean, rtol=1e-13)
     np.testing.assert_allclose(moments.var.numpy(), var, rtol=1e-12)
 
@@ -279,7 +241,7 @@ def test_a_count_that_requires_grad_leaves_no_graph():
 
 def test_known_moments_count_like_the_values_they_are_of():
     x, y = normal((6, 2), 5.0), normal((9, 2), -1.0, seed=1)
-    count, mean, var = two_pass(y)
+    count, mean, var = moments_of(y)
     metric = filled(x)
     metric.update_moments(count, torch.from_numpy(mean), torch.from_numpy(var * (count - 1)))
     assert_moments(metric.compute(), x, y)
@@ -319,103 +281,6 @@ def test_known_moments_are_data_enough_to_compute_without_a_warning():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         assert metric.compute().var.tolist() == [2.0]
-
-
-# ChannelMoments: a metric
-
-
-def test_forward_returns_the_moments_of_the_batch_and_accumulates():
-    batches = [normal((n, 2, 3), 4.0, seed=n) for n in (2, 5, 1)]
-    metric = ChannelMoments(2)
-    for i, batch in enumerate(batches):
-        assert_moments(metric(batch), batch)
-        assert_moments(metric.compute(), *batches[: i + 1])
-
-
-def test_compute_may_be_repeated_and_gives_no_view_of_the_state():
-    x, y = normal((4, 1)), normal((3, 1), seed=1)
-    metric = filled(x)
-    first = metric.compute()
-    for field in first:
-        field.fill_(-1)
-    assert_moments(metric.compute(), x)
-    metric.update(y)
-    assert_moments(metric.compute(), x, y)
-
-
-def test_reset_forgets_everything():
-    x, y = normal((4, 2)), normal((3, 2), 100.0, seed=1)
-    metric = filled(x)
-    metric.compute()
-    metric.reset()
-    with pytest.warns(UserWarning, match=NO_DATA):
-        assert metric.compute().count.tolist() == [0.0, 0.0]
-    metric.update(y)
-    assert equal(metric.compute(), filled(y).compute())
-
-
-@pytest.mark.parametrize("as_dict", [False, True])
-@pytest.mark.parametrize("computed_before", [False, True])
-def test_merge_state_is_seen_by_compute(as_dict, computed_before):
-    x, y, z = normal((4, 1), 3.0), normal((6, 1), seed=1), normal((2, 1), -9.0, seed=2)
-    metric, other = filled(x), filled(y)
-    if computed_before:
-        metric.compute()
-        other.compute()
-    metric.merge_state({"state": other.state} if as_dict else other)
-    assert_moments(metric.compute(), x, y)
-    metric.update(z)
-    assert_moments(metric.compute(), x, y, z)
-    assert_moments(other.compute(), y)
-
-
-def test_merging_an_empty_metric_changes_nothing_and_into_one_copies():
-    x = normal((4, 2), 1e3)
-    metric, empty = filled(x), ChannelMoments(2)
-    metric.merge_state(empty)
-    assert_moments(metric.compute(), x, ratio=1e3)
-    empty.merge_state(metric)
-    with pytest.warns(UserWarning, match=NO_DATA):  # torchmetrics counts updates alone
-        assert_moments(empty.compute(), x, ratio=1e3)
-
-
-@pytest.mark.parametrize("copied", [copy.deepcopy, lambda metric: pickle.loads(pickle.dumps(metric))])
-def test_a_copy_goes_on_by_itself(copied):
-    x, y = normal((4, 1)), normal((3, 1), seed=1)
-    metric = filled(x)
-    metric.compute()
-    twin = copied(metric)
-    assert equal(twin.compute(), metric.compute())
-    twin.update(y)
-    assert_moments(twin.compute(), x, y)
-    assert_moments(metric.compute(), x)
-
-
-def test_a_state_dict_restores_the_metric():
-    x, y = normal((4, 2), 1e3), normal((3, 2), seed=1)
-    saved = filled(x).state_dict()
-    metric = filled(y)
-    metric.load_state_dict(saved)
-    assert equal(metric.compute(), filled(x).compute())
-    metric.update(y)
-    assert equal(metric.compute(), filled(x, y).compute())
-
-
-def test_conversions_to_lower_precision_do_not_reach_the_state():
-    x = normal((64, 2), 1e4)
-    for metric in (filled(x).float(), filled(x).half(), filled(x).bfloat16()):
-        assert_moments(metric.compute(), x, ratio=1e4)
-
-
-def test_it_works_in_a_metric_collection():
-    x, y = normal((4, 2)), normal((3, 2), seed=1)
-    collection = MetricCollection({"one": ChannelMoments(2), "two": ChannelMoments(2)})
-    forwarded = collection(x)
-    collection.update(y)
-    computed = collection.compute()
-    for name in ("one", "two"):
-        assert_moments(forwarded[name], x)
-        assert_moments(computed[name], x, y)
 
 
 # ChannelMoments: errors
@@ -471,87 +336,6 @@ def test_a_negative_sum_of_squares_is_refused():
     with pytest.raises(ValueError, match=r"`m2` must not be negative, got -2\.5"):
         metric.update_moments(3, torch.zeros(2), torch.tensor([1.0, -2.5]))
     assert metric.state.eq(0).all()
-
-
-# ChannelMoments: ranks
-
-RANK_SIZES = {"uneven": ((3, 2), (17, 1, 4)), "one rank without data": ((5, 2), ())}
-
-
-def rank_batches(variant, rank):
-    return [normal((n, 3, 2), 50.0 + rank, seed=10 * rank + i) for i, n in enumerate(RANK_SIZES[variant][rank])]
-
-
-def run_rank(rank, folder):
-    torch.distributed.init_process_group(
-        "gloo",
-        init_method=f"file://{folder}/rendezvous",
-        rank=rank,
-        world_size=2,
-        timeout=datetime.timedelta(seconds=120),
-    )
-    warnings.filterwarnings("ignore", message=f".*{NO_DATA}")
-    results = {}
-    for variant in RANK_SIZES:
-        metric = ChannelMoments(3)
-        for batch in rank_batches(variant, rank):
-            metric.update(batch)
-        before = metric.state.clone()
-        first = tuple(metric.compute())
-        after = metric.state.clone()
-        batch = normal((2, 3), -7.0, seed=100 + rank)
-        forwarded = tuple(metric(batch))
-        results[variant] = {
-            "before": before,
-            "after": after,
-            "first": first,
-            "forwarded": forwarded,
-            "second": tuple(metric.compute()),
-        }
-    torch.save(results, f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()
-
-
-@pytest.fixture(scope="module")
-def ranks(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("ranks")
-    processes.start(run_rank, str(folder), world_size=2)
-    assert multiprocessing.active_children() == []
-    return [torch.load(folder / f"{rank}.pt") for rank in range(2)]
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", RANK_SIZES)
-def test_on_every_rank_compute_gives_the_moments_of_all_ranks(ranks, variant):
-    everything = rank_batches(variant, 0) + rank_batches(variant, 1)
-    for results in ranks:
-        assert_moments(Moments(*results[variant]["first"]), *everything)
-    assert equal(ranks[0][variant]["first"], ranks[1][variant]["first"])
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", RANK_SIZES)
-def test_after_compute_every_rank_goes_on_with_its_own_data(ranks, variant):
-    added = [normal((2, 3), -7.0, seed=100 + rank) for rank in range(2)]
-    everything = rank_batches(variant, 0) + rank_batches(variant, 1) + added
-    for rank, results in enumerate(ranks):
-        assert torch.equal(results[variant]["before"], results[variant]["after"])
-        assert results[variant]["after"][0].tolist() == [2 * sum(RANK_SIZES[variant][rank])] * 3
-        assert_moments(Moments(*results[variant]["second"]), *everything)
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("variant", RANK_SIZES)
-def test_forward_gives_the_moments_of_the_batch_on_this_rank(ranks, variant):
-    for rank, results in enumerate(ranks):
-        assert_moments(Moments(*results[variant]["forwarded"]), normal((2, 3), -7.0, seed=100 + rank))
-
-
-def test_a_mean_far_from_zero_cancels_nothing():
-    weight = torch.full((3, 1), 1000.0, dtype=torch.float64)
-    mean = 1e15 + torch.tensor([[0.0], [1.0], [2.0]], dtype=torch.float64)
-    total, merged, m2 = merge_moments(weight, mean, torch.zeros_like(mean), torch.ones(1, 3, dtype=torch.float64))
-    assert (total.item(), merged.item(), m2.item()) == (3000, 1e15 + 1, 2000)
 
 
 @pytest.mark.parametrize("nothing", [None, [1.0, 2.0]])
