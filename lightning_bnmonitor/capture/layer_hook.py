@@ -37,6 +37,7 @@ from lightning_bnmonitor.compat import (
     is_exporting,
     is_fake,
     never_compiled,
+    shape_of_output,
     top_saved_tensor_hooks,
     tracing_state,
     uncompiled,
@@ -89,7 +90,8 @@ class RepeatableCall(NamedTuple):
     contiguous: bool | None
     """Whether the input was; None also if that tells nothing."""
     plain_class: type | None
-    """The layer's class if it has PyTorch's own ``forward``, within which nothing intercepts what autograd saves."""
+    """The layer's class if it has PyTorch's own ``forward``, within which nothing intercepts what autograd saves, and
+    the output is the kernel's."""
     way: Way
     """From the output's node to the kernel's."""
     path: Path
@@ -236,7 +238,7 @@ class LayerHook(Hook):
                 and (
                     (module.__class__ is plain and "forward" not in attributes and not attributes[FORWARD_PRE_HOOKS])
                     or (
-                        (node := at_end_of(way, node, getattr(x, "grad_fn", None))) is not None
+                        (node := at_end_of(way, node, module, getattr(x, "grad_fn", None))) is not None
                         and unpack_hook_of_mean(node) is None
                     )
                 )
@@ -346,7 +348,7 @@ def _call_of(moments: BatchMoments, module: BatchNorm, training: bool, updating:
         node_type=None,
         contiguous=None,
         plain_class=None,
-        way=(),
+        way=Way(),
         path=moments.path,
         num_samples=moments.num_samples,
         batch_size=moments.batch_size,
@@ -361,13 +363,14 @@ def _repeatable(
 ) -> RepeatableCall | None:
     """The call with what tells that another is the same; None if one can have all of that and be different."""
     is_plain = batch_norm_kernel(kernel.node.__class__) == "plain"
-    if call.path != "saved" or not is_plain or call.eps != module.eps or not vars(module).keys() >= _ASKED_FOR:
+    is_same = call.path == "saved" and call.eps == module.eps and output.shape == shape_of_output(kernel.node)
+    if not is_plain or not is_same or not vars(module).keys() >= _ASKED_FOR:
         return None
     return call._replace(
         shape=output.shape,
         node_type=type(output.grad_fn),
         contiguous=x.is_contiguous() if call.num_samples != call.batch_size else None,
-        plain_class=type(module) if enters_no_context(module) else None,
+        plain_class=type(module) if not kernel.way.steps and enters_no_context(module) else None,
         way=kernel.way,
     )
 

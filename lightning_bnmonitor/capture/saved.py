@@ -26,8 +26,17 @@ from lightning_bnmonitor.compat import (
     top_saved_tensor_hooks,
 )
 
-Way = tuple[tuple[int, type], ...]
-"""Steps from one autograd node to another: which of a node's inputs to go on with, and the type of the node there."""
+
+class Way(NamedTuple):
+    """From an output's autograd node to that of the kernel behind it."""
+
+    steps: tuple[tuple[int, type], ...] = ()
+    """Which of a node's inputs to go on with, and the type of the node there. None where the nodes are the same."""
+    mark: tuple[int, str] = (0, "")
+    """The input by which the kernel's node is known to be the layer's: its number, and the name of the parameter that
+    it is, or "" if it is what the layer received."""
+
+
 _MOST_STEPS = 6
 _MAX_SERIAL = 4096  # values per channel that a serial float32 sum may have and still be exact enough
 _OWN_FORWARDS = (BatchNorm.forward, nn.SyncBatchNorm.forward)
@@ -46,15 +55,17 @@ def kernel_behind(module: BatchNorm, x: object, output: object) -> Kernel | None
     """The kernel that ``output`` comes from, if it is one of this layer's and at most 6 steps behind.
 
     A step is taken while one input matters: parameters do not, nor does ``x`` beside others (a residual connection). Of
-    several kernels the one is taken that has the layer's own parameters.
+    several inputs the one is taken that is the layer's kernel. What counts is what the kernel received: if a layer's
+    ``forward`` scales its input first, or takes a part of the batch, that is what its running statistics are made of.
     """
     node: Any = getattr(output, "grad_fn", None)
     before: Any = getattr(x, "grad_fn", None)
-    way: Way = ()
+    steps: tuple[tuple[int, type], ...] = ()
     while node is not None and node is not before:
         if batch_norm_kernel(node.__class__) is not None:
-            return Kernel(node, way) if _belongs_to(module, x, node) else None
-        if len(way) == _MOST_STEPS:
+            mark = _mark_of(module, x, node)
+            return None if mark is None else Kernel(node, Way(steps, mark))
+        if len(steps) == _MOST_STEPS:
             return None
         inputs = [
             (index, following)
@@ -66,20 +77,26 @@ def kernel_behind(module: BatchNorm, x: object, output: object) -> Kernel | None
         if len(inputs) != 1:
             return None
         [(index, node)] = inputs
-        way = (*way, (index, type(node)))
+        steps = (*steps, (index, type(node)))
     return None
 
 
-def at_end_of(way: Way, node: Any, before: Any) -> Any:
-    """The node that a way from ``node`` ends at, None if it is another way now. ``before`` is the node of the input."""
-    for index, node_type in way:
-        if node is before:
-            return None
+def at_end_of(way: Way, node: Any, module: BatchNorm, before: Any) -> Any:
+    """The kernel's node that a way from ``node`` leads to, None if it is another way or another layer's kernel now.
+
+    ``before`` is the node of what the layer received.
+    """
+    for index, node_type in way.steps:
         following = node.next_functions
-        node = following[index][0] if index < len(following) else None
+        if node is before or index >= len(following):
+            return None
+        node = following[index][0]
         if node.__class__ is not node_type:
             return None
-    return None if node is before else node
+    index, name = way.mark
+    marked = node.next_functions[index][0]
+    is_own = getattr(marked, "variable", None) is getattr(module, name) if name else marked is before is not None
+    return node if is_own and node is not before else None
 
 
 def is_intercepted(module: BatchNorm, kernel: Kernel | None) -> bool:
@@ -130,7 +147,8 @@ def saved_moments(module: BatchNorm, x: Tensor, kernel: Kernel | None) -> BatchM
     if mean.numel() != num_channels or mean.dtype not in FULL_PRECISION:
         return None
     batch_size, num_samples = shape[0], shape.numel() // num_channels
-    serial = not is_synchronised and (num_samples == batch_size or not x.is_contiguous())
+    is_vectorised = x.is_contiguous() and x.shape == shape and num_samples > batch_size
+    serial = not is_synchronised and not is_vectorised
     if serial and num_samples > _MAX_SERIAL and x.device.type == "cpu":
         return None
     counts = num_samples * num_ranks, batch_size * num_ranks
@@ -138,14 +156,20 @@ def saved_moments(module: BatchNorm, x: Tensor, kernel: Kernel | None) -> BatchM
 
 
 def _is_own_kernel(module: BatchNorm, x: object, node: Any) -> bool:
-    return batch_norm_kernel(node.__class__) is not None and _belongs_to(module, x, node)
+    return batch_norm_kernel(node.__class__) is not None and _mark_of(module, x, node) is not None
 
 
-def _belongs_to(module: BatchNorm, x: object, node: Any) -> bool:
-    """Whether a kernel's node has one of the layer's parameters for an input, or what the layer received."""
-    own = [tensor for tensor in (x, module.weight, module.bias) if isinstance(tensor, Tensor) and tensor.requires_grad]
-    return any(
-        any(getattr(following, "variable", None) is tensor or following is tensor.grad_fn for tensor in own)
-        for following, _ in node.next_functions
-        if following is not None
-    )
+def _mark_of(module: BatchNorm, x: object, node: Any) -> tuple[int, str] | None:
+    """The mark of :class:`Way`: which of the layer's parameters is an input of a node; without any, ``x``."""
+    own: dict[str, object] = {
+        name: value for name, value in module.named_parameters(recurse=False) if value.requires_grad
+    }
+    for name, tensor in (own or {"": x}).items():
+        for index, (following, number) in enumerate(node.next_functions):
+            if following is None or not isinstance(tensor, Tensor):
+                continue
+            if getattr(following, "variable", None) is tensor:
+                return index, name
+            if following is tensor.grad_fn and number == tensor.output_nr:
+                return index, name
+    return None

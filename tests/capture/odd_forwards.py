@@ -219,6 +219,14 @@ BEFORE: dict[str, Callable[[Layer, Tensor], Any]] = {
     "other numbers": lambda layer, x: F.relu(layer.norm(torch.linspace(0, 1, x.numel()).view(x.shape))),
     "a part of the batch": a_part_of_the_batch,
     "a part of the batch, activated": lambda layer, x: F.relu(a_part_of_the_batch(layer, x)),
+    "twice, and no more": lambda layer, x: layer.norm(layer.norm(x)),
+    "scaled, and no more": lambda layer, x: layer.norm(2 * x),
+    "scaled in between, and no more": lambda layer, x: layer.norm(3 * layer.norm(x) + 1),
+    "activated, and no more": lambda layer, x: layer.norm(F.relu(x)),
+    "convolved, and no more": lambda layer, x: layer.norm(layer.mix(x)),
+    "channels in reverse, and no more": lambda layer, x: layer.norm(x.flip(1)),
+    "some samples, and no more": lambda layer, x: layer.norm(x[:2]),
+    "another layer before": lambda layer, x: F.relu(layer.norm(layer.inner(x))),
     "two parts of the batch": two_parts_of_the_batch,
     "some samples": lambda layer, x: F.relu(layer.norm(x[:2])),
     "some positions": lambda layer, x: F.relu(layer.norm(x[:, :, 1:])),
@@ -234,19 +242,7 @@ BEFORE: dict[str, Callable[[Layer, Tensor], Any]] = {
 }
 """The kernel receives something else than the layer does, or what comes out has nothing to do with it."""
 
-RETURNED: dict[str, Callable[[Layer, Tensor], Any]] = {
-    "twice": lambda layer, x: layer.norm(layer.norm(x)),
-    "scaled": lambda layer, x: layer.norm(2 * x),
-    "scaled in between": lambda layer, x: layer.norm(3 * layer.norm(x) + 1),
-    "activated": lambda layer, x: layer.norm(F.relu(x)),
-    "convolved": lambda layer, x: layer.norm(layer.mix(x)),
-    "channels in reverse": lambda layer, x: layer.norm(x.flip(1)),
-    "some samples": lambda layer, x: layer.norm(x[:2]),
-}
-"""What the kernel returned, who received something else than the layer did."""
-
 INNER: dict[str, Callable[[Layer, Tensor], Any]] = {
-    "another layer before": lambda layer, x: F.relu(layer.norm(layer.inner(x))),
     "another layer behind": lambda layer, x: F.relu(layer.inner(layer.norm(x))),
     "another layer instead": lambda layer, x: F.relu(layer.inner(x)),
     "another layer instead, of other values": lambda layer, x: F.relu(layer.inner(2 * x)),
