@@ -97,11 +97,10 @@ def _check_version(model: nn.Module, layers: Iterable[BatchNorm]) -> None:
             "are on its layers. Switch one of the two off, use torch 2.10 or later, or train without the monitor."
         )
     sentences = what_is_missing()
-    own = sum(not enters_no_context(layer) for layer in layers)
-    if own and not HAS_UNPACK_HOOKS:
+    if not HAS_UNPACK_HOOKS and not all(map(enters_no_context, layers)):
         sentences.append(
-            f"torch {torch.__version__} does not tell which saved-tensor hooks would run: {own} layers with a "
-            "`forward` of their own are measured by a pass over their input, which takes longer."
+            f"torch {torch.__version__} does not tell which saved-tensor hooks would run: layers with a `forward` of "
+            "their own are measured by a pass over their input, which takes longer."
         )
     for sentence in sentences:
         warnings.warn(sentence, stacklevel=4)
