@@ -5,9 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.optim.optimizer import _global_optimizer_post_hooks
 
 from lightning_bnmonitor import BatchNormTracker
+from lightning_bnmonitor.capture import attachment
 from lightning_bnmonitor.capture.layer_hook import STASH_LIMIT
 
 C = 4
@@ -85,3 +87,30 @@ def test_nothing_stays_on_torchs_optimizers(model: nn.Module) -> None:
     for _ in range(2):
         tracker.detach()
         assert len(_global_optimizer_post_hooks) == before
+
+
+def with_a_switch(model: nn.Module) -> nn.Module:
+    model.gradient_checkpointing = True
+    return model
+
+
+@pytest.mark.parametrize("checkpointed", [checkpoint_wrapper, with_a_switch])
+@pytest.mark.parametrize("is_compiled", [True, False])
+def test_before_torch_2_10_a_compiled_model_with_checkpointing_is_refused_at_once(
+    checkpointed: object, is_compiled: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(attachment, "COMPILES_CHECKPOINTS", False)
+    model: nn.Module = nn.Sequential(checkpointed(network()))
+    before = len(_global_optimizer_post_hooks)
+    root = torch.compile(model) if is_compiled else model
+    tracker = BatchNormTracker(root)
+    if not is_compiled:
+        with tracker:
+            model(batch())
+        assert tracker.report()["0.1"].num_batches == 1
+        return
+    with pytest.raises(RuntimeError, match=r"Switch one of the two off, use torch 2\.10 or later, or train without"):
+        tracker.attach()
+    tracker.detach()
+    assert len(_global_optimizer_post_hooks) == before
+    assert not any(module._forward_hooks for module in model.modules())

@@ -18,6 +18,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bnmonitor import BatchNormMonitor, BatchNormTracker, Report
 
+compiles_checkpoints = not torch.__version__.startswith(("2.8.", "2.9."))
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler (g++)")
 
 
@@ -278,17 +279,19 @@ def test_a_graph_break_in_the_model_loses_no_call() -> None:
 
 
 def test_the_compilers_settings_are_restored_when_the_last_tracker_detaches() -> None:
-    names = ("skip_nnmodule_hook_guards", "skip_fwd_side_effects_in_bwd_under_checkpoint")
+    wanted = {"skip_nnmodule_hook_guards": False}
+    if compiles_checkpoints:
+        wanted["skip_fwd_side_effects_in_bwd_under_checkpoint"] = True
 
-    def settings() -> list[bool]:
-        return [getattr(torch._dynamo.config, name) for name in names]
+    def settings() -> dict[str, bool]:
+        return {name: getattr(torch._dynamo.config, name) for name in wanted}
 
     before = settings()
     one, other = Net(), Net()
     with BatchNormTracker(one):
         with BatchNormTracker(other):
-            assert settings() == [False, True]
-        assert settings() == [False, True]
+            assert settings() == wanted
+        assert settings() == wanted
     assert settings() == before
 
 
@@ -414,6 +417,7 @@ def assert_bit_identical(model: nn.Module, backend: str, **kwargs: object) -> Re
     ("reentrant", "backend"),
     [(None, "aot_eager"), (True, "aot_eager"), pytest.param(False, "inductor", marks=needs_compiler)],
 )
+@pytest.mark.skipif(not compiles_checkpoints, reason="refused before torch 2.10, where it can be seen")
 def test_training_is_bit_identical_with_and_without_the_monitor_also_under_activation_checkpointing(
     reentrant: bool | None, backend: str
 ) -> None:
