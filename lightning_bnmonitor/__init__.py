@@ -12,13 +12,14 @@ are made), one fused update merges what was put aside, for the channels of all l
 kept as at most 16 blocks of consecutive batches, so that state and work do not grow with the number of batches.
 ``LayerReport.evidence`` counts the calls by path:
 
-- ``calls_saved``: read off the autograd node, in eager training.
+- ``calls_saved``: read off the autograd node, in eager training, be it the output's or up to six steps behind it (where
+  a layer's ``forward`` has an activation, dropout, a residual connection).
 - ``calls_traced``: BatchNorm's own reduction in the graph, under ``torch.compile``, which the compiler then shares.
-- ``calls_pass``: a pass over the input: no graph, frozen layers, half-precision modules, activation checkpointing and
-  other saved-tensor hooks, a mean above 100 standard deviations (10 in channels-last or ``(N, C)``),
-  ``capture="pass"``.
-- ``calls_skipped``: not counted: within transforms of ``torch.func`` (``vmap``, ``grad``), while tracing, or of inputs
-  that are not ``(N, C, *)``.
+- ``calls_pass``: a pass over the input: no graph, frozen layers, half-precision modules on the CPU, activation
+  checkpointing and other saved-tensor hooks (before torch 2.10 any layer with a ``forward`` of its own), a mean above
+  100 standard deviations (10 in channels-last or ``(N, C)``), ``capture="pass"``.
+- ``calls_skipped``: not counted: within transforms of ``torch.func`` (``vmap``, ``grad``), while tracing or capturing a
+  CUDA graph (whose replays run no hooks), or of inputs that are not ``(N, C, *)``.
 
 **Several ranks** exchange in a process group of our own (gloo, on the CPU). A rank that has died gives an error; one
 that never joins, the timeout of that group (30 minutes). Lightning itself has rank 0 broadcast before each batch: where
@@ -30,13 +31,15 @@ noise computed as if they were equal.
 compiles once more what was compiled before. What is compiled takes the moments in its graph also with
 ``capture="pass"``. A compiled *function* (not a module) that calls a layer several times in a step makes one graph per
 call. While attached, ``torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint`` is set, so that compiled
-activation checkpointing keeps its graph.
+activation checkpointing keeps its graph. Before torch 2.10 there is no such setting: compiled activation checkpointing
+is then trained otherwise while hooks are on, and refused where both can be seen (wrappers, the switches of transformers
+and timm; a call of ``torch.utils.checkpoint`` in a ``forward`` cannot).
 
 **What counts twice or differently.** A batch that was interrupted after its forward and is run again after a resume
 counts twice, as it does in the running statistics (flag ``interrupted-batch``). A subclass of BatchNorm that transforms
-its input before ``super().forward`` reports what the kernel received if its output is the kernel's own, and otherwise
-what the module received. Copies of a monitored model keep an inert hook. On MPS, which has no float64, state is kept on
-the CPU, which makes updates wait.
+its input before ``super().forward``, or normalises a part of the batch, reports what the kernel received, which is what
+its running statistics are made of; but by a pass, what the module received. Copies of a monitored model keep an inert
+hook. On MPS, which has no float64, state is kept on the CPU, which makes updates wait.
 """
 
 from lightning_bnmonitor.callbacks.monitor import BatchNormMonitor

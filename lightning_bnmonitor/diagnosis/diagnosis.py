@@ -16,8 +16,8 @@ from lightning_bnmonitor.diagnosis.verdicts import VERDICTS, verdict_on
 _UNSEEN = Statement(
     name="unseen calls",
     explanation=(
-        "{calls_skipped} calls could not be looked at (within transforms of torch.func, while tracing, or of other "
-        "shapes than (N, C, *)).",
+        "{calls_skipped} calls could not be looked at (within transforms of torch.func, while tracing or "
+        "capturing a CUDA graph, or of other shapes than (N, C, *)).",
     ),
 )
 

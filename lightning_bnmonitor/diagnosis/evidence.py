@@ -28,7 +28,7 @@ EVIDENCE: Mapping[str, str] = {
     "calls_traced": "calls whose batch moments were computed in a compiled graph",
     "calls_pass": "calls whose batch moments were computed by a pass over the input",
     "calls_skipped": "calls that could not be looked at and do not count: within a transform of torch.func (vmap, "
-    "grad), while tracing, of fake tensors, of anything but (N, C, *)",
+    "grad), while tracing, while a CUDA graph is captured, of fake tensors, of anything but (N, C, *)",
     "calls_not_updating": "calls in training mode that left the running statistics as they were",
     "num_features": "channels",
     "momentum": "the module's momentum",
