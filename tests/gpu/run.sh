@@ -19,7 +19,7 @@ PYTHON
     echo
     # Without pytest-xdist: one process has the device to itself.
     timeout "${TESTS_SECONDS:-240}" $python -m pytest -o addopts=--strict-markers -q --tb=short -p no:cacheprovider \
-        --show-capture=no -W ignore::UserWarning --durations=8 -o faulthandler_timeout=100 --junitxml="$junit" tests/gpu
+        --show-capture=no --disable-warnings --durations=8 -o faulthandler_timeout=100 --junitxml="$junit" tests/gpu
     echo $? >"$junit.rc"
     echo
     timeout "${OVERHEAD_SECONDS:-330}" $python examples/overhead_cuda.py --device "$BNMONITOR_DEVICE" --json "$OUT/gpu.json" "$@"
