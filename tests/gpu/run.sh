@@ -18,11 +18,11 @@ print(f"Python {platform.python_version()}, torch {torch.__version__}, CUDA {tor
 PYTHON
     echo
     # Without pytest-xdist: one process has the device to itself.
-    timeout "${TESTS_SECONDS:-240}" $python -m pytest -o addopts=--strict-markers -q --tb=short -p no:cacheprovider \
+    timeout "${TESTS_SECONDS:-200}" $python -m pytest -o addopts=--strict-markers -q --tb=short -p no:cacheprovider \
         --show-capture=no --disable-warnings --durations=8 -o faulthandler_timeout=100 --junitxml="$junit" tests/gpu
     echo $? >"$junit.rc"
     echo
-    timeout "${OVERHEAD_SECONDS:-330}" $python examples/overhead_cuda.py --device "$BNMONITOR_DEVICE" --json "$OUT/gpu.json" "$@"
+    timeout "${OVERHEAD_SECONDS:-280}" $python examples/overhead_cuda.py --device "$BNMONITOR_DEVICE" --json "$OUT/gpu.json" "$@"
     echo "examples/overhead_cuda.py ended with $?."
 } 2>&1 | tee "$OUT/gpu.txt"
 
