@@ -15,8 +15,11 @@ Memory: bytes of all tensors and arrays that a variant keeps, the model's own le
 The end of a window: CPU time of everything between the last batch and the report, logging apart. Layers are of unequal
 width. Python's garbage is collected before each: a full collection takes as long, and comes when it pleases.
 
-All of it on one thread. Exits with 1 if a target is missed: by a direct share or the end of a window at the median, by
-a ratio, which is noisy, with its whole interval.
+Operations: aten operations of a step beyond the model's own, on average over as many steps as have one update, on two
+samples (their number does not depend on how many). In a compiled network they are fused with the model's: not counted.
+
+All of it on one thread; ``overhead_cuda.py`` measures on a GPU. Exits with 1 if a target is missed: by a ratio, which
+is noisy, with its whole interval, by all else at the median.
 """
 
 from __future__ import annotations
@@ -32,24 +35,37 @@ import sys
 import time
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from contextlib import AbstractContextManager, contextmanager, nullcontext
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from logging_cost import Residual, resnet18
+from networks import checkpointed, efficientnet
 from tabulate import tabulate
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import _global_optimizer_post_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+from variants import AGAIN, EMPTY, NONE, OURS, VARIANTS, Stack
 
 from lightning_bnmonitor import BatchNormTracker
+from lightning_bnmonitor.capture.batch_moments import CaptureMode
 from lightning_bnmonitor.capture.layer_hook import STASH_LIMIT
 
-NONE, AGAIN, EMPTY, OURS = "no monitor", "no monitor, again", "empty hook", "ours"
 UPDATE_STEPS = STASH_LIMIT  # after so many there has been an update of everything, at the latest
-MAX_SHARE = {"ResNet-18": 0.01, "120 layers": 0.01, "narrow MLP": 0.05}
+MAX_SHARE = {
+    "ResNet-18": 0.01,
+    "120 layers": 0.01,
+    "narrow MLP": 0.05,
+    "EfficientNet-B0": 0.01,
+    "ResNet-18, checkpointing": 0.03,
+    "ResNet-18, pass": 0.03,
+    "ResNet-18, bfloat16": 0.03,
+}
+MAX_OPERATIONS = dict.fromkeys(("ResNet-18", "120 layers", "narrow MLP", "EfficientNet-B0"), 5.0)  # a step
 MAX_RATIO = {("narrow MLP", EMPTY): 1.05, ("compiled", NONE): 1.02}
 MAX_WINDOW_END = {100_000: 0.3}  # seconds by channels
 
@@ -73,154 +89,30 @@ def summary(values: list[float]) -> Summary:
     return Summary(statistics.median(ranked), ranked[outside], ranked[n - 1 - outside])
 
 
-# --- what is compared -------------------------------------------------------------------------------------------------
-
-
-class Hooks:
-    """A variant: a forward hook on every BatchNorm layer, and what it keeps."""
-
-    def __init__(self, model: nn.Module) -> None:
-        layers = [module for module in model.modules() if isinstance(module, _BatchNorm)]
-        self.kept: list[Any] = [self.begin(layer) for layer in layers]
-        self.handles = [
-            layer.register_forward_hook(self.hook_of(index)) for index, layer in enumerate(layers) if self.is_hooked
-        ]
-
-    is_hooked = True
-
-    def begin(self, layer: _BatchNorm) -> Any:
-        """What is kept of a layer before its first call."""
-        return None
-
-    def hook_of(self, index: int) -> Callable[..., None]:
-        """The hook of a layer."""
-
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            self.take(index, args[0].detach())
-
-        return hook
-
-    def take(self, index: int, x: Tensor) -> None:
-        """Take what a layer received."""
-
-    def end_round(self) -> None:
-        """Outside what is timed."""
-
-    def close(self) -> None:
-        """Remove the hooks."""
-        for handle in self.handles:
-            handle.remove()
-
-
-class Unhooked(Hooks):
-    """Nothing at all."""
-
-    is_hooked = False
-
-
-class Empty(Hooks):
-    """A hook that does nothing."""
-
-    def hook_of(self, index: int) -> Callable[..., None]:
-        """One that does not even look."""
-
-        def hook(module: nn.Module, args: tuple[Tensor, ...], output: Tensor) -> None:
-            pass
-
-        return hook
-
-
-class Naive(Hooks):
-    """Mean and variance of the last batch."""
-
-    def take(self, index: int, x: Tensor) -> None:
-        """Two reductions."""
-        dims = [dim for dim in range(x.ndim) if dim != 1]
-        self.kept[index] = (x.mean(dims), x.var(dims))
-
-
-class Welford(Hooks):
-    """Count, mean and sum of squared deviations in float64, merged batch by batch."""
-
-    def begin(self, layer: _BatchNorm) -> Any:
-        """Zeros."""
-        return [torch.zeros((), dtype=torch.float64), *torch.zeros(2, layer.num_features, dtype=torch.float64)]
-
-    def take(self, index: int, x: Tensor) -> None:
-        """Chan's merge."""
-        x = x.double()
-        dims = [dim for dim in range(x.ndim) if dim != 1]
-        var, mean = torch.var_mean(x, dims, correction=0)
-        count, before, m2 = self.kept[index]
-        added = x.numel() // x.shape[1]
-        delta, total = mean - before, count + added
-        self.kept[index] = [
-            total,
-            before + delta * (added / total),
-            m2 + var * added + delta.square() * (count * added / total),
-        ]
-
-
-class Stack(Hooks):
-    """All inputs, as the published experiment kept them."""
-
-    def begin(self, layer: _BatchNorm) -> Any:
-        """No input."""
-        return []
-
-    def take(self, index: int, x: Tensor) -> None:
-        """Keep it, as a copy: an inplace activation may overwrite it."""
-        self.kept[index].append(x.clone())
-
-    def end_round(self) -> None:
-        """Or the memory would not last."""
-        for inputs in self.kept:
-            inputs.clear()
-
-
-class Ours:
-    """The tracker."""
-
-    def __init__(self, model: nn.Module) -> None:
-        self.kept = BatchNormTracker(model).attach()
-
-    def end_round(self) -> None:
-        """Nothing to do."""
-
-    def close(self) -> None:
-        """Remove the hooks."""
-        self.kept.detach()
-
-
-VARIANTS: dict[str, Callable[[nn.Module], Any]] = {
-    NONE: Unhooked,
-    AGAIN: Unhooked,
-    EMPTY: Empty,
-    OURS: Ours,
-    "naive mean and var": Naive,
-    "Welford in float64": Welford,
-    "stack all inputs": Stack,
-}
-
-
 # --- networks ---------------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
 class Network:
-    """What is trained. ``backend`` is that of ``torch.compile``, None for eager."""
+    """What is trained, and how."""
 
     name: str
     build: Callable[[], nn.Module]
     batch: tuple[int, ...]
     steps: int  # in a round
-    chunks: int  # of steps with an update each, of which the direct share is measured
-    backend: str | None = None
+    chunks: int = 2  # of steps with an update each, of which the direct share is measured
+    backend: str | None = None  # of `torch.compile`; None for eager
+    compared: tuple[str, ...] = tuple(VARIANTS)
+    capture: CaptureMode = "auto"
+    dtype: torch.dtype = torch.float32  # of the module and of what it is given
+    device: str = "cpu"
+    layout: torch.memory_format = torch.preserve_format
+    is_mixed: bool = False  # whether under autocast, in bfloat16
 
     @property
     def variants(self) -> list[str]:
         """Lists that grow make compiled code start anew at every call."""
-        return [name for name in VARIANTS if self.backend is None or VARIANTS[name] is not Stack]
+        return [name for name in self.compared if self.backend is None or VARIANTS[name] is not Stack]
 
 
 def narrow_mlp() -> nn.Module:
@@ -228,9 +120,9 @@ def narrow_mlp() -> nn.Module:
     return nn.Sequential(*(m for _ in range(6) for m in (nn.Linear(64, 64), nn.BatchNorm1d(64), nn.ReLU())))
 
 
-def deep(width: int = 32) -> nn.Module:
-    """120 convolutions, each with a BatchNorm layer."""
-    return nn.Sequential(nn.Conv2d(3, width, 1), *(Residual(width, width, 1) for _ in range(60)))
+def deep(width: int = 32, blocks: int = 60) -> nn.Sequential:
+    """Two convolutions a block, each with a BatchNorm layer."""
+    return nn.Sequential(nn.Conv2d(3, width, 1), *(Residual(width, width, 1) for _ in range(blocks)))
 
 
 def plain(width: int = 64) -> nn.Module:
@@ -242,16 +134,28 @@ def plain(width: int = 64) -> nn.Module:
 
 def networks(quick: bool) -> list[Network]:
     """All that are measured; small ones to try the script."""
+    few = (NONE, AGAIN, EMPTY, OURS)
     if quick:
+        tiny = partial(efficientnet, stages=[(8, 2, 3, 1, 2)], stem=8, head=16)
+        small, shape = partial(deep, width=4, blocks=2), (4, 3, 4, 4)
         return [
             Network("narrow MLP", narrow_mlp, (48, 64), 2, 1),
-            Network("compiled", plain, (4, 3, 4, 4), 1, 1, "aot_eager"),
+            Network("compiled", plain, shape, 1, 1, "aot_eager"),
+            Network("EfficientNet-B0", tiny, shape, 1, 1, compared=few),
+            Network("ResNet-18, checkpointing", lambda: checkpointed(small(), Residual), shape, 1, 1, compared=few),
+            Network("ResNet-18, pass", small, shape, 1, 1, compared=few, capture="pass"),
+            Network("ResNet-18, bfloat16", small, shape, 1, 1, compared=few, dtype=torch.bfloat16),
         ]
+    shape = (16, 3, 32, 32)
     return [
-        Network("ResNet-18", resnet18, (16, 3, 32, 32), 1, 3),
+        Network("ResNet-18", resnet18, shape, 1, 3),
         Network("120 layers", deep, (16, 3, 16, 16), 1, 3),
         Network("narrow MLP", narrow_mlp, (48, 64), UPDATE_STEPS, 20),
         Network("compiled", plain, (16, 3, 16, 16), 4, 6, "inductor"),
+        Network("EfficientNet-B0", partial(efficientnet, stem_stride=1), shape, 1, compared=few),
+        Network("ResNet-18, checkpointing", lambda: checkpointed(resnet18(), Residual), shape, 1, compared=few),
+        Network("ResNet-18, pass", resnet18, shape, 1, compared=few, capture="pass"),
+        Network("ResNet-18, bfloat16", resnet18, shape, 1, compared=few, dtype=torch.bfloat16),
     ]
 
 
@@ -260,18 +164,30 @@ class Training:
 
     def __init__(self, network: Network, variant: str) -> None:
         torch.manual_seed(0)
-        self.module = network.build()
+        to = {"device": network.device, "dtype": network.dtype, "memory_format": network.layout}
+        self.module = network.build().to(**to)
         self.model = self.module if network.backend is None else torch.compile(self.module, backend=network.backend)
         self.optimizer = torch.optim.SGD(self.module.parameters(), lr=1e-3, momentum=0.9)
-        self.x = torch.randn(network.batch)
-        self.monitor = VARIANTS[variant](self.model)
+        self.x = torch.randn(network.batch).to(**to)
+        self.mixed: Callable[[], AbstractContextManager[Any]] = nullcontext
+        if network.is_mixed:
+            self.mixed = partial(torch.autocast, network.device, torch.bfloat16)
+        self.monitor = VARIANTS[variant](self.model, **({"capture": network.capture} if variant == OURS else {}))
 
     def steps(self, num: int) -> None:
         """Some training steps."""
         for _ in range(num):
             self.optimizer.zero_grad()
-            self.model(self.x).square().mean().backward()
+            with self.mixed():
+                loss = self.model(self.x).square().mean()
+            loss.backward()
             self.optimizer.step()
+
+    def prepare_update(self) -> int:
+        """Let nothing wait. Returns after how many steps there will be an update of everything."""
+        self.steps(2)
+        self.monitor.kept.flush()
+        return max(layer.hook.limit for layer in self.monitor.kept._recorder.layers)
 
 
 def is_same(one: nn.Module, other: nn.Module) -> bool:
@@ -361,9 +277,8 @@ def direct_shares(network: Network, steps: int | None = None) -> list[float]:
     """
     training, stopwatch, shares = Training(network, OURS), Stopwatch(), []
     with stopwatch.on_our_hooks(training.model, network.backend is not None):
-        training.steps(2)
-        training.monitor.kept.flush()
-        steps = steps or max(layer.hook.limit for layer in training.monitor.kept._recorder.layers)
+        update = training.prepare_update()
+        steps = steps or update
         own = stopwatch.own_seconds()
         for _ in range(network.chunks):
             stopwatch.seconds, stopwatch.calls = 0.0, 0
@@ -373,6 +288,33 @@ def direct_shares(network: Network, steps: int | None = None) -> list[float]:
             shares.append((stopwatch.seconds - stopwatch.calls * own) / taken)
     training.monitor.close()
     return shares
+
+
+class Operations(TorchDispatchMode):
+    """Counts the aten operations within it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        """Count, and do it."""
+        self.count += 1
+        return func(*args, **(kwargs or {}))
+
+
+def operations_a_step(network: Network) -> float:
+    """Aten operations of a step beyond the model's own, on average over as many as have one update."""
+    network = replace(network, batch=(2, *network.batch[1:]))
+    bare, training = Training(network, NONE), Training(network, OURS)
+    bare.steps(2)
+    steps = training.prepare_update()
+    with Operations() as own:
+        bare.steps(1)
+    with Operations() as monitored:
+        training.steps(steps)
+    training.monitor.close()
+    return monitored.count / steps - own.count
 
 
 def bytes_of(*roots: Any) -> int:
@@ -449,8 +391,10 @@ def ratio(seconds: dict[str, list[float]], variant: str, to: str) -> Summary:
     return summary([one / other for one, other in zip(seconds[variant], seconds[to], strict=True)])
 
 
-def time_table(seconds: dict[str, dict[str, list[float]]], shares: dict[str, Summary]) -> str:
-    """Ratios of all variants to none, and our direct share, by network."""
+def time_table(
+    seconds: dict[str, dict[str, list[float]]], shares: dict[str, Summary], operations: dict[str, float]
+) -> str:
+    """Ratios of all variants to none, our direct share and operations, by network."""
     step = [f"{1000 * statistics.median(each[NONE]):.4g} ms" for each in seconds.values()]
     rows = [["a step without monitor", *step]]
     for variant in VARIANTS:
@@ -458,6 +402,9 @@ def time_table(seconds: dict[str, dict[str, list[float]]], shares: dict[str, Sum
             cells = [shown(ratio(each, variant, NONE), 3) if variant in each else "-" for each in seconds.values()]
             rows.append([variant, *cells])
     rows.append(["**direct share of ours**", *(f"{shown(shares[name], 2, 100)} %" for name in seconds)])
+    rows.append(
+        ["operations of ours, a step", *(f"{operations[name]:.1f}" if name in operations else "-" for name in seconds)]
+    )
     return tabulate(rows, headers=["CPU time", *seconds], tablefmt="github", disable_numparse=True)
 
 
@@ -501,7 +448,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20, help="of each network (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=7, help="windows that end (default: %(default)s)")
-    parser.add_argument("--quick", action="store_true", help="two small networks and short windows, to try the script")
+    parser.add_argument("--quick", action="store_true", help="small networks and short windows, to try the script")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch._dynamo.config.recompile_limit = 4 * len(VARIANTS)  # each variant compiles the same code
@@ -510,6 +457,7 @@ def main() -> int:
 
     seconds: dict[str, dict[str, list[float]]] = {}
     shares: dict[str, Summary] = {}
+    operations: dict[str, float] = {}
     measured = networks(args.quick)
     for network in measured:
         if network.backend == "inductor" and shutil.which("g++") is None:
@@ -523,7 +471,9 @@ def main() -> int:
             training.monitor.close()
         del trainings
         shares[network.name] = summary(direct_shares(network, 2 if args.quick else None))
-    print(time_table(seconds, shares))
+        if network.backend is None:
+            operations[network.name] = operations_a_step(network)
+    print(time_table(seconds, shares, operations))
 
     mlp = next(network for network in measured if network.name == "narrow MLP")
     print("\n" + memory_table(mlp, 2 if args.quick else UPDATE_STEPS, measured[0]))
@@ -538,6 +488,11 @@ def main() -> int:
         verdict(f"direct share, {name}", shares[name], most, "%", is_stable=True)
         for name, most in MAX_SHARE.items()
         if name in shares
+    ]
+    verdicts += [
+        verdict(f"operations a step, {name}", Summary(*[operations[name]] * 3), most, "", is_stable=True)
+        for name, most in MAX_OPERATIONS.items()
+        if name in operations
     ]
     verdicts += [
         verdict(f"end of a window of {size[1]} channels after {size[2]} batches", summary(each), most, "ms", True)

@@ -6,6 +6,7 @@ import gc
 import itertools
 import subprocess
 import sys
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -14,6 +15,7 @@ import torch
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 sys.path.insert(0, str(EXAMPLES))
+import networks  # noqa: E402
 import overhead  # noqa: E402
 
 sys.path.remove(str(EXAMPLES))
@@ -39,30 +41,69 @@ def test_every_table_has_its_rows_and_every_target_its_verdict() -> None:
     times, memory, windows = done.stdout.split("\n\n")[:3]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in times.splitlines()]
     assert rows[0] == ["CPU time", *QUICK]
-    assert [row[0] for row in rows[3:-1]] == list(overhead.VARIANTS)[1:]
     assert rows[2][0] == "a step without monitor"
-    assert [cell == "-" for row in rows[3:-1] for cell in row[1:]].count(True) == 1  # no stacking in compiled code
-    assert rows[-1][0] == "**direct share of ours**"
-    assert all(cell.endswith("%") and 0 < float(cell.split()[0]) < 100 for cell in rows[-1][1:])
+    assert [row[0] for row in rows[3:-2]] == list(overhead.VARIANTS)[1:]
+    for name, *cells in zip(*(row[1:] for row in (rows[0], *rows[3:-2])), strict=True):
+        compared = QUICK[name].variants
+        assert [cell == "-" for cell in cells] == [variant not in compared for variant in overhead.VARIANTS][1:]
+    assert rows[-2][0] == "**direct share of ours**"
+    assert all(cell.endswith("%") and 0 < float(cell.split()[0]) < 100 for cell in rows[-2][1:])
+    assert rows[-1][0] == "operations of ours, a step"
+    assert [cell == "-" for cell in rows[-1][1:]] == [name == "compiled" for name in QUICK]
     assert len(memory.splitlines()) == 2 + len(overhead.VARIANTS) - 2
     assert [row.split("|")[2].strip() for row in windows.splitlines()[2:]] == ["1000", "10000"]
     verdicts = done.stdout.rstrip().split("\n\n")[-1].splitlines()
-    assert len(verdicts) == 3
+    assert len(verdicts) == 5 + 2 + 2  # direct shares, operations, ratios
     assert {line.split(":")[0] for line in verdicts} <= {"Met", "MISSED"}
     assert done.returncode == any(line.startswith("MISSED") for line in verdicts)
 
 
 def test_what_is_not_small_is_what_the_table_is_about() -> None:
-    networks = {network.name: network for network in overhead.networks(quick=False)}
-    assert list(networks) == ["ResNet-18", "120 layers", "narrow MLP", "compiled"]
+    full = {network.name: network for network in overhead.networks(quick=False)}
+    assert set(overhead.MAX_SHARE) | {name for name, _ in overhead.MAX_RATIO} == set(full)
+    assert set(overhead.MAX_OPERATIONS) < set(full)
+    assert full["compiled"].variants == [name for name in overhead.VARIANTS if name != "stack all inputs"]
     layers = {
         name: [module.num_features for module in network.build().modules() if isinstance(module, overhead._BatchNorm)]
-        for name, network in networks.items()
+        for name, network in full.items()
     }
     assert len(layers["ResNet-18"]) == 20
     assert len(layers["120 layers"]) == 120
     assert layers["narrow MLP"] == [64] * 6
-    assert set(overhead.MAX_SHARE) | {name for name, _ in overhead.MAX_RATIO} == set(networks)
+    assert (len(layers["EfficientNet-B0"]), sum(layers["EfficientNet-B0"])) == (49, 21008)  # as in timm
+    assert all(len(each) == 20 for name, each in layers.items() if name.startswith("ResNet-18"))
+    resnet50 = [layer.num_features for layer in resnet50_layers()]
+    assert (len(resnet50), sum(resnet50)) == (53, 26560)  # as in torchvision
+
+
+def resnet50_layers() -> list[torch.nn.Module]:
+    return [module for module in networks.resnet50().modules() if isinstance(module, overhead._BatchNorm)]
+
+
+@pytest.mark.parametrize("name", [name for name in QUICK if name not in ("narrow MLP", "compiled")])
+def test_a_network_is_trained_as_its_column_says_and_the_same_with_and_without(name: str) -> None:
+    network = QUICK[name]
+    bare, ours = overhead.Training(network, overhead.NONE), overhead.Training(network, overhead.OURS)
+    bare.steps(3)
+    ours.steps(3)
+    assert overhead.is_same(bare.module, ours.module)
+    parts = {type(module) for module in ours.module.modules()}
+    assert (networks.Checkpointed in parts) is (name == "ResNet-18, checkpointing")
+    assert (networks.BatchNormAct2d in parts) is (name == "EfficientNet-B0")
+    is_half = {parameter.dtype for parameter in ours.module.parameters()} == {torch.bfloat16}
+    assert is_half is (ours.x.dtype is torch.bfloat16) is (name == "ResNet-18, bfloat16")
+    for layer in ours.monitor.kept.report().values():
+        assert layer.num_batches == 3
+        assert layer.evidence["calls_pass"] == 3 or name != "ResNet-18, pass"
+    ours.monitor.close()
+
+
+def test_operations_are_those_beyond_the_models_own() -> None:
+    saved, by_pass = (
+        overhead.operations_a_step(replace(QUICK["narrow MLP"], capture=capture)) for capture in ("auto", "pass")
+    )
+    assert 0 < saved <= overhead.MAX_OPERATIONS["narrow MLP"]
+    assert by_pass > saved + 6 * 4  # two passes of two operations for each layer, at least
 
 
 @pytest.mark.parametrize("variant", list(overhead.VARIANTS))
