@@ -35,9 +35,6 @@ else:
     BatchNorm = nn.BatchNorm1d.__base__
     """The base class of BatchNorm1d to 3d and SyncBatchNorm. There is no public one."""
 
-is_capturing = torch.cuda.is_current_stream_capturing
-"""Whether a CUDA graph is being captured. Public."""
-
 AnyFunction = TypeVar("AnyFunction", bound=Callable[..., Any])
 
 _missing: list[str] = []
@@ -120,6 +117,12 @@ tracing_state: Callable[[], Any] = _private(
     "_C._get_tracing_state", lambda: None, "calls within `torch.jit.trace` are not told from others."
 )
 """What ``torch.jit.trace`` is at, or None."""
+
+
+def is_capturing() -> bool:
+    """Whether a CUDA graph is being captured. Without CUDA, the public function raises an error."""
+    has_device: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return has_device and torch.cuda.is_current_stream_capturing()
 
 
 @cache

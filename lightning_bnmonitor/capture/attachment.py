@@ -25,6 +25,7 @@ from lightning_bnmonitor.compat import (
     compiled_call,
     forget_compiled_code,
     has_compiled_forward,
+    is_capturing,
     is_dynamo_compiling,
     set_compiled_call,
     uses_checkpointing,
@@ -140,7 +141,8 @@ def _after_step(gate: Gate, merge: Callable[[], None]) -> Callable[..., None]:
     reference = weakref.WeakMethod(merge)
 
     def after_step(*_: Any) -> None:
-        if not is_dynamo_compiling() and (gate.is_full or gate.is_traced) and (alive := reference()) is not None:
+        is_due = not is_dynamo_compiling() and (gate.is_full or gate.is_traced) and not is_capturing()
+        if is_due and (alive := reference()) is not None:
             alive()
 
     return after_step

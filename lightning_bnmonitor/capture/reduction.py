@@ -35,7 +35,8 @@ def moments_of(x: Tensor) -> tuple[Tensor, Tensor]:
         return first + centre.double(), second.sub_(first.square()).clamp_min_(0)
     deviation = x - centre.view(-1, *[1] * (x.ndim - 2))
     if x.is_cuda and x.ndim == 4 and deviation.is_contiguous(memory_format=torch.channels_last):
-        first, invstd = torch.batch_norm_stats(deviation, 0.0)  # BatchNorm's own, which is made for this layout
+        # BatchNorm's own, which is made for this layout. (With an eps of 0, it gives 0 for the inverse of 0.)
+        first, invstd = torch.batch_norm_stats(deviation, 1e-30)
         var = invstd.pow(-2)
     else:
         var, first = torch.var_mean(deviation, [dim for dim in range(x.ndim) if dim != 1], correction=0)

@@ -328,7 +328,10 @@ class Window:
         return self._to_device(np.arange(len(layer_of)) + shifts[layer_of]), self._to_device(layer_of)
 
     def _to_device(self, array: NDArray[Any]) -> Tensor:
-        return torch.from_numpy(np.ascontiguousarray(array)).to(self.device, non_blocking=True)
+        tensor = torch.from_numpy(np.ascontiguousarray(array))
+        if self.device.type == "cuda":
+            tensor = tensor.pin_memory()  # or the copy would wait for the device
+        return tensor.to(self.device, non_blocking=True)
 
 
 def _merge_sums(

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from lightning_bnmonitor.capture.batch_moments import PATHS, BatchMoments, Path
 from lightning_bnmonitor.capture.layer_hook import Call, Gate, LayerHook
-from lightning_bnmonitor.compat import BatchNorm
+from lightning_bnmonitor.compat import BatchNorm, is_capturing
 from lightning_bnmonitor.statistics.pooled_calls import PooledCalls
 from lightning_bnmonitor.statistics.window import Batches, Window, Write
 from lightning_bnmonitor.tracking.buffers import FRESH, History, Snapshot
@@ -164,6 +164,9 @@ class TrackedLayer:
             return []
         validated, hook.traced_validation = hook.traced_validation, ()
         traced, hook.traced = hook.traced, ()
+        if is_capturing():  # a CUDA graph, whose replays write over them
+            hook.skipped += len(traced)
+            return []
         left: list[LeftBehind] = []
         if gate.validating and not gate.paused:
             left += [(moments, self.validate) for moments in validated if moments.num_samples]
