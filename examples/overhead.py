@@ -271,22 +271,30 @@ class Stopwatch:
                 each.update(hooked)
 
 
-def direct_shares(network: Network, steps: int | None = None) -> list[float]:
+def shares_of(training: Training, is_compiled: bool, chunks: int, steps: int | None = None) -> list[float]:
     """Share of the time of training steps that passes within our hooks and updates, several times.
 
     So many steps at a time; None: as many as have one update.
     """
-    training, stopwatch, shares = Training(network, OURS), Stopwatch(), []
-    with stopwatch.on_our_hooks(training.model, network.backend is not None):
+    stopwatch, shares = Stopwatch(), []
+    with stopwatch.on_our_hooks(training.model, is_compiled):
         update = training.prepare_update()
-        steps = steps or update
         own = stopwatch.own_seconds()
-        for _ in range(network.chunks):
+        for _ in range(chunks):
             stopwatch.seconds, stopwatch.calls = 0.0, 0
             began = stopwatch.clock()  # the same clock: what interrupts us, interrupts both in proportion
-            training.steps(steps)
+            training.steps(steps or update)
+            if training.x.is_cuda:
+                torch.cuda.synchronize()
             taken = stopwatch.clock() - began
             shares.append((stopwatch.seconds - stopwatch.calls * own) / taken)
+    return shares
+
+
+def direct_shares(network: Network, steps: int | None = None) -> list[float]:
+    """:func:`shares_of` a training of its own."""
+    training = Training(network, OURS)
+    shares = shares_of(training, network.backend is not None, network.chunks, steps)
     training.monitor.close()
     return shares
 
@@ -450,7 +458,14 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=20, help="of each network (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=7, help="windows that end (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="small networks and short windows, to try the script")
-    args = parser.parse_args()
+    parser.add_argument("--device", default="cpu", help="cuda: as overhead_cuda.py, with its options (default: cpu)")
+    args, others = parser.parse_known_args()
+    if args.device == "cuda":
+        from overhead_cuda import main as on_a_gpu
+
+        return on_a_gpu()
+    if others:
+        parser.error(f"unrecognized arguments: {' '.join(others)}")
     torch.set_num_threads(1)
     torch._dynamo.config.recompile_limit = 4 * len(VARIANTS)  # each variant compiles the same code
     gc.collect()

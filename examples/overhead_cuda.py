@@ -5,6 +5,9 @@ time is divided by that without a monitor in the same round; shown are medians w
 CUDA events around the steps of a round, host and device together. Ours ends each round with an update, more often than
 it would by itself: its share of updates is in every round.
 
+Direct share: as in ``overhead.py``, the host's time within our hooks and updates over that of the steps. Where a step
+waits for the host's launches, as most do, that is what it takes longer; where it does not, it takes no longer.
+
 Kernels, copies, launches, waits: what ``torch.profiler`` sees on the device, and of calls of CUDA, in a step of ours
 beyond one without a monitor, on average over as many steps as have one update; waits also as PyTorch itself knows them
 (``torch.cuda.set_sync_debug_mode``). Memory: the difference of the allocator's peaks until after the first update.
@@ -33,7 +36,7 @@ from typing import Any
 import torch
 from logging_cost import Residual, resnet18
 from networks import Bottleneck, efficientnet, resnet50
-from overhead import Network, Summary, Training, is_same, ratio, shown, summary, verdict
+from overhead import Network, Summary, Training, is_same, ratio, shares_of, shown, summary, verdict
 from tabulate import tabulate
 from torch import nn
 from torch.autograd import DeviceType
@@ -193,6 +196,7 @@ def measured(network: Network, rounds: int, steps: int | None = None) -> dict[st
         cycle = steps or ours.prepare_update()
         for variant, training in ((NONE, bare), (OURS, ours)):
             found[variant] = on_device(training, cycle, measure, otherwise)
+    shares = shares_of(ours, network.backend is not None, 2, steps)
     report = ours.monitor.kept.report()
     for training in trainings.values():
         training.monitor.close()
@@ -201,6 +205,7 @@ def measured(network: Network, rounds: int, steps: int | None = None) -> dict[st
         "layers": len(widths),
         "channels": sum(widths),
         "seconds": seconds,
+        "shares": shares,
         "peak_bytes": peaks,
         "waits": waits,
         "activity": activity,
@@ -231,6 +236,7 @@ def table(results: dict[str, dict[str, Any]]) -> str:
         cells = [shown(ratio(r["seconds"], variant, NONE), 4) if variant in r["seconds"] else "-" for r in of]
         rows.append([variant, *cells])
     rows.append(["ours, to empty hook", *(shown(to_empty(r), 4) if EMPTY in r["seconds"] else "-" for r in of)])
+    rows.append(["**direct share of ours**", *(f"{100 * max(result['shares']):.2f} %" for result in of)])
     rows.append(["kernels without monitor, a step", *(f"{r['activity'][NONE].get('kernels', 0):.0f}" for r in of)])
     for what, name in ACTIVITIES.items():
         rows.append([f"{what} of ours, a step", *(f"{extra(result, name):.2f}" for result in of)])
@@ -265,6 +271,8 @@ def verdicts_on(results: dict[str, dict[str, Any]], is_on_device: bool) -> list[
         if name in MAX_RATIO:
             value = ratio(result["seconds"], OURS, NONE)
             found.append(verdict(f"ratio to no monitor, {name}", value, MAX_RATIO[name], "", is_stable=False))
+            share = Summary(*[max(result["shares"])] * 3)
+            found.append(verdict(f"direct share, {name}", share, MAX_RATIO[name] - 1, "%", is_stable=True))
         if is_on_device:
             most = {"kernels": result["layers"] * MAX_KERNELS, "Synchronize": 0.0}
             for what, limit in most.items():
@@ -296,6 +304,7 @@ def main() -> int:
     parser.add_argument("--device", default="cuda", help="cuda, or cpu for a rehearsal (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=6, help="of each network (default: %(default)s)")
     parser.add_argument("--quick", action="store_true", help="small networks, to try the script")
+    parser.add_argument("--only", default="", help="of the networks, those with this in their names (default: all)")
     parser.add_argument(
         "--budget", type=float, default=200, help="seconds in which networks begin (default: %(default)s)"
     )
@@ -307,6 +316,8 @@ def main() -> int:
     results: dict[str, dict[str, Any]] = {}
     failed = []
     for network in networks(args.device, args.quick):
+        if args.only not in network.name:
+            continue
         needed = 45 if network.backend is not None and not args.quick else 0  # before anything is compiled
         if time.perf_counter() - BEGAN + needed > args.budget:
             say(f"{network.name}: left out, {args.budget:.0f} s are over")

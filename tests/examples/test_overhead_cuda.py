@@ -32,6 +32,7 @@ def result(**changed: Any) -> dict[str, Any]:
         "layers": 40,
         "channels": 1000,
         "seconds": {NONE: [0.010] * 6, AGAIN: [0.010] * 6, EMPTY: [0.008] * 6, OURS: [0.012] * 6, NAIVE: [0.02] * 6},
+        "shares": [0.004, 0.005],
         "peak_bytes": {NONE: 5_000_000, AGAIN: 5_000_000, OURS: 6_000_000},
         "waits": {NONE: 1.0, OURS: 1.0},
         "activity": {
@@ -60,6 +61,7 @@ def test_the_table_shows_ratios_and_what_is_beyond_no_monitor() -> None:
     assert rows["ours"][:2] == ["1.2000 (1.2000-1.2000)", "1.0000 (1.0000-1.0000)"]
     assert rows["ours, to empty hook"][:2] == ["1.5000 (1.5000-1.5000)", "-"]
     assert rows[NAIVE][:2] == ["2.0000 (2.0000-2.0000)", "-"]
+    assert rows["**direct share of ours**"][0] == "0.50 %"
     assert rows["kernels without monitor, a step"][0] == "500"
     assert [rows[f"{what} of ours, a step"][0] for what in ("kernels", "copies", "launches", "waits")] == [
         *("2.00", "0.25", "1.50", "0.00")
@@ -87,9 +89,10 @@ def test_targets_are_those_of_a_step(changed: dict[str, Any], missed: list[str])
 
 
 def test_ratios_have_their_targets_by_name() -> None:
-    (verdict,) = overhead_cuda.verdicts_on({"ResNet-50": result(), "other": result()}, is_on_device=False)
-    assert verdict[0] is False
-    assert verdict[1].startswith("MISSED: ratio to no monitor, ResNet-50: 1.200")
+    of_time, of_share = overhead_cuda.verdicts_on({"ResNet-50": result(), "other": result()}, is_on_device=False)
+    assert of_time[0] is False
+    assert of_time[1].startswith("MISSED: ratio to no monitor, ResNet-50: 1.200")
+    assert of_share == (True, "Met: direct share, ResNet-50: 0.50 (0.50-0.50) %, target at most 1 %.")
     assert {network.name for network in overhead_cuda.networks("cpu", False)} > set(overhead_cuda.MAX_RATIO)
 
 
