@@ -9,7 +9,6 @@ from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     DeviceStatsMonitor,
     EarlyStopping,
-    EMAWeightAveraging,
     GradientAccumulationScheduler,
     LearningRateFinder,
     LearningRateMonitor,
@@ -21,7 +20,6 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     Timer,
     TQDMProgressBar,
-    WeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader
@@ -29,6 +27,7 @@ from torch.utils.data import DataLoader
 from lightning_bnmonitor import BatchNormMonitor
 from tests.callbacks.compared_fits import MOMENTUM, Net, fit, fit_in_both_orders, samples, val_data
 from tests.callbacks.expected_warnings import EXPECTED_WARNINGS
+from tests.callbacks.weight_averages import averaging
 
 pytestmark = EXPECTED_WARNINGS
 
@@ -56,12 +55,12 @@ def test_stochastic_weight_averaging(tmp_path):
         assert ran.reports[4]["net.a"].momentum is None
 
 
-@pytest.mark.parametrize(("averaging", "use_buffers"), [(WeightAveraging, True), (EMAWeightAveraging, False)])
+@pytest.mark.parametrize(("name", "use_buffers"), [("WeightAveraging", True), ("EMAWeightAveraging", False)])
 def test_weight_averaging_swaps_weights_in_validation_and_the_report_is_of_those_that_train(
-    tmp_path, averaging, use_buffers
+    tmp_path, name, use_buffers
 ):
     def others():
-        return [averaging(use_buffers=use_buffers)]
+        return [averaging(name)(use_buffers=use_buffers)]
 
     for ran in fit_in_both_orders(tmp_path, others=others, val_check_interval=0.5):
         ran.check(10, 20).check_healthy()

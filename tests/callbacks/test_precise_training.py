@@ -4,11 +4,9 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import (
-    EMAWeightAveraging,
     ModelCheckpoint,
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
-    WeightAveraging,
 )
 
 from lightning_bnmonitor import PreciseBatchNorm
@@ -29,6 +27,7 @@ from tests.callbacks.precise_fits import (
     train_data,
     val_data,
 )
+from tests.callbacks.weight_averages import averaging
 
 pytestmark = EXPECTED_WARNINGS
 
@@ -55,18 +54,18 @@ def test_stochastic_weight_averaging(tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("averaging", "use_buffers", "first", "restore"),
+    ("name", "use_buffers", "first", "restore"),
     [
-        (WeightAveraging, True, True, True),
-        (EMAWeightAveraging, True, False, False),
-        (EMAWeightAveraging, False, False, False),
-        (EMAWeightAveraging, False, True, True),
-        (EMAWeightAveraging, False, False, True),
+        ("WeightAveraging", True, True, True),
+        ("EMAWeightAveraging", True, False, False),
+        ("EMAWeightAveraging", False, False, False),
+        ("EMAWeightAveraging", False, True, True),
+        ("EMAWeightAveraging", False, False, True),
     ],
 )
-def test_averaged_weights_have_their_own_exact_statistics(tmp_path, averaging, use_buffers, first, restore):
+def test_averaged_weights_have_their_own_exact_statistics(tmp_path, name, use_buffers, first, restore):
     def callbacks(*precise):
-        average = averaging(use_buffers=use_buffers)
+        average = averaging(name)(use_buffers=use_buffers)
         return [*precise, average, trace] if first else [trace, average, *precise]
 
     checkpoint = ModelCheckpoint(tmp_path, save_top_k=-1)
