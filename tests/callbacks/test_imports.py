@@ -77,6 +77,12 @@ def test_it_is_the_same_with_either_package_of_lightning_where_the_other_is_miss
     assert "recalibrated on 10 batches" in found[0]["recalibration"]
 
 
+def test_of_two_packages_it_takes_the_one_that_is_imported_already():
+    for package in PACKAGES:
+        is_of_it = f"{package}.Callback in lightning_bnmonitor.BatchNormMonitor.__mro__"
+        run("-c", f"import {package}, lightning_bnmonitor; assert {is_of_it}")
+
+
 def test_what_draws_and_prints_is_not_needed_for_the_import():
     missing = "matplotlib", "tabulate", "tqdm", "tqdm.auto"  # Lightning has imported some of them by then
     blocked = f"sys.modules.update(dict.fromkeys({missing}))"

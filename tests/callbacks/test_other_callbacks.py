@@ -27,7 +27,7 @@ from torch.utils.data import DataLoader
 from lightning_bnmonitor import BatchNormMonitor
 from tests.callbacks.compared_fits import MOMENTUM, Net, fit, fit_in_both_orders, samples, val_data
 from tests.callbacks.expected_warnings import EXPECTED_WARNINGS
-from tests.callbacks.weight_averages import averaging
+from tests.callbacks.lightning_versions import LIGHTNING, averaging
 
 pytestmark = EXPECTED_WARNINGS
 
@@ -126,6 +126,7 @@ def test_callbacks_that_only_watch(tmp_path):
     assert "bn/eval_error_max" in (tmp_path / "csv" / "version_0" / "metrics.csv").read_text()
 
 
+@pytest.mark.skipif(LIGHTNING < (2, 5, 6), reason="the progress bar of Lightning 2.5.0 fails with rich 15")
 def test_rich_progress_bar_and_model_summary_with_an_example_input(tmp_path, capsys):
     pytest.importorskip("rich")
 
@@ -177,11 +178,12 @@ def finds_batch_size():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(LIGHTNING < (2, 5, 6), reason="Lightning 2.5.0 then leaves out batches of the first epoch")
 @pytest.mark.parametrize("finder", [finds_learning_rate, finds_batch_size])
 def test_what_a_finder_tries_before_training_does_not_count(tmp_path, finder):
     for ran in fit_in_both_orders(tmp_path, OwnData, finder, data=None, max_epochs=2):
         batches = ran.trainer.num_training_batches
-        assert batches == (40 if finder is finds_learning_rate else 10)
+        assert batches == (40 if finder is finds_learning_rate else 10 if LIGHTNING >= (2, 6) else 5)
         ran.check(batches, 2 * batches)
         assert set(ran.flags(0).values()) == set(ran.flags(1).values()) == {()}
         for report in ran.reports:
