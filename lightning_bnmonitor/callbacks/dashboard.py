@@ -9,10 +9,10 @@ from functools import partial
 from typing import Any
 
 import numpy as np
-from lightning.pytorch.loggers import Logger
 from numpy.typing import NDArray
 
 from lightning_bnmonitor.callbacks.chart_layout import set_layout, tag_of
+from lightning_bnmonitor.callbacks.lightning_package import Logger
 from lightning_bnmonitor.report.heatmap import Heatmap
 from lightning_bnmonitor.report.report import Report
 

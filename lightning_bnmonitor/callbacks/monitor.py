@@ -7,7 +7,6 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
-from lightning.pytorch import Callback, LightningModule, Trainer
 from typing_extensions import override
 
 from lightning_bnmonitor.arguments import (
@@ -15,6 +14,7 @@ from lightning_bnmonitor.arguments import (
     check_choice,
     check_not_negative,
 )
+from lightning_bnmonitor.callbacks.lightning_package import Callback, LightningModule, Trainer
 from lightning_bnmonitor.callbacks.output import Output
 from lightning_bnmonitor.callbacks.schedule import WindowSchedule, is_training_over
 from lightning_bnmonitor.callbacks.unhealthy import OnUnhealthy

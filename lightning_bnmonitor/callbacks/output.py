@@ -5,10 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.pytorch import Trainer
-
 from lightning_bnmonitor.arguments import check_bool
 from lightning_bnmonitor.callbacks.dashboard import Dashboard
+from lightning_bnmonitor.callbacks.lightning_package import Trainer
 from lightning_bnmonitor.callbacks.scalars import Scalars
 from lightning_bnmonitor.callbacks.unhealthy import Alarm, OnUnhealthy
 from lightning_bnmonitor.compat import batches_that_stepped

@@ -9,12 +9,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-from lightning.pytorch import Callback, LightningModule, Trainer
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
 from lightning_bnmonitor.arguments import check_bool, check_positive, check_positive_or_none
+from lightning_bnmonitor.callbacks.lightning_package import Callback, LightningModule, Trainer
 from lightning_bnmonitor.callbacks.schedule import is_training_over
 from lightning_bnmonitor.compat import BatchNorm, prepared_batch
 from lightning_bnmonitor.repair.passes import Forward, forward_of

@@ -7,10 +7,9 @@ import warnings
 from collections.abc import Mapping
 
 import torch
-from lightning.pytorch import Trainer
-from lightning.pytorch.loggers import Logger
 
 from lightning_bnmonitor.arguments import check_bool_or, check_name
+from lightning_bnmonitor.callbacks.lightning_package import Logger, Trainer
 from lightning_bnmonitor.report.report import Report
 
 _MAX_LAYERS_LOGGED = 100

@@ -5,9 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from lightning.pytorch import Trainer
-
 from lightning_bnmonitor.arguments import check_positive_or_none
+from lightning_bnmonitor.callbacks.lightning_package import Trainer
 
 
 class WindowSchedule:

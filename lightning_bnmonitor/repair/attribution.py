@@ -10,10 +10,8 @@ from operator import length_hint
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
-from tqdm.auto import tqdm
 
 from lightning_bnmonitor.compat import BatchNorm
 from lightning_bnmonitor.repair.passes import Forward, forward_of, run, training_only
@@ -77,6 +75,8 @@ class Attribution:
         return max(self.contributions, key=lambda part: part.reduction).name if self.contributions else None
 
     def __str__(self) -> str:
+        from tabulate import tabulate
+
         parts = [
             (
                 f"- {part.name}",
@@ -320,6 +320,8 @@ class _Passes:
 
     def measured(self, label: str, collected: list[Tensor]) -> Iterator[Any]:
         """The batches, with a progress bar. When the next is asked for, the model has been run on this one."""
+        from tqdm.auto import tqdm
+
         total = length_hint(self.batches) or None
         once = iter(self.batches)  # tqdm would make two iterators, and a loader start its workers twice
         with tqdm(once, label, total, leave=False, disable=not self.progress) as bar:

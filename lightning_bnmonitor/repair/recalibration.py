@@ -8,7 +8,6 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from tabulate import tabulate
 from torch import Tensor, nn
 
 from lightning_bnmonitor.arguments import as_patterns, check_positive_or_none
@@ -156,6 +155,8 @@ class Recalibration:
             recorder.rewritten(dict.fromkeys(self._histories))
 
     def __str__(self) -> str:
+        from tabulate import tabulate
+
         rows = []
         for name, after in self.after.items():
             if name not in self.left_alone:

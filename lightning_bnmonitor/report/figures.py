@@ -233,8 +233,9 @@ def _at(values: Tensor, channels: Any) -> Any:
 
 
 def _figure(ax: Axes) -> Figure:
+    """The figure of axes, also of those in subfigures of it."""
     from matplotlib.figure import Figure
 
-    fig = ax.get_figure(root=True)
+    fig = ax.figure.figure  # that of a subfigure is the whole one; get_figure(root=True) is new in matplotlib 3.10
     assert isinstance(fig, Figure)
     return fig

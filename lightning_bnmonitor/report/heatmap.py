@@ -100,6 +100,7 @@ class Heatmap:
             raise ValueError("There is no layer to draw.")
         import matplotlib as mpl
         from matplotlib.backends.backend_agg import FigureCanvasAgg
+        from matplotlib.cm import ScalarMappable
         from matplotlib.colors import BoundaryNorm, ListedColormap
         from matplotlib.figure import Figure
 
@@ -119,7 +120,8 @@ class Heatmap:
             colors = ListedColormap(_COLORS).with_extremes(bad=_MISSING)
             norm = BoundaryNorm(_LEVELS, len(_COLORS), extend="max")
             shown = np.ma.masked_invalid(np.where(np.isposinf(self._errors), 1e3, self._errors))
-            image = ax.imshow(shown, cmap=colors, norm=norm, aspect="auto", interpolation="nearest")
+            # The colours themselves: with a norm, imshow gets some wrong before matplotlib 3.10.
+            ax.imshow(colors(norm(shown)), aspect="auto", interpolation="nearest")
             self._mark(ax)
             ax.set_yticks([])  # drawn by hand, which takes half as long
             style: dict[str, Any] = {
@@ -138,8 +140,8 @@ class Heatmap:
             ax.tick_params(length=0)
             ax.hlines(np.arange(1, len(names)) - 0.5, -0.5, len(self.steps) - 0.5, color="white", linewidth=1)
             bar = fig.add_axes((plot[0], 28 / height, plot[2], 12 / height))
-            ticks = fig.colorbar(image, cax=bar, orientation="horizontal", ticks=_LEVELS, spacing="uniform")
-            ticks.ax.set_xticklabels([f"{level:g}" for level in _LEVELS], fontsize=9)
+            scale = fig.colorbar(ScalarMappable(norm, colors), bar, orientation="horizontal", ticks=_LEVELS)
+            scale.ax.set_xticklabels([f"{level:g}" for level in _LEVELS], fontsize=9)
             fig.text(8 / width, 1 - 22 / height, "eval_error of BatchNorm layers", fontsize=12)
             for line, text in enumerate(legend):
                 y = 1 - (_TOP + _LINE * line) / height

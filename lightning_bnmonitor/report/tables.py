@@ -6,8 +6,6 @@ import math
 import re
 from collections.abc import Callable, Mapping, Sequence
 
-from tabulate import tabulate
-
 from lightning_bnmonitor.diagnosis.evidence import METRICS
 from lightning_bnmonitor.diagnosis.verdicts import VERDICTS
 from lightning_bnmonitor.report.layer_report import LayerReport
@@ -37,6 +35,8 @@ def layer_table(
     """
     if not layers:
         return ""
+    from tabulate import tabulate
+
     columns = dict(_ERRORS)
     if any("val_shift" in layer.diagnosis.evidence for layer in layers):
         columns |= _VALIDATION

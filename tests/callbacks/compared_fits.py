@@ -43,7 +43,7 @@ class Steps:
 
     def training_step(self, batch, batch_idx):
         x, y = batch
-        return nn.functional.mse_loss(self(x).float(), y)
+        return nn.functional.mse_loss(self(x).float(), y.float())
 
     def validation_step(self, batch, batch_idx, dataloader_idx=0):
         self.log("val_loss", self(batch[0]).float().square().mean())

@@ -15,6 +15,7 @@ from torch import nn
 
 from lightning_bnmonitor import BatchNormMonitor
 from tests.callbacks.expected_warnings import EXPECTED_WARNINGS
+from tests.callbacks.lightning_versions import takes_callbacks_of_the_other
 from tests.callbacks.recorded_fits import (
     BATCHES,
     JUDGED,
@@ -274,6 +275,7 @@ def test_a_running_statistic_that_is_not_finite_makes_the_largest_eval_error_inf
 # ---------------------------------------------------------------------------------------------------- the other package
 
 
+@takes_callbacks_of_the_other
 def test_it_works_in_a_trainer_of_pytorch_lightning(tmp_path):
     class OtherNet(Steps, pytorch_lightning.LightningModule):
         def __init__(self):

@@ -9,7 +9,6 @@ from lightning.pytorch.callbacks import (
     BatchSizeFinder,
     DeviceStatsMonitor,
     EarlyStopping,
-    EMAWeightAveraging,
     GradientAccumulationScheduler,
     LearningRateFinder,
     LearningRateMonitor,
@@ -21,7 +20,6 @@ from lightning.pytorch.callbacks import (
     StochasticWeightAveraging,
     Timer,
     TQDMProgressBar,
-    WeightAveraging,
 )
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger
 from torch.utils.data import DataLoader
@@ -29,6 +27,7 @@ from torch.utils.data import DataLoader
 from lightning_bnmonitor import BatchNormMonitor
 from tests.callbacks.compared_fits import MOMENTUM, Net, fit, fit_in_both_orders, samples, val_data
 from tests.callbacks.expected_warnings import EXPECTED_WARNINGS
+from tests.callbacks.lightning_versions import LIGHTNING, averaging
 
 pytestmark = EXPECTED_WARNINGS
 
@@ -56,12 +55,12 @@ def test_stochastic_weight_averaging(tmp_path):
         assert ran.reports[4]["net.a"].momentum is None
 
 
-@pytest.mark.parametrize(("averaging", "use_buffers"), [(WeightAveraging, True), (EMAWeightAveraging, False)])
+@pytest.mark.parametrize(("name", "use_buffers"), [("WeightAveraging", True), ("EMAWeightAveraging", False)])
 def test_weight_averaging_swaps_weights_in_validation_and_the_report_is_of_those_that_train(
-    tmp_path, averaging, use_buffers
+    tmp_path, name, use_buffers
 ):
     def others():
-        return [averaging(use_buffers=use_buffers)]
+        return [averaging(name)(use_buffers=use_buffers)]
 
     for ran in fit_in_both_orders(tmp_path, others=others, val_check_interval=0.5):
         ran.check(10, 20).check_healthy()
@@ -127,6 +126,7 @@ def test_callbacks_that_only_watch(tmp_path):
     assert "bn/eval_error_max" in (tmp_path / "csv" / "version_0" / "metrics.csv").read_text()
 
 
+@pytest.mark.skipif(LIGHTNING < (2, 5, 6), reason="the progress bar of Lightning 2.5.0 fails with rich 15")
 def test_rich_progress_bar_and_model_summary_with_an_example_input(tmp_path, capsys):
     pytest.importorskip("rich")
 
@@ -178,11 +178,12 @@ def finds_batch_size():
 
 
 @pytest.mark.slow
+@pytest.mark.skipif(LIGHTNING < (2, 5, 6), reason="Lightning 2.5.0 then leaves out batches of the first epoch")
 @pytest.mark.parametrize("finder", [finds_learning_rate, finds_batch_size])
 def test_what_a_finder_tries_before_training_does_not_count(tmp_path, finder):
     for ran in fit_in_both_orders(tmp_path, OwnData, finder, data=None, max_epochs=2):
         batches = ran.trainer.num_training_batches
-        assert batches == (40 if finder is finds_learning_rate else 10)
+        assert batches == (40 if finder is finds_learning_rate else 10 if LIGHTNING >= (2, 6) else 5)
         ran.check(batches, 2 * batches)
         assert set(ran.flags(0).values()) == set(ran.flags(1).values()) == {()}
         for report in ran.reports:

@@ -13,6 +13,7 @@ from lightning.pytorch.callbacks import EarlyStopping, ModelCheckpoint
 from lightning.pytorch.cli import LightningCLI
 
 from lightning_bnmonitor import BatchNormMonitor, PreciseBatchNorm
+from tests.callbacks.lightning_versions import takes_callbacks_of_the_other
 from tests.callbacks.precise_fits import (
     ALL,
     BATCH_SIZE,
@@ -226,6 +227,7 @@ def test_bad_arguments(name, value):
 # ------------------------------------------------------------------------------------------------------ other entrances
 
 
+@takes_callbacks_of_the_other
 def test_under_pytorch_lightning(tmp_path):
     checkpoint = pytorch_lightning.callbacks.ModelCheckpoint(tmp_path, save_top_k=-1)
     monitor = BatchNormMonitor()

@@ -4,14 +4,13 @@ import pytest
 import torch
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import (
-    EMAWeightAveraging,
     ModelCheckpoint,
     OnExceptionCheckpoint,
     StochasticWeightAveraging,
-    WeightAveraging,
 )
 
 from lightning_bnmonitor import PreciseBatchNorm
+from tests.callbacks.lightning_versions import averaging
 from tests.callbacks.precise_fits import (
     ALL,
     BATCHES,
@@ -48,25 +47,25 @@ def test_stochastic_weight_averaging(tmp_path):
         _, model = fit(folder, *callbacks, ModelCheckpoint(folder, save_last=True), max_epochs=3)
         assert [is_exact(state) for state in model.validated] == [True] * 4
         assert is_exact(model.state_dict())
-        assert is_exact(saved(folder / "last.ckpt")["state_dict"])
+        assert is_exact(torch.load(folder / "last.ckpt", weights_only=False)["state_dict"])  # SWA keeps a function
         assert same(model.state_dict(), other.state_dict(), STATS) == []
         assert model.net.a.momentum == MOMENTUM
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("averaging", "use_buffers", "first", "restore"),
+    ("name", "use_buffers", "first", "restore"),
     [
-        (WeightAveraging, True, True, True),
-        (EMAWeightAveraging, True, False, False),
-        (EMAWeightAveraging, False, False, False),
-        (EMAWeightAveraging, False, True, True),
-        (EMAWeightAveraging, False, False, True),
+        ("WeightAveraging", True, True, True),
+        ("EMAWeightAveraging", True, False, False),
+        ("EMAWeightAveraging", False, False, False),
+        ("EMAWeightAveraging", False, True, True),
+        ("EMAWeightAveraging", False, False, True),
     ],
 )
-def test_averaged_weights_have_their_own_exact_statistics(tmp_path, averaging, use_buffers, first, restore):
+def test_averaged_weights_have_their_own_exact_statistics(tmp_path, name, use_buffers, first, restore):
     def callbacks(*precise):
-        average = averaging(use_buffers=use_buffers)
+        average = averaging(name)(use_buffers=use_buffers)
         return [*precise, average, trace] if first else [trace, average, *precise]
 
     checkpoint = ModelCheckpoint(tmp_path, save_top_k=-1)

@@ -23,6 +23,7 @@ from tests.callbacks.compared_fits import (
     val_data,
 )
 from tests.callbacks.expected_warnings import EXPECTED_WARNINGS
+from tests.callbacks.lightning_versions import takes_callbacks_of_the_other
 
 pytestmark = EXPECTED_WARNINGS
 
@@ -109,7 +110,9 @@ def test_two_fits_with_another_trainer_and_evaluation_in_between(tmp_path, windo
     assert hooks_of(ran.model) == 0
 
 
-@pytest.mark.parametrize("namespace", ["lightning", "pytorch_lightning"])
+@pytest.mark.parametrize(
+    "namespace", ["lightning", pytest.param("pytorch_lightning", marks=takes_callbacks_of_the_other)]
+)
 def test_two_monitors_in_one_trainer(tmp_path, namespace):
     class OtherNet(Steps, pytorch_lightning.LightningModule):
         def __init__(self):

@@ -1,11 +1,10 @@
 """The figure of an attribution."""
 
-import warnings
-
 import pytest
 from matplotlib import pyplot as plt
 
 from lightning_bnmonitor.repair.attribution import Contribution
+from tests.drawing import without_warnings
 from tests.repair.gap_results import CASES, attribution
 from tests.repair.spoiled_models import INF, NAN
 
@@ -48,8 +47,7 @@ def test_the_figure_leads_from_eval_mode_to_training_mode():
 @pytest.mark.parametrize("case", CASES)
 def test_any_result_is_drawn_without_a_warning_and_within_the_axes(case):
     found = CASES[case]
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with without_warnings():
         _, ax = found.plot()
         names, texts, bars = drawn(ax)
     assert texts[0] == f"{found.eval_loss:.4g}"
@@ -97,8 +95,7 @@ def test_small_steps_from_a_large_loss_can_be_seen():
 def test_odd_names_are_drawn():
     names = ["encoder." * 30 + "norm", "$x_1$ and $", "line\nbreak", "漢字.norm", "nan", "5", "a_b^c", "% {}", ""]
     found = attribution(contributions=tuple(Contribution(name, 0.5, 0.1, 0.01) for name in names))
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with without_warnings():
         _, ax = found.plot()
         labels = drawn(ax)[0][1 : 1 + len(names)]
     for name, shown in zip(names, labels, strict=True):

@@ -1,7 +1,6 @@
 """Figures of reports: what is drawn against the numbers of the report, in axes of our own and in given ones."""
 
 import math
-import warnings
 
 import matplotlib as mpl
 
@@ -16,6 +15,7 @@ from torch import nn
 
 from lightning_bnmonitor import BatchNormTracker, Report
 from lightning_bnmonitor.diagnosis.verdicts import VERDICTS
+from tests.drawing import without_warnings
 from tests.report.made_reports import layer, stateless, unused, with_error
 
 NAN, INF = math.nan, math.inf
@@ -23,8 +23,7 @@ NAN, INF = math.nan, math.inf
 
 @pytest.fixture(autouse=True)
 def no_warning_and_no_figure_left():
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with without_warnings():
         yield
     plt.close("all")
 

@@ -20,6 +20,7 @@ from matplotlib import pyplot as plt
 from lightning_bnmonitor import Report
 from lightning_bnmonitor.diagnosis.verdicts import VERDICTS
 from lightning_bnmonitor.report.heatmap import Heatmap, grouped
+from tests.drawing import without_warnings
 from tests.report.made_reports import layer, stateless, unused, with_error
 
 NAN, INF = math.nan, math.inf
@@ -466,8 +467,7 @@ def worst_case(num_layers=60, num_windows=60, name="encoder.blocks.with_a_rather
 )
 def test_a_picture_of_any_size_is_small_enough_and_its_drawing_warns_of_nothing(num_layers, num_windows, name):
     heatmap = worst_case(num_layers, num_windows, name)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with without_warnings():
         picture = heatmap.draw()
     assert (picture.dtype, picture.ndim, picture.shape[2]) == (np.uint8, 3, 3)
     assert picture.flags.c_contiguous
@@ -486,8 +486,7 @@ ODD = ["$a_b$", r"$\frac$", "a_b^c", "a\nb", "ä→β", "層"]  # may be drawn a
 
 def test_any_name_can_be_drawn():
     heatmap = history([[with_error(name, 0.3, verdict="noisy") for name in [*PLAIN, *ODD]]] * 3)
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with without_warnings():
         picture = heatmap.draw()
     assert picture.shape[0] <= 1400
     assert picture.shape[1] <= 1000
