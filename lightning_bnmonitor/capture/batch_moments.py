@@ -58,9 +58,7 @@ def owned(moments: Sequence[BatchMoments]) -> list[BatchMoments]:
 
     Copied all at once: a copy for each layer would be a kernel to launch for each.
     """
-    taken = [
-        each._replace(mean=-each.mean, spread=-each.spread, negated=False) if each.negated else each for each in moments
-    ]
+    taken = [_turned(each) if each.negated else each for each in moments]
     by_device: dict[torch.device, list[int]] = {}
     for index, each in enumerate(moments):
         if each.mean.is_cuda and not each.negated:
@@ -69,8 +67,13 @@ def owned(moments: Sequence[BatchMoments]) -> list[BatchMoments]:
         shared = [part for index in indices for part in (taken[index].mean, taken[index].spread)]
         copies = iter(torch.split(torch.cat(shared), [len(part) for part in shared]))
         for index in indices:
-            taken[index] = taken[index]._replace(mean=next(copies), spread=next(copies))
+            path, num_samples, batch_size, *_ = taken[index]
+            taken[index] = BatchMoments(path, num_samples, batch_size, next(copies), next(copies), None)
     return taken
+
+
+def _turned(moments: BatchMoments) -> BatchMoments:
+    return moments._replace(mean=-moments.mean, spread=-moments.spread, negated=False)
 
 
 def traced_moments(x: Tensor) -> BatchMoments:

@@ -164,6 +164,7 @@ class LayerHook(Hook):
         # that it found empty.
         self.traced: tuple[tuple[BatchMoments, bool, bool], ...] = ()
         self.traced_validation: tuple[BatchMoments, ...] = ()
+        self.last_traced: tuple[tuple[Any, ...], RepeatableCall] | None = None
 
     @property
     def is_wide(self) -> bool:
@@ -318,10 +319,14 @@ class LayerHook(Hook):
 
     def receive(self, module: BatchNorm, training: bool, updating: bool, moments: BatchMoments) -> None:
         """Take the moments of a call, or of an empty batch, that compiled code has left behind."""
-        if moments.num_samples:
-            self._keep(moments, _call_of(moments, module, training, updating))
-        else:
+        if not moments.num_samples:
             self.receive_empty(updating)
+            return
+        last = self.last_traced  # as a rule, the next one is the same in all of it
+        asked = training, updating, module.momentum, moments.num_samples, moments.batch_size, moments.mean.nbytes
+        if last is None or asked != last[0]:
+            self.last_traced = last = asked, _call_of(moments, module, training, updating)
+        self._keep(moments, last[1])
 
     def _keep(self, moments: BatchMoments, call: RepeatableCall) -> None:
         if self.first_call < 0:
