@@ -119,10 +119,14 @@ tracing_state: Callable[[], Any] = _private(
 """What ``torch.jit.trace`` is at, or None."""
 
 
+is_stream_capturing = torch.cuda.is_current_stream_capturing
+"""Whether a CUDA graph is being captured. Public; without CUDA it raises an error."""
+
+
 def is_capturing() -> bool:
-    """Whether a CUDA graph is being captured. Without CUDA, the public function raises an error."""
+    """The same anywhere."""
     has_device: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return has_device and torch.cuda.is_current_stream_capturing()
+    return has_device and is_stream_capturing()
 
 
 @cache

@@ -31,11 +31,11 @@ from lightning_bnmonitor.compat import (
     batch_norm_kernel,
     current_backward,
     functorch_is_active,
-    is_capturing,
     is_compiling,
     is_dynamo_compiling,
     is_exporting,
     is_fake,
+    is_stream_capturing,
     never_compiled,
     shape_of_output,
     top_saved_tensor_hooks,
@@ -245,7 +245,7 @@ class LayerHook(Hook):
                 )
             ):
                 mean, spread = getattr(node, SAVED_MEAN), getattr(node, SAVED_INVSTD)
-                if mean.nbytes == nbytes and not mean.is_meta and not (mean.is_cuda and is_capturing()):
+                if mean.nbytes == nbytes and not mean.is_meta and not (mean.is_cuda and is_stream_capturing()):
                     stash.append((mean, spread, gate.steps, last))
                     if len(stash) >= limit:
                         gate.is_full = True
@@ -261,7 +261,7 @@ class LayerHook(Hook):
         if _is_abstract(x) or not _has_channels(x, module):
             self.skipped += 1
             return
-        if x.is_cuda and is_capturing():
+        if x.is_cuda and is_stream_capturing():
             self._tell_of_graph()
             self.skipped += 1
             return
@@ -293,7 +293,7 @@ class LayerHook(Hook):
 
     @never_compiled
     def _take_in_validation(self, module: BatchNorm, x: object) -> None:
-        if not _is_abstract(x) and _has_channels(x, module) and x.numel() and not (x.is_cuda and is_capturing()):
+        if not _is_abstract(x) and _has_channels(x, module) and x.numel() and not (x.is_cuda and is_stream_capturing()):
             try:
                 moments = pass_moments(x)
             except Exception as error:
