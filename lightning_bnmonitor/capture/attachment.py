@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar
 
 import torch
@@ -15,11 +15,9 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_bnmonitor.capture.layer_hook import Gate, Hook, LayerHook
-from lightning_bnmonitor.capture.saved import enters_no_context
 from lightning_bnmonitor.compat import (
     COMPILER_SETTINGS,
     COMPILES_CHECKPOINTS,
-    HAS_UNPACK_HOOKS,
     BatchNorm,
     change_compiler_settings,
     compiled_call,
@@ -56,7 +54,7 @@ class Attachment:
         drain: Callable[[], None],
         after_step: Callable[[], None],
     ) -> None:
-        _check_version(model, hooks)
+        _check_version(model)
         self._handles: list[Any] = []
         self._drained: list[tuple[weakref.ref[nn.Module], _DrainedCall]] = []
         CompilerSettings.acquire()
@@ -88,7 +86,7 @@ class Attachment:
         self._release()
 
 
-def _check_version(model: nn.Module, layers: Iterable[BatchNorm]) -> None:
+def _check_version(model: nn.Module) -> None:
     """Refuse what this version of torch cannot do, and tell what it does otherwise."""
     modules = list(model.modules())
     is_compiled = any(has_compiled_forward(module) or compiled_call(module) is not None for module in modules)
@@ -97,13 +95,7 @@ def _check_version(model: nn.Module, layers: Iterable[BatchNorm]) -> None:
             f"torch {torch.__version__} trains a compiled model with activation checkpointing otherwise while hooks "
             "are on its layers. Switch one of the two off, use torch 2.10 or later, or train without the monitor."
         )
-    sentences = what_is_missing()
-    if not HAS_UNPACK_HOOKS and not all(map(enters_no_context, layers)):
-        sentences.append(
-            f"torch {torch.__version__} does not tell which saved-tensor hooks would run: layers with a `forward` of "
-            "their own are measured by a pass over their input, which takes longer."
-        )
-    for sentence in sentences:
+    for sentence in what_is_missing():
         warnings.warn(sentence, stacklevel=4)
 
 
