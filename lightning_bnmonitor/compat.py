@@ -91,7 +91,7 @@ HAS_UNPACK_HOOKS = hasattr(torch._C, "_autograd") and hasattr(
 )
 """Whether it can be told which hooks reading would run: from 2.10. Else only a layer with PyTorch's own ``forward``,
 which enters no context, is known to have none."""
-if not HAS_UNPACK_HOOKS and torch.__version__ >= (2, 10):
+if not HAS_UNPACK_HOOKS and torch.__version__ >= "2.10":
     _missing.append(
         "does not tell which saved-tensor hooks would run: layers with a `forward` of their own are measured by a pass "
         "over their input, which takes longer."

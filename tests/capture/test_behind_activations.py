@@ -18,6 +18,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
 from lightning_bnmonitor import BatchNormTracker, LayerReport
+from lightning_bnmonitor.compat import HAS_UNPACK_HOOKS
 from tests.capture.odd_forwards import (
     BEFORE,
     BEHIND,
@@ -53,6 +54,7 @@ FORWARDS = {**BEHIND, **INNER}
 PASSED_OVER = {"two parts of the batch", "split channels", "after the running statistics", "by the running statistics"}
 PASSED_OVER |= {"by hand", "only an activation", "only a view", "of no importance", "branches"}
 STEPS = 4  # three alike, and one of another size
+reads_behind = pytest.mark.skipif(not HAS_UNPACK_HOOKS, reason="before torch 2.10 a pass is made")
 any_front = pytest.mark.parametrize(
     "front", [name if name in USUAL_FRONTS else pytest.param(name, marks=pytest.mark.slow) for name in FRONTS]
 )
@@ -128,7 +130,8 @@ def test_it_is_what_the_kernel_received_where_that_is_read_and_what_the_layer_di
     else:
         assert path == "calls_pass"
         assert_exact(training.report["norm"], training.received.batches["norm"], serial=True)
-    assert path == ("calls_pass" if forward in PASSED_OVER else "calls_saved") or "leaf" in front
+    if HAS_UNPACK_HOOKS and "leaf" not in front:
+        assert path == ("calls_pass" if forward in PASSED_OVER else "calls_saved")
 
 
 PARTED: dict[str, Callable[[Tensor], Any]] = {
@@ -138,6 +141,7 @@ PARTED: dict[str, Callable[[Tensor], Any]] = {
 }
 
 
+@reads_behind
 @pytest.mark.parametrize("activated", [True, False])
 @pytest.mark.parametrize("parted", PARTED)
 def test_of_two_tensors_it_is_the_one_that_is_normalised(parted: str, activated: bool) -> None:
@@ -180,6 +184,7 @@ def test_an_input_that_is_written_to_after_it_was_normalised_is_no_reason_to_fai
         assert training.report["norm"].evidence["calls_skipped"] == 0
 
 
+@reads_behind
 @pytest.mark.parametrize("requires_grad", [True, False])
 @pytest.mark.parametrize("length", [C, C + 1])
 def test_tokens_with_channels_last_are_known_where_their_number_is_that_of_the_channels(
@@ -274,6 +279,7 @@ def test_a_change_is_noticed(what: str, front: str) -> None:
     assert_all_exact(training)
 
 
+@reads_behind
 def test_what_is_normalised_before_the_activation_is_noticed_where_all_nodes_are_of_the_same_types() -> None:
     def alternate(model: Any, step: int) -> None:
         model.norm.forward_as = [BEHIND["in place"], BEFORE["scaled"], BEFORE["twice"]][step // 2 % 3]

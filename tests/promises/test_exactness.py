@@ -15,6 +15,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
 from lightning_bnmonitor import BatchNormTracker, LayerReport
+from lightning_bnmonitor.compat import HAS_UNPACK_HOOKS
 
 LAW = settings(max_examples=100, deadline=None)
 C = 5
@@ -326,7 +327,7 @@ def half_inputs(kind: str, dtype: torch.dtype) -> Scenario:
 
 
 SAVED: dict[str, Scenario] = {
-    "subclass with an activation": activation_within_the_layer,
+    **({"subclass with an activation": activation_within_the_layer} if HAS_UNPACK_HOOKS else {}),
     "hook that replaces the output": hook_that_replaces_the_output,
     "affine=False": without_affine,
     "affine=False, input requires grad": without_affine_but_with_an_input_that_requires_grad,
