@@ -252,7 +252,8 @@ def uncompiled(module: nn.Module) -> nn.Module:
 
 def has_compiled_forward(module: nn.Module) -> bool:
     """Whether ``torch.compile`` has made the module, or the function that its attribute ``forward`` holds."""
-    return hasattr(module, "_orig_mod") or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
+    is_wrapper = isinstance(module, getattr(torch._dynamo, "OptimizedModule", ()))
+    return is_wrapper or hasattr(vars(module).get("forward"), "_torchdynamo_orig_callable")
 
 
 def compiled_call(module: nn.Module) -> Callable[..., Any] | None:

@@ -111,7 +111,8 @@ class _DrainHook(Hook):
         self.drain = drain
 
     def __call__(self, *_: Any) -> None:
-        self.drain()
+        if not is_dynamo_compiling():  # which it is where this is within another compiled module
+            self.drain()
 
 
 class _DrainedCall:
@@ -125,7 +126,8 @@ class _DrainedCall:
         try:
             return self.compiled(*args, **kwargs)
         finally:
-            self.drain()
+            if not is_dynamo_compiling():
+                self.drain()
 
 
 def _after_step(gate: Gate, merge: Callable[[], None]) -> Callable[..., None]:

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_bnmonitor.capture.batch_moments import owned
 from lightning_bnmonitor.capture.layer_hook import Gate
-from lightning_bnmonitor.compat import BatchNorm
+from lightning_bnmonitor.compat import BatchNorm, never_compiled
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.tracking import collectives
 from lightning_bnmonitor.tracking.assessment import assess
@@ -61,6 +61,8 @@ class Recorder:
             self.gate.is_full = False
             self.windows.merge(self.layers)
 
+    # Where a graph breaks, what runs eagerly is compiled, too, function by function.
+    @never_compiled
     def merge_if_full(self) -> None:
         """Merge what waits if there is enough of it."""
         if self.gate.is_traced:
@@ -68,6 +70,7 @@ class Recorder:
         if self.gate.is_full:
             self.flush()
 
+    @never_compiled
     def drain(self) -> None:
         """Take what compiled graphs have left behind."""
         self.gate.is_traced = False

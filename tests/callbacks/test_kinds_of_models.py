@@ -298,7 +298,7 @@ def test_a_convolution_fused_for_quantization_aware_training_is_monitored(tmp_pa
     ran = fit(tmp_path, Quantised).check(10, 20).check_healthy()
     assert set(ran.reports[-1]) == {"net.conv.bn", "net.b"}
     assert type(ran.model.net.conv).__name__ == "ConvBnReLU2d"
-    assert ran.reports[-1]["net.conv.bn"].evidence["calls_saved"] == 10
+    assert ran.reports[-1]["net.conv.bn"].num_batches == 10
 
 
 def test_a_fused_convolution_that_takes_the_slow_path_is_monitored(tmp_path):

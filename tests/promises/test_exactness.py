@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import weakref
 from collections.abc import Callable, Iterator
 
 import numpy as np
@@ -12,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
+from torch.nn.modules.module import register_module_forward_pre_hook
 from torch.utils.checkpoint import checkpoint
 
 from lightning_bnmonitor import BatchNormTracker, LayerReport
@@ -31,17 +33,21 @@ LAYERS: dict[str, tuple[type[nn.Module], tuple[int, ...], torch.memory_format]] 
 
 
 class Received:
-    """What a layer receives, in float64, by a pre-hook of the test's own."""
+    """What a layer receives, in float64, by a pre-hook of the test's own.
+
+    It is one of all modules: a layer with hooks of its own is looked at more closely.
+    """
 
     def __init__(self, layer: nn.Module) -> None:
         self.batches: list[np.ndarray] = []
         self.listening = True
-        layer.register_forward_pre_hook(self._record, with_kwargs=True)
+        of_layer, recorder = weakref.ref(layer), weakref.ref(self)
 
-    def _record(self, module: nn.Module, args: tuple[Tensor, ...], kwargs: dict[str, Tensor]) -> None:
-        if self.listening:
-            x = args[0] if args else kwargs["input"]
-            self.batches.append(x.detach().clone().double().numpy())
+        def record(module: nn.Module, args: tuple[Tensor, ...]) -> None:
+            if module is of_layer() and (alive := recorder()) is not None and alive.listening:
+                alive.batches.append(args[0].detach().clone().double().numpy())
+
+        weakref.finalize(self, register_module_forward_pre_hook(record).remove)
 
     @contextlib.contextmanager
     def deaf(self) -> Iterator[None]:

@@ -29,6 +29,8 @@ SENTENCES = {
 @pytest.mark.slow
 @pytest.mark.parametrize("name", [*WHILE_IMPORTED, *IN_COMPAT])
 def test_trainings_go_on_without(name: str) -> None:
+    if name == "compiler._is_exporting_flag" and torch.__version__ < "2.12":
+        pytest.skip("compiled code takes the public function to be True there")
     processes.start(train, name, SENTENCES.get(name, ""), world_size=1)
 
 
