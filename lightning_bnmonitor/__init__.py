@@ -52,7 +52,7 @@ from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.statistics.moments import ChannelMoments, Moments
 from lightning_bnmonitor.tracking.tracker import BatchNormTracker
 
-__version__ = "0.2.0"
+__version__ = "0.3.0"
 __all__ = [
     "Attribution",
     "BatchNormMonitor",
