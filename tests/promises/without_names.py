@@ -104,13 +104,14 @@ class Net(nn.Module):
 
 
 def train(rank: int, name: str, sentence: str) -> None:
-    """Trainings of each kind; all is exact, and the one sentence is said that the name is known by ("": none)."""
+    """Trainings, those that the name matters to; all is exact, and the one sentence is said that the name is known by ("": none)."""
     _compat(name)
     from lightning_bnmonitor import BatchNormTracker, recalibrate
 
     sentences: set[str] = set()
     counts_twice = "count twice" in sentence
-    for kind in ("plain", "checkpointed", "compiled"):
+    is_compilers = any(part in name for part in ("compile", "_dynamo"))
+    for kind in ("plain", "compiled" if is_compilers else "checkpointed"):
         torch.manual_seed(0)
         model = Net(kind == "checkpointed")
         run = torch.compile(model, backend="aot_eager") if kind == "compiled" else model

@@ -327,18 +327,14 @@ def test_a_layer_called_by_keyword_counts() -> None:
 @pytest.mark.parametrize("capture", ["auto", "pass"])
 def test_another_default_device_disturbs_nothing(capture: str) -> None:
     model, batches = Several(3), [torch.randn(8, C) for _ in range(40)]
-    with BatchNormTracker(model, capture=capture) as tracker:
-        torch.set_default_device("meta")
-        try:
-            for x in batches:
-                model(x, [1, 0])
-            report = tracker.report()
-            summary, evidence = report.summary(), [layer.evidence for layer in report.values()]
-            state = tracker.state_dict()
-            tracker.load_state_dict(state)
-            tracker.reset()
-        finally:
-            torch.set_default_device(None)
+    with BatchNormTracker(model, capture=capture) as tracker, torch.device("meta"):
+        for x in batches:
+            model(x, [1, 0])
+        report = tracker.report()
+        summary, evidence = report.summary(), [layer.evidence for layer in report.values()]
+        state = tracker.state_dict()
+        tracker.load_state_dict(state)
+        tracker.reset()
     assert_population(report["layers.0"], batches)
     for layer in report.values():
         assert layer.population_mean.device == layer.running_mean.device == torch.device("cpu")
