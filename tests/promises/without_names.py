@@ -104,7 +104,7 @@ class Net(nn.Module):
 
 
 def train(rank: int, name: str, sentence: str) -> None:
-    """Trainings, those that the name matters to; all is exact, and the one sentence is said that the name is known by ("": none)."""
+    """Trainings that the name matters to: all is exact, and the sentence is said that it is known by ("": none)."""
     _compat(name)
     from lightning_bnmonitor import BatchNormTracker, recalibrate
 
