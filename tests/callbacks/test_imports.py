@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+pytestmark = pytest.mark.slow
 PACKAGES = {"lightning.pytorch": "pytorch_lightning", "pytorch_lightning": "lightning"}  # and the one that is missing
 
 
@@ -64,7 +65,6 @@ def run(*arguments: str) -> None:
     assert done.returncode == 0, done.stderr
 
 
-@pytest.mark.slow
 def test_it_is_the_same_with_either_package_of_lightning_where_the_other_is_missing(tmp_path):
     found = []
     for package in PACKAGES:
