@@ -76,6 +76,11 @@ class Training:
     """None if no tracker was there."""
 
     @property
+    def scalars(self) -> Tensor:
+        """All numbers that were computed, the losses among them."""
+        return torch.stack([each for each in self.computed if isinstance(each, Tensor) and not each.ndim])
+
+    @property
     def layer(self) -> LayerReport:
         """Of the only BatchNorm layer."""
         assert self.report is not None
@@ -101,7 +106,7 @@ def trainable(output: Any) -> list[Tensor]:
 
 
 def loss_of(output: Any) -> Tensor:
-    """Of everything that comes out: bounded, and steep at 0."""
+    """Of everything that comes out: bounded, as some outputs are infinite by design, and steep at 0."""
     return torch.stack([(tensor.float().atan() - 1).square().mean() for tensor in trainable(output)]).sum()
 
 
@@ -124,9 +129,7 @@ def train(
     capture: str = "auto",
 ) -> Training:
     """Train what ``make`` returns, from the same seeds each time."""
-    torch.manual_seed(11)
-    np.random.seed(12)
-    random.seed(13)
+    seed()
     model = make()
     received = Received(model)
     parameters = list(model.parameters())
@@ -151,6 +154,13 @@ def train(
         report = tracker.report() if tracker else None
     states = [model.state_dict(), optimizer.state_dict() if optimizer else None]
     return Training(model, received, [*computed, *states, rng_states()], report)
+
+
+def seed() -> None:
+    """All generators that a training may draw from."""
+    torch.manual_seed(11)
+    np.random.seed(12)
+    random.seed(13)
 
 
 def rng_states() -> list[Any]:

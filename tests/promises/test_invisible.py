@@ -15,6 +15,7 @@ from torch.nn import functional as F  # noqa: N812
 from torch.utils.checkpoint import checkpoint
 
 from lightning_bnmonitor import BatchNormTracker
+from tests.promises.recorded_training import assert_identical, rng_states, seed
 
 STEPS = 40
 Forward = Callable[[nn.Module, Tensor], Tensor]
@@ -66,16 +67,9 @@ def channels_last(model: nn.Module, x: Tensor) -> Tensor:
     return model(x.contiguous(memory_format=torch.channels_last))
 
 
-def rng_states() -> list[Any]:
-    name, keys, *rest = np.random.get_state()
-    return [torch.get_rng_state(), random.getstate(), name, keys.tolist(), rest]
-
-
 def train(forward: Forward, dropout: float, tracker_of: Callable[[nn.Module], Any], accumulate: int = 1) -> list[Any]:
     """Everything that training computes, step by step, and the state of everything at its end."""
-    torch.manual_seed(11)
-    np.random.seed(12)
-    random.seed(13)
+    seed()
     model = Network(dropout)
     optimizer = torch.optim.Adam(model.parameters(), lr=0.01)
     computed: list[Any] = []
@@ -98,22 +92,6 @@ def train(forward: Forward, dropout: float, tracker_of: Callable[[nn.Module], An
                 model.train()
                 model.frozen.eval()
     return [*computed, model.state_dict(), optimizer.state_dict(), rng_states()]
-
-
-def assert_identical(one: Any, other: Any) -> None:
-    assert type(one) is type(other)
-    if isinstance(one, Tensor):
-        assert one.dtype == other.dtype
-        assert torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert list(one) == list(other)
-        assert_identical(list(one.values()), list(other.values()))
-    elif isinstance(one, list | tuple):
-        assert len(one) == len(other)
-        for a, b in zip(one, other, strict=True):
-            assert_identical(a, b)
-    else:
-        assert one == other
 
 
 def calls_by_path(tracker: BatchNormTracker) -> dict[str, float]:
