@@ -460,7 +460,9 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="small networks and short windows, to try the script")
     parser.add_argument("--device", default="cpu", help="cuda: as overhead_cuda.py, with its options (default: cpu)")
     args, others = parser.parse_known_args()
-    if args.device == "cuda":
+    if torch.device(args.device).type not in ("cpu", "cuda"):
+        parser.error(f"--device must be cpu or cuda, got {args.device}")
+    if torch.device(args.device).type == "cuda":
         from overhead_cuda import main as on_a_gpu
 
         return on_a_gpu()
