@@ -16,7 +16,7 @@ The end of a window: CPU time of everything between the last batch and the repor
 width. Python's garbage is collected before each: a full collection takes as long, and comes when it pleases.
 
 Operations: aten operations of a step beyond the model's own, on average over as many steps as have one update, on two
-samples (their number depends on how many for passes alone). In a compiled network they are fused with the model's: not counted.
+samples (a pass over more takes a few more). In a compiled network they are fused with the model's: not counted.
 
 All of it on one thread; ``overhead_cuda.py`` measures on a GPU. Exits with 1 if a target is missed: by a ratio, which
 is noisy, with its whole interval, by all else at the median.
