@@ -19,6 +19,7 @@ from lightning_bnmonitor.capture.saved import (
     at_end_of,
     enters_no_context,
     is_intercepted,
+    is_made_without_kernel,
     kernel_behind,
     saved_moments,
 )
@@ -159,6 +160,7 @@ class LayerHook(Hook):
         self._has_warned = False  # of a call that could not be measured
         self.skipped = 0  # calls that cannot be looked at
         self.first_call = -1  # the earlier the layer was called for the first time, the smaller
+        self.own_forward: bool | None = None  # whether outputs are made without a BatchNorm kernel; None if not known
         self.checkpointed = False  # whether a call was (or may be) recomputed, which updates the buffers once more
         # A compiled graph may not append to a list (that recompiles at every call), but it may leave a tuple behind
         # that it found empty.
@@ -267,6 +269,8 @@ class LayerHook(Hook):
             return
         try:
             kernel = kernel_behind(module, x, output)
+            if kernel is None and module.training and self.own_forward is None:
+                self.own_forward = is_made_without_kernel(module, x, output)
             moments = None if self.by_pass else saved_moments(module, x, kernel)
             if moments is None and x.numel():
                 self.checkpointed |= is_intercepted(module, kernel)

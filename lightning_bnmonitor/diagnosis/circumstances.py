@@ -30,6 +30,10 @@ class Circumstances(NamedTuple):
     """Whether activation checkpointing (or what looks like it) was seen."""
     written_outside: bool
     """Whether the buffers changed between the last window and this one."""
+    has_frozen_weights: bool
+    """Whether it has weights, and none of them trains."""
+    own_forward: bool
+    """Whether its output was made without a BatchNorm kernel."""
     interrupted: bool
     """Whether the window was resumed from a state saved in the middle of a training step."""
 

@@ -69,7 +69,7 @@ def diagnose(layer: Circumstances, observed: Evidence, metrics: Evidence) -> Dia
     verdict = verdict_on(layer, evidence)
     flags = [flag for flag in FLAGS.values() if flag.rule is not None and flag.rule(layer, evidence)]
     evidence |= advice(verdict.name, layer, evidence)
-    needs_attention = verdict.needs_attention(metrics["eval_error"]) or any(flag.needs_attention for flag in flags)
+    needs_attention = verdict.needs_attention(metrics["eval_error"]) or any(flag.attention(evidence) for flag in flags)
     return Diagnosis(verdict.name, tuple(flag.name for flag in flags), needs_attention, evidence)
 
 

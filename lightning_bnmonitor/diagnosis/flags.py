@@ -9,6 +9,7 @@ import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from lightning_bnmonitor.diagnosis import rules
 from lightning_bnmonitor.diagnosis.circumstances import Circumstances
 from lightning_bnmonitor.diagnosis.evidence import WARNING, Evidence
 from lightning_bnmonitor.diagnosis.sentences import RECALIBRATE, Statement
@@ -23,7 +24,7 @@ class Flag(Statement):
 
     rule: Callable[[Circumstances, Evidence], bool] | None
     """Whether it holds; None if the window alone does not tell (see :func:`is_shifted`)."""
-    needs_attention: bool = False
+    attention: Callable[[Evidence], bool] = lambda _: False
     """Whether something should be done about it, whatever the verdict."""
 
 
@@ -45,6 +46,20 @@ def _explain_shift(evidence: Evidence) -> list[str]:
         "{val_noise}), while its running statistics and those of the layers before it fit training: the data differ, "
         "or something before it works otherwise in eval mode (dropout, augmentation, normalising by small batches)."
     ]
+
+
+def _explain_last_batch(evidence: Evidence) -> list[str]:
+    sentences = [
+        "The last batch is small: {last_batch_samples} values per channel, where the mean is {samples_per_batch}."
+    ]
+    if rules.is_noisy_at_last(evidence):
+        sentences.append(
+            "It weighs as much as any other, so that sampling noise is an error of {noise_error}; without it, of "
+            "{noise_without_last_batch}."
+        )
+    if rules.is_tiny_at_last(evidence):
+        sentences.append("Normalised by so few, its gradients spoil the weights, too.")
+    return sentences
 
 
 def _compensate(evidence: Evidence) -> list[str]:
@@ -78,6 +93,15 @@ _TABLE = (
         remedy=_compensate,
     ),
     Flag(
+        name="half-frozen",
+        rule=lambda layer, evidence: layer.has_frozen_weights and bool(evidence.get("batches")),
+        explanation=(
+            "Its weights do not train (`requires_grad=False`), while its running statistics go over to the present "
+            "data: what was trained with the old ones no longer works in eval().",
+        ),
+        remedy=("`layer.eval()` after every `model.train()` keeps it as it was.",),
+    ),
+    Flag(
         name="interrupted-batch",
         rule=lambda layer, _: layer.interrupted,
         explanation=(
@@ -102,7 +126,7 @@ _TABLE = (
     Flag(
         name="rank-0-only",
         rule=lambda _, evidence: evidence.get("rank_error", 0.0) > WARNING,
-        needs_attention=True,
+        attention=lambda _: True,
         explanation=(
             "What rank 0 received is {rank_error} off what all {ranks} ranks received: the running statistics that are "
             "saved (and given to all ranks, with DistributedDataParallel) are those of rank 0's data alone.",
@@ -112,6 +136,13 @@ _TABLE = (
             "does), or convert the model with `nn.SyncBatchNorm.convert_sync_batchnorm`, or "
             f"{RECALIBRATE} over all ranks' data before you evaluate.",
         ),
+    ),
+    Flag(
+        name="small-last-batch",
+        rule=rules.has_small_last_batch,
+        attention=rules.is_tiny_at_last,
+        explanation=_explain_last_batch,
+        remedy=("Leave it out: `DataLoader(..., drop_last=True)`.",),
     ),
     Flag(
         name="written-outside",

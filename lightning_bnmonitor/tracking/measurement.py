@@ -11,11 +11,12 @@ import torch
 from torch import Tensor
 
 from lightning_bnmonitor.capture.batch_moments import PATHS
+from lightning_bnmonitor.compat import BatchNorm
 from lightning_bnmonitor.diagnosis.circumstances import Circumstances
 from lightning_bnmonitor.statistics.analysis import Analysis, analyse
 from lightning_bnmonitor.statistics.blocks import Blocks
 from lightning_bnmonitor.statistics.channel_layout import FloatArray
-from lightning_bnmonitor.statistics.noise import RunningStats
+from lightning_bnmonitor.statistics.noise import LastBatch, RunningStats
 from lightning_bnmonitor.tracking.buffers import History, Snapshot, snapshots
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 
@@ -108,6 +109,10 @@ def _running_stats(states: Sequence[LayerState], blocks: Blocks, end: Tensor) ->
         noise=history[:, 1:].T,
         rounding=np.array([_rounding(layer) for layer in layers]),
         known=np.array([state.circumstances.weights_known for state in states], dtype=bool),
+        last=LastBatch(
+            np.array([layer.counts.last_num_samples or math.nan for layer in layers]),
+            np.array([layer.counts.momentum or math.nan for layer in layers]),
+        ),
     )
 
 
@@ -152,8 +157,15 @@ def _circumstances(layer: TrackedLayer, now: Snapshot) -> Circumstances:
         assumed_updates=layer.assumed_updates,
         checkpointed=layer.hook.checkpointed,
         written_outside=layer.written_outside,
+        has_frozen_weights=_has_frozen_weights(module),
+        own_forward=bool(layer.hook.own_forward),
         interrupted=layer.interrupted,
     )
+
+
+def _has_frozen_weights(module: BatchNorm) -> bool:
+    parameters = list(module.parameters(recurse=False))
+    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 
 
 def is_inexact(ending: Ending) -> bool:

@@ -21,7 +21,7 @@ from lightning_bnmonitor.tracking.measurement import is_inexact
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 from lightning_bnmonitor.tracking.windows import Windows
 
-STATE_VERSION = 6
+STATE_VERSION = 7
 
 _recorders: weakref.WeakSet[Recorder] = weakref.WeakSet()
 

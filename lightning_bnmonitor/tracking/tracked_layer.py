@@ -19,7 +19,7 @@ from lightning_bnmonitor.statistics.pooled_calls import PooledCalls
 from lightning_bnmonitor.statistics.window import Batches, Window, Write
 from lightning_bnmonitor.tracking.buffers import FRESH, History, Snapshot
 
-_SAVED_OF_HOOK = ("by_pass", "skipped", "checkpointed")
+_SAVED_OF_HOOK = ("by_pass", "skipped", "checkpointed", "own_forward")
 
 
 LeftBehind = tuple[BatchMoments, Callable[[BatchMoments], None]]
@@ -37,6 +37,8 @@ class CallCounts(NamedTuple):
     """Calls that were to update the running statistics."""
     momentum: float | None = None
     """The effective one of the last of these, also of an earlier window."""
+    last_num_samples: int = 0
+    """Values per channel in the last of these in this window; 0 before the first."""
     last_step: int = -1
     """Training steps that had ended before the last call."""
     num_ranks: int = 1
@@ -51,7 +53,7 @@ class CallCounts(NamedTuple):
 
     def restarted(self) -> CallCounts:
         """Counts of a window that begins."""
-        return self._replace(paths=dict.fromkeys(PATHS, 0), training=0, updating=0)
+        return self._replace(paths=dict.fromkeys(PATHS, 0), training=0, updating=0, last_num_samples=0)
 
 
 class WaitingCalls(NamedTuple):
@@ -194,12 +196,14 @@ class TrackedLayer:
         paths = dict(self.counts.paths)
         for kind in kinds:
             paths[kind.path] += times
-        updating = (weight for weight, kind in zip(reversed(momentum), reversed(kinds), strict=False) if kind.updating)
+        updating = (call for call in zip(reversed(momentum), reversed(kinds), strict=False) if call[1].updating)
+        last = next(updating, None)
         counts = CallCounts(
             paths=paths,
             training=self.counts.training + times * sum(kind.training for kind in kinds),
             updating=self.counts.updating + times * sum(kind.updating for kind in kinds),
-            momentum=next(updating, self.counts.momentum),
+            momentum=self.counts.momentum if last is None else last[0],
+            last_num_samples=self.counts.last_num_samples if last is None else last[1].num_samples,
             last_step=steps[-1],
             num_ranks=kinds[-1].num_ranks,
             serial=self.counts.serial or any(kind.serial for kind in kinds),
@@ -249,6 +253,7 @@ class TrackedLayer:
             "training_calls": self.counts.training,
             "tracked_calls": self.counts.updating,
             "momentum": self.counts.momentum,
+            "last_num_samples": self.counts.last_num_samples,
             "serial": self.counts.serial,
             "num_ranks": self.counts.num_ranks,
             "within_step": self.is_within_step,
@@ -275,6 +280,7 @@ class TrackedLayer:
             training=state["training_calls"],
             updating=state["tracked_calls"],
             momentum=state["momentum"],
+            last_num_samples=state["last_num_samples"],
             num_ranks=state["num_ranks"],
             serial=state["serial"],
         )

@@ -23,6 +23,8 @@ CALLED = Circumstances(
     assumed_updates=1,
     checkpointed=False,
     written_outside=False,
+    has_frozen_weights=False,
+    own_forward=False,
     interrupted=False,
 )
 NEVER_CALLED = {"saved": 0, "traced": 0, "pass": 0, "skipped": 0}
