@@ -99,7 +99,7 @@ _TABLE = (
             "Its weights do not train (`requires_grad=False`), while its running statistics go over to the present "
             "data: what was trained with the old ones no longer works in eval().",
         ),
-        remedy=("`layer.eval()` after every `model.train()` keeps it as it was.",),
+        remedy=("To keep it as it was, call `layer.eval()` after every `model.train()`.",),
     ),
     Flag(
         name="interrupted-batch",

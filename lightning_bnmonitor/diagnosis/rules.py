@@ -15,7 +15,7 @@ _MIN_BATCHES, _MIN_DOF = 8, 4
 _TINY = 4  # values per channel in a batch
 _FEW_SAMPLES = 4  # in a batch, each of several positions
 _FEW_VALUES = 10  # independent ones in a batch
-_SATURATED = 8  # independent values, of one sample
+_SATURATED = math.sqrt(1.5 / 8)  # the jitter of 8 independent values
 _WORTH_DROPPING = 0.08  # of the noise that a small last batch adds
 _SHARE = 0.02  # of a channel's variance, that the order or the making of batches must explain to count
 
@@ -92,7 +92,7 @@ def is_of_few_samples(evidence: Evidence) -> bool:
         return False
     if evidence.get("independent_values", math.inf) <= _FEW_VALUES:
         return True
-    return samples < 2 and _SATURATED * evidence.get("batch_jitter", 0.0) ** 2 >= 1.5
+    return samples < 2 and evidence.get("batch_jitter", 0.0) >= _SATURATED
 
 
 def has_small_last_batch(_: Circumstances, evidence: Evidence) -> bool:

@@ -44,6 +44,11 @@ OBSERVED = {
     "max_score": 2.5,
     "drift_per_batch": 0.0,
     "jitter": 0.2,
+    "batch_jitter": 0.19,
+    "independent_values": 31.0,
+    "last_batch_samples": 32.0,
+    "last_batch_share": 0.1,
+    "noise_without_last_batch": 0.049,
     "ordering_ratio": 1.1,
     "ordering_limit": 2.5,
     "ordering_share": 0.001,
@@ -62,6 +67,7 @@ SYMPTOMS: dict[str, dict] = {
     "non-finite": {"non_finite_channels": 2.0, "first_bad_batch": 7.0, "first_bad_channel": 3.0},
     "unused": {"calls": NEVER_CALLED, "training_calls": 0, "batches": 0.0, "effective_momentum": None},
     "no-running-stats": {"has_running_stats": False, "batches": 0.0, "effective_momentum": None},
+    "own-forward": {"own_forward": True},
     "stale": {"batches": 0.0, "effective_momentum": None, "eval_error": 0.5},
     "frozen": {"batches": 0.0, "effective_momentum": None, "training_calls": 0, "eval_error": 0.5},
     "insufficient-data": {"batches": 7.0, "degrees_of_freedom": 3.0},
@@ -91,7 +97,7 @@ def beside(threshold: float, towards: float) -> float:
 
 
 NUMBER = re.compile(r"(?<![\w^.])-?(?:\d+(?:\.\d+)?(?:e[+-]?\d+)?|inf|nan)(?![\w])")
-FORMULAS = ("(1-m)^batches", "m^3 = d^2/V (1-m) (2-m)^2", "m/(2-m)", "(1 - (1 - m)^(1/updates))")
+FORMULAS = ("(1 - (1 - m)^(1/updates))",)
 
 
 def numbers(text: str) -> list[str]:

@@ -25,6 +25,13 @@ from tests.diagnosis.symptoms import (
     words_are_sound,
 )
 
+NOISY_AT_LAST = {
+    "last_batch_samples": 16.0,
+    "last_batch_share": beside(0.5, ABOVE),
+    "noise_error": 0.09,
+    "noise_without_last_batch": math.sqrt(0.09**2 - 0.081**2),
+}
+
 
 def test_a_layer_as_it_should_be_has_no_flag():
     assert diagnosed({}).flags == ()
@@ -50,6 +57,15 @@ def test_a_layer_as_it_should_be_has_no_flag():
         ({"batches": 60.0}, ("not-updating",)),
         ({"batches": 99.0}, ("not-updating",)),
         ({"updates_per_call": NAN}, ()),
+        ({"has_frozen_weights": True}, ("half-frozen",)),
+        (SYMPTOMS["frozen"] | {"has_frozen_weights": True}, ()),
+        ({"last_batch_samples": 4.0}, ("small-last-batch",)),
+        ({"last_batch_samples": 5.0}, ()),
+        ({"last_batch_samples": 4.0, "samples_per_batch": 4.0}, ()),
+        (NOISY_AT_LAST, ("small-last-batch",)),
+        (NOISY_AT_LAST | {"last_batch_samples": beside(16.0, ABOVE)}, ()),
+        (NOISY_AT_LAST | {"last_batch_share": 0.5}, ()),
+        (NOISY_AT_LAST | {"noise_without_last_batch": math.sqrt(0.09**2 - 0.079**2)}, ()),
         ({"written_outside": True}, ("written-outside",)),
         ({"interrupted": True}, ("interrupted-batch",)),
         (
@@ -67,6 +83,19 @@ def test_a_layer_as_it_should_be_has_no_flag():
 )
 def test_flags(symptoms, flags):
     assert diagnosed(symptoms).flags == flags
+
+
+def test_a_last_batch_of_few_values_needs_attention_whatever_the_noise():
+    assert diagnosed({"last_batch_samples": 4.0}).needs_attention
+    assert not diagnosed(NOISY_AT_LAST).needs_attention
+
+
+def test_noise_of_a_small_last_batch_is_no_matter_of_the_momentum():
+    noisy = NOISY_AT_LAST | {"noise_error": 0.2, "noise_without_last_batch": 0.05}
+    assert diagnosed(noisy).verdict == "noisy"
+    assert "drop_last=True" in diagnosed(noisy).remedy
+    assert "momentum" not in diagnosed(noisy).remedy
+    assert "momentum" in diagnosed(noisy | {"noise_without_last_batch": 0.11}).remedy
 
 
 @pytest.mark.parametrize("verdict", VERDICTS)

@@ -30,7 +30,7 @@ NUMBERS_OF_VERDICTS = {
     "stale": ["eval_error"],
     "frozen": ["eval_error"],
     "insufficient-data": ["batches", "act_rmse"],
-    "tiny-batch": ["samples_per_batch", "jitter", "noise_error"],
+    "tiny-batch": ["samples_per_batch", "batch_jitter", "noise_error"],
     "ordered-batches": ["ordering_ratio", "ordering_limit", "ordering_share", "trend_share"],
     "grouped-batches": ["grouping_ratio", "batch_size", "grouping_limit", "grouping_share"],
     "warming-up": ["initial_weight", "eval_error", "noise_error"],
@@ -42,6 +42,7 @@ NUMBERS_OF_VERDICTS = {
 NUMBERS_OF_FLAGS = {
     "dead-channels": ["dead_channels", "num_features"],
     "double-update": ["updates_per_call", "effective_momentum"],
+    "half-frozen": [],
     "interrupted-batch": [],
     "missed-calls": ["updates_per_call"],
     "not-updating": ["calls_not_updating"],
