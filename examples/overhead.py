@@ -16,7 +16,7 @@ The end of a window: CPU time of everything between the last batch and the repor
 width. Python's garbage is collected before each: a full collection takes as long, and comes when it pleases.
 
 Operations: aten operations of a step beyond the model's own, on average over as many steps as have one update, on two
-samples (their number does not depend on how many). In a compiled network they are fused with the model's: not counted.
+samples (a pass over more takes a few more). In a compiled network they are fused with the model's: not counted.
 
 All of it on one thread; ``overhead_cuda.py`` measures on a GPU. Exits with 1 if a target is missed: by a ratio, which
 is noisy, with its whole interval, by all else at the median.
@@ -460,7 +460,9 @@ def main() -> int:
     parser.add_argument("--quick", action="store_true", help="small networks and short windows, to try the script")
     parser.add_argument("--device", default="cpu", help="cuda: as overhead_cuda.py, with its options (default: cpu)")
     args, others = parser.parse_known_args()
-    if args.device == "cuda":
+    if torch.device(args.device).type not in ("cpu", "cuda"):
+        parser.error(f"--device must be cpu or cuda, got {args.device}")
+    if torch.device(args.device).type == "cuda":
         from overhead_cuda import main as on_a_gpu
 
         return on_a_gpu()

@@ -93,6 +93,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--logdir", default="lightning_logs", help="where TensorBoard files go (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=8, help="default: %(default)s")
+    parser.add_argument(
+        "--images",
+        type=int,
+        default=2048,
+        help="to train on, a quarter as many beside them to validate on (default: %(default)s)",
+    )
     parser.add_argument("--batch-size", type=int, default=64, help="default: %(default)s")
     parser.add_argument("--seed", type=int, default=0, help="default: %(default)s")
     parser.add_argument("--compile", action="store_true", help="train with torch.compile")
@@ -113,8 +119,8 @@ def main() -> None:
         enable_model_summary=False,
         log_every_n_steps=10,
     )
-    training = DataLoader(stripes(2048, args.seed), args.batch_size, shuffle=True, drop_last=True)
-    validation = DataLoader(stripes(512, args.seed + 1), args.batch_size)
+    training = DataLoader(stripes(args.images, args.seed), args.batch_size, shuffle=True, drop_last=True)
+    validation = DataLoader(stripes(args.images // 4, args.seed + 1), args.batch_size)
     trainer.fit(model, training, validation)
     if args.repair:
         print(f"\n{attribute_eval_gap(model, training, cross_entropy, progress=False)}\n")

@@ -38,8 +38,9 @@ and timm; a call of ``torch.utils.checkpoint`` in a ``forward`` cannot).
 **What counts twice or differently.** A batch that was interrupted after its forward and is run again after a resume
 counts twice, as it does in the running statistics (flag ``interrupted-batch``). A subclass of BatchNorm that transforms
 its input before ``super().forward``, or normalises a part of the batch, reports what the kernel received, which is what
-its running statistics are made of; but by a pass, what the module received. Copies of a monitored model keep an inert
-hook. On MPS, which has no float64, state is kept on the CPU, which makes updates wait.
+its running statistics are made of (of a ``forward`` that runs it twice, the last), and :func:`recalibrate` takes the
+same; but by a pass, in compiled code and in validation it is what the module received. Copies of a monitored model keep
+an inert hook. On MPS, which has no float64, state is kept on the CPU, which makes updates wait.
 """
 
 from lightning_bnmonitor.callbacks.monitor import BatchNormMonitor

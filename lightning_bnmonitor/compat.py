@@ -18,6 +18,7 @@ from contextlib import AbstractContextManager
 from functools import cache
 from operator import attrgetter
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
+from weakref import WeakKeyDictionary
 
 import torch
 import torch._dynamo
@@ -42,6 +43,7 @@ _missing: list[str] = []
 
 def what_is_missing() -> list[str]:
     """What this torch lacks of what is used here, and what that means, a sentence each: what was not told before."""
+    _look_at_a_kernel()
     told = [f"torch {torch.__version__} {sentence}" for sentence in _missing]
     _missing.clear()
     return told
@@ -134,16 +136,47 @@ def is_capturing() -> bool:
     return has_device and is_stream_capturing()
 
 
-@cache
-def batch_norm_kernel(node_type: type[Any]) -> Literal["plain", "synchronised"] | None:
+Kernels = Literal["plain", "synchronised"] | None
+_kernels: WeakKeyDictionary[type[Any], Kernels] = WeakKeyDictionary()  # classes of compiled code come and go
+
+
+def batch_norm_kernel(node_type: type[Any]) -> Kernels:
     """Which BatchNorm kernel autograd nodes of this type belong to: PyTorch's own, or SyncBatchNorm's on several ranks.
 
     Known by the names of the classes, as each device has its own and they cannot be imported.
     """
-    if node_type.__name__ == "SyncBatchNormBackward":
-        return "synchronised"
-    has_saved = hasattr(node_type, SAVED_MEAN) and hasattr(node_type, SAVED_INVSTD)
-    return "plain" if "BatchNorm" in node_type.__name__ and has_saved else None
+    if node_type not in _kernels:
+        is_plain = "BatchNorm" in node_type.__name__ and all(hasattr(node_type, name) for name in _saved_names())
+        is_synchronised = node_type.__name__ == "SyncBatchNormBackward"
+        _kernels[node_type] = "synchronised" if is_synchronised else "plain" if is_plain else None
+    return _kernels[node_type]
+
+
+def _saved_names() -> tuple[str, ...]:
+    return (SAVED_MEAN, SAVED_INVSTD, *(("_raw_saved_result1",) if HAS_UNPACK_HOOKS else ()))
+
+
+@cache
+def _look_at_a_kernel() -> None:
+    """Whether nodes of BatchNorm kernels have what is read off them, which no name tells before there is one."""
+    with torch.inference_mode(False), torch.enable_grad():
+        x = torch.zeros(2, 1, device="cpu", requires_grad=True)
+        node = nn.functional.batch_norm(x, None, None, training=True).grad_fn
+    if batch_norm_kernel(type(node)) is None or shape_of_output(node) is None:
+        _missing.append(
+            "does not tell what a BatchNorm kernel has saved: batch moments are taken by a pass over each layer's "
+            "input, which takes longer."
+        )
+
+
+def eps_of_kernel(node: Any, otherwise: float) -> float:
+    """The ``eps`` of a BatchNorm kernel, which a ``forward`` of the layer's own may have chosen."""
+    eps: float = getattr(node, "_saved_eps", getattr(node, "_saved_epsilon", otherwise))  # the second is cuDNN's
+    return eps
+
+
+batch_norm_stats: Callable[[Tensor, float], tuple[Tensor, Tensor]] | None = getattr(torch, "batch_norm_stats", None)
+"""BatchNorm's own reduction on a GPU, undocumented: mean and (var + eps)^-1/2 per channel."""
 
 
 def saved_by_synchronised(node: Any) -> tuple[Tensor, Tensor, dist.ProcessGroup]:

@@ -273,7 +273,7 @@ class LayerHook(Hook):
                 self.own_forward = is_made_without_kernel(module, x, output)
             moments = None if self.by_pass else saved_moments(module, x, kernel)
             if moments is None and x.numel():
-                self.checkpointed |= is_intercepted(module, kernel)
+                self.checkpointed |= is_intercepted(kernel)
                 moments = pass_moments(x)
         except Exception as error:
             self._warn_of(module, error)

@@ -5,8 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from lightning_bnmonitor.compat import batch_norm_stats
+
 _SERIAL = 128  # values that are added one by one, in float32 if they are that
-_CENTRE_SHARE = 16  # of so many values, one
 _SMALL = 16384  # values up to which it takes longer to call all the operations than to run PyTorch's reduction
 
 
@@ -18,7 +19,8 @@ def moments_of(x: Tensor) -> tuple[Tensor, Tensor]:
     :math:`\sigma^2 = E(x - c)^2 - (E(x - c))^2`. The difference of two floats that are close is exact, so that no digit
     is lost however large the mean is beside the standard deviation. The centre is the mean of a part of the values.
     That of any share :math:`s` of them, whichever, is within :math:`\sigma\sqrt{(1 - s)/s}` of :math:`\mu`: with a
-    sixteenth at most four standard deviations, so that at most a factor of 17 is lost in the variance.
+    sixteenth at most four standard deviations, so that at most a factor of 16 is lost in the variance. It is taken from
+    all over the batch, so that it is near, also where one sample is unlike all others.
 
     On the CPU the sums are of short rows in float32, added in float64: as exact as PyTorch's reductions, which run at a
     twentieth of the memory's speed there. Elsewhere, and of small inputs, PyTorch's fastest reduction for the layout is
@@ -26,7 +28,7 @@ def moments_of(x: Tensor) -> tuple[Tensor, Tensor]:
     """
     values = x.movedim(1, -1).flatten(0, -2)[..., None] if _has_channels_inside(x) else _with_positions(x)
     half = x.dtype not in (torch.float32, torch.float64)
-    centre = values[: max(1, len(values) // _CENTRE_SHARE)].mean((0, 2), dtype=torch.float32 if half else None)
+    centre = _part_of(values).mean((0, 2), dtype=torch.float32 if half else None)
     if x.device.type == "cpu" and x.numel() > _SMALL:
         deviation = values.float().sub_(centre[:, None]) if half else values - centre[:, None]
         num = deviation.numel() // len(centre)
@@ -34,9 +36,10 @@ def moments_of(x: Tensor) -> tuple[Tensor, Tensor]:
         second = _sums(deviation.square_()) / num
         return first + centre.double(), second.sub_(first.square()).clamp_min_(0)
     deviation = x - centre.view(-1, *[1] * (x.ndim - 2))
-    if x.is_cuda and x.ndim == 4 and deviation.is_contiguous(memory_format=torch.channels_last):
+    is_channels_last = x.ndim == 4 and deviation.is_contiguous(memory_format=torch.channels_last)
+    if x.is_cuda and is_channels_last and batch_norm_stats is not None:
         # BatchNorm's own, which is made for this layout. (With an eps of 0, it gives 0 for the inverse of 0.)
-        first, invstd = torch.batch_norm_stats(deviation, 1e-30)
+        first, invstd = batch_norm_stats(deviation, 1e-30)
         var = invstd.pow(-2)
     else:
         var, first = torch.var_mean(deviation, [dim for dim in range(x.ndim) if dim != 1], correction=0)
@@ -48,6 +51,13 @@ def moments_of(x: Tensor) -> tuple[Tensor, Tensor]:
 def _with_positions(x: Tensor) -> Tensor:
     """``(N, C, P)``."""
     return x[..., None] if x.ndim == 2 else x.flatten(2)
+
+
+def _part_of(values: Tensor) -> Tensor:
+    """A sixteenth of the values of ``(N, C, P)``, or more of few: of samples from all over, the first positions."""
+    num, _, positions = values.shape
+    samples = 4 if num >= 4 and positions >= 4 else 16 if num >= 4 else 1
+    return values[::samples, :, : -(-positions * samples // 16)]
 
 
 def _has_channels_inside(x: Tensor) -> bool:

@@ -21,6 +21,7 @@ from lightning_bnmonitor.compat import (
     SAVED_MEAN,
     BatchNorm,
     batch_norm_kernel,
+    eps_of_kernel,
     has_unpack_hooks,
     saved_by_synchronised,
     shape_of_output,
@@ -41,7 +42,7 @@ class Way(NamedTuple):
 _MOST_STEPS = 6
 _MOST_NODES = 200  # of a graph within a layer
 _MAX_SERIAL = 4096  # values per channel that a serial float32 sum may have and still be exact enough
-_OWN_FORWARDS = (BatchNorm.forward, nn.SyncBatchNorm.forward)
+_FORWARDS = (BatchNorm.forward, nn.SyncBatchNorm.forward)
 
 
 class Kernel(NamedTuple):
@@ -125,20 +126,26 @@ def at_end_of(way: Way, node: Any, module: BatchNorm, before: Any) -> Any:
     return node if is_own and node is not before else None
 
 
-def is_intercepted(module: BatchNorm, kernel: Kernel | None) -> bool:
-    """Whether something intercepts what autograd saves, or may have in this call: checkpointing, ``save_on_cpu``."""
+def is_intercepted(kernel: Kernel | None) -> bool:
+    """Whether something is known to intercept what autograd saves: activation checkpointing, ``save_on_cpu``."""
     if top_saved_tensor_hooks(True) is not None:
         return True
-    if kernel is None or (not HAS_UNPACK_HOOKS and enters_no_context(module)):
-        return False
-    return has_unpack_hooks(kernel.node)
+    return kernel is not None and HAS_UNPACK_HOOKS and has_unpack_hooks(kernel.node)
+
+
+def _is_readable(module: BatchNorm, kernel: Kernel) -> bool:
+    """Whether it is known that to read what was saved runs nothing."""
+    return not is_intercepted(kernel) and (HAS_UNPACK_HOOKS or enters_no_context(module))
+
+
+def has_own_forward(module: BatchNorm) -> bool:
+    """Whether a layer has another ``forward`` than PyTorch's."""
+    return type(module).forward not in _FORWARDS or "forward" in vars(module)
 
 
 def enters_no_context(module: BatchNorm) -> bool:
     """Whether a layer has PyTorch's own ``forward`` and nothing before it, so that it saves as its surroundings do."""
-    attributes = vars(module)
-    is_own = type(module).forward in _OWN_FORWARDS and "forward" not in attributes
-    return is_own and HAS_PRE_HOOKS and not attributes[FORWARD_PRE_HOOKS]
+    return not has_own_forward(module) and HAS_PRE_HOOKS and not vars(module)[FORWARD_PRE_HOOKS]
 
 
 def saved_moments(module: BatchNorm, x: Tensor, kernel: Kernel | None) -> BatchMoments | None:
@@ -157,7 +164,7 @@ def saved_moments(module: BatchNorm, x: Tensor, kernel: Kernel | None) -> BatchM
         with one position a sample and if ``x`` is not contiguous (channels-last, slices): the error grows with the root
         of the number of values.
     """
-    if kernel is None or is_intercepted(module, kernel):
+    if kernel is None or not _is_readable(module, kernel):
         return None
     shape, num_channels = shape_of_output(kernel.node), module.num_features
     if shape is None:
@@ -178,7 +185,8 @@ def saved_moments(module: BatchNorm, x: Tensor, kernel: Kernel | None) -> BatchM
     if serial and num_samples > _MAX_SERIAL and x.device.type == "cpu":
         return None
     counts = num_samples * num_ranks, batch_size * num_ranks
-    return BatchMoments("saved", *counts, mean, spread, module.eps, serial, num_ranks=num_ranks)
+    eps = eps_of_kernel(kernel.node, module.eps)
+    return BatchMoments("saved", *counts, mean, spread, eps, serial, num_ranks=num_ranks)
 
 
 def _is_own_kernel(module: BatchNorm, x: object, node: Any) -> bool:

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bnmonitor.arguments import as_patterns, check_positive_or_none
+from lightning_bnmonitor.capture.kernel_inputs import kernel_inputs
+from lightning_bnmonitor.capture.saved import has_own_forward
 from lightning_bnmonitor.compat import BatchNorm, is_lazy
 from lightning_bnmonitor.repair.passes import Forward, forward_of, run, training_only
 from lightning_bnmonitor.report.layer_report import LayerReport
@@ -258,8 +260,11 @@ class _Measurement:
         """A context in which calls count. What is compiled has to run eagerly in it."""
         with ExitStack() as stack:
             for layer in self._recorder.layers:
-                handle = layer.module.register_forward_hook(layer.hook, with_kwargs=True)
-                stack.callback(handle.remove)
+                if has_own_forward(layer.module):
+                    stack.enter_context(kernel_inputs(layer.module, layer.hook))
+                else:
+                    handle = layer.module.register_forward_hook(layer.hook, with_kwargs=True)
+                    stack.callback(handle.remove)
             yield
 
     def check_complete(self) -> None:

@@ -153,7 +153,7 @@ def _circumstances(layer: TrackedLayer, now: Snapshot) -> Circumstances:
         has_running_stats=now.buffers is not None,
         calls={**{path: counts.paths[path] for path in PATHS}, "skipped": layer.hook.skipped},
         training_calls=counts.training,
-        updates_per_call=layer.updates_of_a_call(now.num_tracked),
+        updates_per_call=layer.updates_of_a_call(now),
         assumed_updates=layer.assumed_updates,
         checkpointed=layer.hook.checkpointed,
         written_outside=layer.written_outside,

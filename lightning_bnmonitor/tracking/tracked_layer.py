@@ -223,14 +223,17 @@ class TrackedLayer:
         """Whether it was called since a training step was last told to have ended. False before the first was."""
         return self.counts.last_step == self.gate.steps > self.steps_before
 
-    def updates_of_a_call(self, num_tracked: int | None) -> float:
+    def updates_of_a_call(self, now: Snapshot) -> float:
         """Updates of the buffers for each call that was to update them; NaN before the first, or if not counted.
 
         Negative if the counter was set back.
         """
-        if num_tracked is None or not self.counts.updating:
+        if now.num_tracked is None or not self.counts.updating:
             return float("nan")
-        return (num_tracked - (self.start.num_tracked or 0)) / self.counts.updating
+        updates = now.num_tracked - (self.start.num_tracked or 0)
+        if not updates and now.buffers is not None and not self.start.has_same_buffers(now):
+            return float("nan")  # a `forward` of its own that counts none
+        return updates / self.counts.updating
 
     def forget(self) -> None:
         """Drop what waits, the place in the window, and the windows before."""

@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import importlib
 import json
+import os
 import subprocess
 import sys
+import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +19,47 @@ PACKAGES = {"lightning.pytorch": "pytorch_lightning", "pytorch_lightning": "ligh
 
 
 def child(package: str, folder: str) -> None:
-    """In a process of its own: a fit where only one of Lightning's packages can be imported."""
+    """In a process of its own, which imports one of Lightning's packages: the checks, each in a copy of it."""
+    importlib.import_module(package)
+    assert PACKAGES[package] not in sys.modules
+    assert "lightning_bnmonitor" not in sys.modules
+    in_a_copy(fit, package, folder)
+    in_a_copy(choose, package)
+    in_a_copy(do_without)
+
+
+def in_a_copy(function: Callable[..., None], *args: str) -> None:
+    """Call it in a copy of this process, and print its name unless it fails."""
+    copy = os.fork()
+    if copy:
+        os.waitpid(copy, 0)
+        return
+    try:
+        function(*args)
+        print(function.__name__)
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        sys.stdout.flush()
+        os._exit(0)
+
+
+def choose(package: str) -> None:
+    """Lightning's other package is there, too."""
+    import lightning_bnmonitor
+
+    callback = importlib.import_module(package).Callback
+    assert callback in lightning_bnmonitor.BatchNormMonitor.__mro__
+
+
+def do_without() -> None:
+    """Nothing of what draws and prints can be imported. Lightning has imported some of it by now."""
+    sys.modules.update(dict.fromkeys(("matplotlib", "tabulate", "tqdm", "tqdm.auto")))  # type: ignore[arg-type]
+    importlib.import_module("lightning_bnmonitor")
+
+
+def fit(package: str, folder: str) -> None:
+    """A fit where only this one of Lightning's packages can be imported."""
     sys.modules[PACKAGES[package]] = None  # type: ignore[assignment]
     lightning: Any = importlib.import_module(package)
     import torch
@@ -59,34 +102,38 @@ def child(package: str, folder: str) -> None:
     (Path(folder) / "found.json").write_text(json.dumps(found))
 
 
-def run(*arguments: str) -> None:
-    root = Path(__file__).parents[2]
-    done = subprocess.run([sys.executable, *arguments], capture_output=True, text=True, check=False, cwd=root)
-    assert done.returncode == 0, done.stderr
-
-
-def test_it_is_the_same_with_either_package_of_lightning_where_the_other_is_missing(tmp_path):
-    found = []
+@pytest.fixture(scope="module")
+def done(tmp_path_factory: pytest.TempPathFactory) -> dict[str, tuple[Path, subprocess.CompletedProcess[str]]]:
+    """Of each package, the folder of its fit and what its process said."""
+    found = {}
     for package in PACKAGES:
-        run("-m", __name__, package, str(tmp_path / package))
-        found.append(json.loads((tmp_path / package / "found.json").read_text()))
-        assert list((tmp_path / package).rglob("events.out.*"))
+        folder = tmp_path_factory.mktemp(package)
+        command = [sys.executable, "-m", __name__, package, str(folder)]
+        root = Path(__file__).parents[2]
+        found[package] = folder, subprocess.run(command, capture_output=True, text=True, check=False, cwd=root)
+    return found
+
+
+def test_it_is_the_same_with_either_package_of_lightning_where_the_other_is_missing(done):
+    found = []
+    for folder, process in done.values():
+        assert "fit" in process.stdout.split(), process.stderr
+        assert list(folder.rglob("events.out.*"))
+        found.append(json.loads((folder / "found.json").read_text()))
     assert found[0] == found[1]
     (layer,) = found[0]["report"]["layers"].values()
     assert (layer["num_batches"], layer["num_samples"]) == (10, 80)
     assert "recalibrated on 10 batches" in found[0]["recalibration"]
 
 
-def test_of_two_packages_it_takes_the_one_that_is_imported_already():
-    for package in PACKAGES:
-        is_of_it = f"{package}.Callback in lightning_bnmonitor.BatchNormMonitor.__mro__"
-        run("-c", f"import {package}, lightning_bnmonitor; assert {is_of_it}")
+def test_of_two_packages_it_takes_the_one_that_is_imported_already(done):
+    for _, process in done.values():
+        assert "choose" in process.stdout.split(), process.stderr
 
 
-def test_what_draws_and_prints_is_not_needed_for_the_import():
-    missing = "matplotlib", "tabulate", "tqdm", "tqdm.auto"  # Lightning has imported some of them by then
-    blocked = f"sys.modules.update(dict.fromkeys({missing}))"
-    run("-c", f"import sys, lightning.pytorch; {blocked}; import lightning_bnmonitor")
+def test_what_draws_and_prints_is_not_needed_for_the_import(done):
+    for _, process in done.values():
+        assert "do_without" in process.stdout.split(), process.stderr
 
 
 if __name__ == "__main__":

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 import sys
 import warnings
 from pathlib import Path
@@ -15,6 +14,7 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger
 
 from lightning_bnmonitor import BatchNormMonitor
+from tests import processes
 from tests.callbacks.dashboard_fits import OnlyText, board, fit, scalar_tags
 from tests.callbacks.event_files import events, pixels
 from tests.callbacks.expected_warnings import EXPECTED_WARNINGS
@@ -22,7 +22,7 @@ from tests.callbacks.expected_warnings import EXPECTED_WARNINGS
 pytestmark = [*EXPECTED_WARNINGS, pytest.mark.slow]  # a process of its own draws and logs
 
 
-def child(folder):
+def child(rank, folder):
     """In a process of its own, where nothing has been drawn before: what is drawn when, and in which style."""
     warnings.simplefilter("ignore")
     drawn = {}
@@ -49,16 +49,15 @@ def child(folder):
     fit(board(folder, version="dark"), BatchNormMonitor(), max_epochs=4)
     note("TensorBoardLogger")
     changed = [name for name, value in mpl.rcParams.items() if value != before[name]]
-    print(json.dumps({"drawn": drawn, "left": left, "changed": changed, "figures": plt.get_fignums()}))
+    result = {"drawn": drawn, "left": left, "changed": changed, "figures": plt.get_fignums()}
+    Path(folder, "result.json").write_text(json.dumps(result))
 
 
 @pytest.fixture(scope="module")
 def in_a_child(tmp_path_factory):
     folder = tmp_path_factory.mktemp("child")
-    command = [sys.executable, "-m", __name__, str(folder)]
-    done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
-    assert done.returncode == 0, done.stderr
-    return folder, json.loads(done.stdout.splitlines()[-1])
+    processes.start(child, str(folder), world_size=1)
+    return folder, json.loads((folder / "result.json").read_text())
 
 
 def test_nothing_is_drawn_where_nobody_takes_pictures(in_a_child):
@@ -90,7 +89,3 @@ def test_the_style_and_backend_of_the_user_change_neither_the_picture_nor_are_ch
     np.testing.assert_array_equal(pixels(mine), pixels(default))
     assert result["changed"] == []
     assert result["figures"] == []
-
-
-if __name__ == "__main__":
-    child(sys.argv[1])

@@ -35,6 +35,7 @@ from tests.callbacks.precise_fits import (
     trainer_for,
     val_data,
 )
+from tests.processes import CONTEXT
 
 pytestmark = pytest.mark.slow
 WORLD_SIZE = 2
@@ -111,8 +112,7 @@ def ranks(tmp_path_factory):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    context = torch.multiprocessing.get_context("spawn")
-    processes = [context.Process(target=run_rank, args=(rank, str(folder), port)) for rank in range(WORLD_SIZE)]
+    processes = [CONTEXT.Process(target=run_rank, args=(rank, str(folder), port)) for rank in range(WORLD_SIZE)]
     for process in processes:
         process.start()
     give_up = time.monotonic() + 180

@@ -5,10 +5,7 @@ from __future__ import annotations
 import copy
 import importlib.util
 import math
-import os
-import subprocess
 import sys
-from pathlib import Path
 from types import ModuleType
 
 import numpy as np
@@ -17,9 +14,10 @@ import torch
 from torch import nn
 
 from lightning_bnmonitor import recalibrate
+from tests.examples.scripts import EXAMPLES, printed
 
 pytestmark = pytest.mark.slow
-SCRIPT = Path(__file__).parents[2] / "examples" / "against_peers.py"
+SCRIPT = EXAMPLES / "against_peers.py"
 Table = dict[str, dict[str, str]]
 
 
@@ -37,10 +35,7 @@ def example() -> ModuleType:
 @pytest.fixture(scope="module")
 def tables() -> dict[str, Table]:
     """What is printed: the tables by their titles, rows by their first cells, columns by their headers."""
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    command = [sys.executable, str(SCRIPT), "--seed", "5"]
-    run = subprocess.run(command, check=True, capture_output=True, text=True, timeout=300, env=one_thread)
-    *blocks, summary = run.stdout.strip().split("\n\n")
+    *blocks, summary = printed(SCRIPT.name, "--seed", 5).strip().split("\n\n")
     assert summary == "recalibrate is the most exact, up to rounding, in 11 of 11 cases."
     found: dict[str, Table] = {}
     for block in blocks:

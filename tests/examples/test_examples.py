@@ -2,39 +2,20 @@
 
 from __future__ import annotations
 
-import os
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 from PIL import Image
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from tests.examples.scripts import printed, without_inductor
+
 pytestmark = pytest.mark.slow
-EXAMPLES = Path(__file__).parents[2] / "examples"
-
-
-# Inductor would compile for minutes what is asserted of no other backend: that it is exact is asserted elsewhere.
-WITHOUT_INDUCTOR = """
-import functools, runpy, sys
-from torch import nn
-nn.Module.compile = functools.partialmethod(nn.Module.compile, backend="aot_eager")
-sys.argv = sys.argv[1:]
-runpy.run_path(sys.argv[0], run_name="__main__")
-"""
-
-
-def run(name: str, *arguments: str) -> str:
-    launch = ["-c", WITHOUT_INDUCTOR] if "--compile" in arguments else []
-    command = [sys.executable, *launch, str(EXAMPLES / name), *arguments]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    return subprocess.run(command, check=True, capture_output=True, text=True, timeout=900, env=one_thread).stdout
 
 
 def test_the_published_experiment_gives_every_published_digit() -> None:
-    output = run("ema_vs_exact.py")
+    output = printed("ema_vs_exact.py")
     assert output.count("same") == 6
     assert "0.0602" in output
     assert "RMS z of the running mean 1.17, of the running variance 0.92." in output
@@ -42,7 +23,7 @@ def test_the_published_experiment_gives_every_published_digit() -> None:
 
 
 def test_no_healthy_layer_is_said_to_need_attention_and_no_sick_one_is_missed() -> None:
-    summary = run("false_alarms.py", "--seeds", "1", "--epochs", "2").splitlines()[-1]
+    summary = printed("false_alarms.py", "--seeds", 1, "--epochs", 2).splitlines()[-1]
     found = re.fullmatch(
         r"(\d+) of (\d+) healthy layer-windows \(.*\) were said to need attention, (\d+) of (\d+) sick ones \(.*\)\.",
         summary,
@@ -55,9 +36,7 @@ def test_no_healthy_layer_is_said_to_need_attention_and_no_sick_one_is_missed() 
 
 
 def test_the_main_example_reports_repairs_and_says_how_to_look_at_it(tmp_path: Path) -> None:
-    output = run(
-        "synthetic.py", *("--logdir", str(tmp_path), "--epochs", "2", "--batch-size", "256", "--seed", "3", "--repair")
-    )
+    output = printed("synthetic.py", *("--logdir", tmp_path, "--epochs", 2, "--images", 512, "--seed", 3, "--repair"))
     table = output[output.index("eval_error") :].splitlines()
     names = [row.split()[0] for row in table[2:7]]
     assert names[0] == "stem.1"
@@ -75,7 +54,9 @@ def test_the_main_example_reports_repairs_and_says_how_to_look_at_it(tmp_path: P
 
 
 def test_the_main_example_compiled_sees_as_many_batches(tmp_path: Path) -> None:
-    output = run("synthetic.py", *("--logdir", str(tmp_path), "--epochs", "1", "--batch-size", "256", "--compile"))
+    output = printed(
+        "synthetic.py", "--logdir", tmp_path, "--epochs", 1, "--images", 512, "--compile", before=without_inductor
+    )
     (stem,) = (line.split() for line in output.splitlines() if line.startswith("stem.1  "))
     assert stem[1] == "warming-up"
     assert stem[-2] == "8"
@@ -83,7 +64,7 @@ def test_the_main_example_compiled_sees_as_many_batches(tmp_path: Path) -> None:
 
 def test_every_pathology_is_named_and_every_remedy_helps_and_all_can_be_looked_at(tmp_path: Path) -> None:
     figure = tmp_path / "figure.png"
-    output = run("pathologies.py", "--seed", "5", "--logdir", str(tmp_path), "--figure", str(figure))
+    output = printed("pathologies.py", "--seed", 5, "--logdir", tmp_path, "--figure", figure)
     assert "22 of 22 causes are named, 19 of 19 remedies help." in output
     assert Image.open(figure).width == 800
     events = EventAccumulator(str(tmp_path / "pathologies" / "version_0")).Reload()

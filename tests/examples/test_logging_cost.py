@@ -2,26 +2,22 @@
 
 from __future__ import annotations
 
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
+from tests.examples.scripts import run, with_copies
+
 pytestmark = pytest.mark.slow
-SCRIPT = Path(__file__).parents[2] / "examples" / "logging_cost.py"
 LAYERS, WINDOWS, BATCHES = 12, 2, 2
 
 
 @pytest.mark.skipif(not Path("/proc/self/statm").exists(), reason="reads resident memory from /proc")
 def test_the_benchmark_of_logging_measures_disk_memory_and_time() -> None:
     numbers = {"--layers": LAYERS, "--windows": WINDOWS, "--batches": BATCHES, "--steps": 1}
-    command = [sys.executable, str(SCRIPT), *(str(word) for pair in numbers.items() for word in pair)]
-    one_thread = os.environ | {"OMP_NUM_THREADS": "1"}
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600, env=one_thread)
-    assert "Traceback" not in done.stderr, done.stderr
-    storage, timing = tables(done.stdout)
+    done = run("logging_cost.py", *(word for pair in numbers.items() for word in pair), before=with_copies)
+    assert "Traceback" not in done.errors, done.errors
+    storage, timing = tables(done.output)
 
     unmonitored, default, always, resnet = storage
     assert [int(row["layers"]) for row in storage] == [LAYERS] * 3 + [20]
@@ -40,11 +36,11 @@ def test_the_benchmark_of_logging_measures_disk_memory_and_time() -> None:
         assert min(parts) >= 0
         assert sum(parts) == pytest.approx(float(row["sum, ms"]), abs=1)
         assert float(row["% of an epoch"]) > 0
-    assert "1562.5 steps" in done.stdout
+    assert "1562.5 steps" in done.output
 
-    verdicts = [line.split(":")[0] for line in done.stdout.splitlines()[-3:]]
+    verdicts = [line.split(":")[0] for line in done.output.splitlines()[-3:]]
     assert set(verdicts) <= {"Met", "MISSED"}
-    assert done.returncode == ("MISSED" in verdicts)
+    assert done.code == ("MISSED" in verdicts)
     assert verdicts[0] == "Met"  # the size of the event files
 
 

@@ -4,19 +4,18 @@ from __future__ import annotations
 
 import gc
 import itertools
-import subprocess
 import sys
 from dataclasses import replace
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import torch
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from tests.examples.scripts import EXAMPLES, run
+
 sys.path.insert(0, str(EXAMPLES))
-import networks  # noqa: E402
-import overhead  # noqa: E402
+import networks
+import overhead
 
 sys.path.remove(str(EXAMPLES))
 
@@ -35,10 +34,9 @@ class Clock:
 
 @pytest.mark.slow
 def test_every_table_has_its_rows_and_every_target_its_verdict() -> None:
-    command = [sys.executable, str(EXAMPLES / "overhead.py"), "--quick", "--rounds", "2", "--repeats", "1"]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600)
-    assert "Traceback" not in done.stderr, done.stderr
-    times, memory, windows = done.stdout.split("\n\n")[:3]
+    done = run("overhead.py", "--quick", "--rounds", 2, "--repeats", 1)
+    assert "Traceback" not in done.errors, done.errors
+    times, memory, windows = done.output.split("\n\n")[:3]
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in times.splitlines()]
     assert rows[0] == ["CPU time", *QUICK]
     assert rows[2][0] == "a step without monitor"
@@ -52,10 +50,10 @@ def test_every_table_has_its_rows_and_every_target_its_verdict() -> None:
     assert [cell == "-" for cell in rows[-1][1:]] == [name == "compiled" for name in QUICK]
     assert len(memory.splitlines()) == 2 + len(overhead.VARIANTS) - 2
     assert [row.split("|")[2].strip() for row in windows.splitlines()[2:]] == ["1000", "10000"]
-    verdicts = done.stdout.rstrip().split("\n\n")[-1].splitlines()
+    verdicts = done.output.rstrip().split("\n\n")[-1].splitlines()
     assert len(verdicts) == 5 + 2 + 2  # direct shares, operations, ratios
     assert {line.split(":")[0] for line in verdicts} <= {"Met", "MISSED"}
-    assert done.returncode == any(line.startswith("MISSED") for line in verdicts)
+    assert done.code == any(line.startswith("MISSED") for line in verdicts)
 
 
 def test_what_is_not_small_is_what_the_table_is_about() -> None:

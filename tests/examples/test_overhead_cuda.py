@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-EXAMPLES = Path(__file__).parents[2] / "examples"
+from tests.examples.scripts import EXAMPLES, printed, run
+
 sys.path.insert(0, str(EXAMPLES))
-import overhead_cuda  # noqa: E402
+import overhead_cuda
 
 sys.path.remove(str(EXAMPLES))
 
@@ -122,22 +122,17 @@ def test_ours_ends_a_round_with_an_update() -> None:
 @pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler (g++)")
 def test_it_runs_on_the_cpu_and_writes_all_numbers(tmp_path: Path) -> None:
     path = tmp_path / "gpu.json"
-    options = ["--device", "cpu", "--quick", "--rounds", "1", "--json", str(path)]
-    command = [sys.executable, str(EXAMPLES / "overhead_cuda.py"), *options]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600)
-    assert "Traceback" not in done.stdout + done.stderr
+    done = run("overhead_cuda.py", "--device", "cpu", "--quick", "--rounds", 1, "--json", path)
+    assert "Traceback" not in done.output + done.errors
     numbers = json.loads(path.read_text())
     assert list(numbers["overhead"]) == [network.name for network in overhead_cuda.networks("cpu", quick=True)]
     assert not numbers["failed"]
     assert all(each["is_bit_identical"] for each in numbers["overhead"].values())
     assert numbers["overhead"]["ResNet-50"]["calls"]["saved"] > 0
-    assert done.returncode == ("MISSED" in done.stdout)
+    assert done.code == ("MISSED" in done.output)
 
 
 @pytest.mark.slow
 def test_what_does_not_fit_the_budget_is_left_out(tmp_path: Path) -> None:
-    options = ["--device", "cpu", "--quick", "--budget", "-1", "--json", str(tmp_path / "gpu.json")]
-    command = [sys.executable, str(EXAMPLES / "overhead_cuda.py"), *options]
-    done = subprocess.run(command, check=False, capture_output=True, text=True, timeout=600)
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("left out") == 4
+    output = printed("overhead_cuda.py", "--device", "cpu", "--quick", "--budget", -1, "--json", tmp_path / "gpu.json")
+    assert output.count("left out") == 4

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import os
-import subprocess
 import sys
 import textwrap
 import warnings
@@ -16,6 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.summary.writer.record_writer import RecordWriter
 
 from lightning_bnmonitor import BatchNormMonitor
+from tests.processes import run_script
 from tests.promises.faulty_runs import (
     BATCHES,
     MARKS,
@@ -138,11 +138,9 @@ print("REPORT", layer.num_samples, exact, model.batches, len(model.bn._forward_h
 def test_a_file_that_can_grow_no_further_loses_no_report(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(textwrap.dedent(DISK_FULL))
-    done = subprocess.run(
-        [sys.executable, script, tmp_path], capture_output=True, text=True, timeout=100, cwd=tmp_path, check=False
-    )
-    assert f"FAILED OSError {errno.EFBIG}" in done.stdout, done.stderr  # when the logger closes its file, after all
-    assert "REPORT 48 True 600 0" in done.stdout
+    done = run_script(script, tmp_path)
+    assert f"FAILED OSError {errno.EFBIG}" in done.output, done.errors  # when the logger closes its file, after all
+    assert "REPORT 48 True 600 0" in done.output
 
 
 def test_where_warnings_are_errors_the_run_ends_by_its_warning_and_the_report_is_there(tmp_path):

@@ -19,6 +19,8 @@ SENTENCES = {
     "_C._autograd.SavedTensor.unpack_hook": (
         "`forward` of their own are measured by a pass" if torch.__version__ >= "2.10" else ""
     ),
+    "saved results of a kernel's node": "are taken by a pass over each layer's input",
+    "_input_metadata of a node": "are taken by a pass over each layer's input",
     "_C._current_graph_task_id": "count twice",
     "_C._are_functorch_transforms_active": "`torch.func` are not told from others",
     "_C._get_tracing_state": "`torch.jit.trace` are not told from others",

@@ -225,8 +225,21 @@ class ChannelsAtTheEnd(nn.BatchNorm1d):
         return super().forward(x.transpose(1, 2)).transpose(1, 2)
 
 
+def test_a_layer_with_its_channels_at_the_end_gets_the_statistics_of_what_its_kernel_receives() -> None:
+    model, batches = nn.Sequential(ChannelsAtTheEnd(C), nn.Linear(C, 2)), [torch.randn(8, n, C) for n in SIZES]
+    recalibrate(model, batches)
+    values = torch.cat([batch.flatten(0, 1) for batch in batches]).double().numpy()
+    np.testing.assert_allclose(model[0].running_mean.numpy(), values.mean(axis=0), rtol=1e-5, atol=1e-6)
+    np.testing.assert_allclose(model[0].running_var.numpy(), values.var(axis=0, ddof=1), rtol=1e-5)
+
+
+class WithoutKernel(nn.BatchNorm1d):
+    def forward(self, x: Tensor) -> Tensor:
+        return (x - x.mean((0, 1))) / x.std((0, 1))
+
+
 def test_a_layer_whose_inputs_cannot_be_told_apart_by_channel_is_not_passed_over_in_silence() -> None:
-    model, batches = nn.Sequential(ChannelsAtTheEnd(C), nn.Linear(C, 2)), [torch.randn(8, 5, C)]
+    model, batches = nn.Sequential(WithoutKernel(C), nn.Linear(C, 2)), [torch.randn(8, 5, C)]
     with Unchanged(model, entirely=True), pytest.raises(RuntimeError, match=r"layer '0'.*`exclude`"):
         recalibrate(model, batches)
 

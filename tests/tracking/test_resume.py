@@ -1,10 +1,7 @@
 """Runs that are interrupted and resumed from Lightning's checkpoints, against the same runs left alone."""
 
 import signal
-import subprocess
-import sys
 import warnings
-from pathlib import Path
 
 import pytest
 import torch
@@ -14,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bnmonitor import BatchNormMonitor
+from tests.processes import run_script
 from tests.tracking.small_models import assert_alike
 
 pytestmark = [
@@ -235,7 +233,6 @@ def test_a_run_that_goes_on_after_its_end_knows_its_history(tmp_path, left_alone
 
 KILLED = """
 import os, signal, sys
-sys.path.insert(0, sys.argv[1])
 from tests.tracking import test_resume
 from lightning.pytorch import Callback
 from lightning.pytorch.callbacks import ModelCheckpoint
@@ -245,17 +242,16 @@ class Kill(Callback):
         if trainer.global_step == 33:
             os.kill(os.getpid(), signal.SIGKILL)
 
-checkpoints = ModelCheckpoint(sys.argv[2], every_n_train_steps=10, save_top_k=-1, filename="{step}")
-test_resume.run(sys.argv[2], Kill(), checkpoints, enable_checkpointing=True)
+checkpoints = ModelCheckpoint(sys.argv[1], every_n_train_steps=10, save_top_k=-1, filename="{step}")
+test_resume.run(sys.argv[1], Kill(), checkpoints, enable_checkpointing=True)
 """
 
 
 def test_a_killed_run_resumes_as_of_its_last_checkpoint(tmp_path, left_alone):
     script = tmp_path / "killed.py"
     script.write_text(KILLED)
-    here = str(Path(__file__).parents[2])
-    killed = subprocess.run([sys.executable, str(script), here, str(tmp_path)], timeout=120, capture_output=True)
-    assert killed.returncode == -signal.SIGKILL, killed.stderr
+    killed = run_script(script, tmp_path)
+    assert killed.code == -signal.SIGKILL, killed.errors
     after, _, _ = run(tmp_path, ckpt_path=tmp_path / "step=30.ckpt")
     assert after.keys() == {48, 72}
     for end, report in after.items():
