@@ -107,6 +107,8 @@ class RepeatableCall(NamedTuple):
     """Over how many ranks SyncBatchNorm has taken the moments."""
     width: int
     """Channels."""
+    intercepted: bool
+    """Whether what autograd saves was intercepted, as by activation checkpointing, which makes the call again."""
 
 
 Call = tuple[Tensor, Tensor, int, RepeatableCall]
@@ -227,7 +229,9 @@ class LayerHook(Hook):
         # have changed since. All others go the long way, which tells the same of it.
         last, stash, limit = self.last_call, self.stash, self.limit
         if last is not None and len(stash) < limit and tracing_state() is None and output.__class__ is Tensor:
-            eps, momentum, training, updating, nbytes, shape, node_type, contiguous, plain, way, _, _, _, _, _, _ = last
+            eps, momentum, training, updating, nbytes, shape, node_type, contiguous, plain, way, _, _, _, _, _, _, _ = (
+                last
+            )
             if (
                 output.shape == shape
                 and (node := output.grad_fn).__class__ is node_type
@@ -272,8 +276,9 @@ class LayerHook(Hook):
             if kernel is None and module.training and self.own_forward is None:
                 self.own_forward = is_made_without_kernel(module, x, output)
             moments = None if self.by_pass else saved_moments(module, x, kernel)
+            intercepted = moments is None and x.numel() > 0 and is_intercepted(kernel)
+            self.checkpointed |= intercepted
             if moments is None and x.numel():
-                self.checkpointed |= is_intercepted(kernel)
                 moments = pass_moments(x)
         except Exception as error:
             self._warn_of(module, error)
@@ -283,7 +288,7 @@ class LayerHook(Hook):
         if moments is None:
             self.receive_empty(updating)
         else:
-            call = _call_of(moments, module, module.training, updating)
+            call = _call_of(moments, module, module.training, updating, intercepted)
             repeatable = None if kernel is None else _repeatable(call, module, x, output, kernel)
             self._keep(moments, repeatable or call)
         self.last_call = repeatable
@@ -344,7 +349,9 @@ class LayerHook(Hook):
             self.gate.is_full = True
 
 
-def _call_of(moments: BatchMoments, module: BatchNorm, training: bool, updating: bool) -> RepeatableCall:
+def _call_of(
+    moments: BatchMoments, module: BatchNorm, training: bool, updating: bool, intercepted: bool = False
+) -> RepeatableCall:
     """The call of ``module`` that these are the moments of."""
     mean = moments.mean
     return RepeatableCall(
@@ -364,6 +371,7 @@ def _call_of(moments: BatchMoments, module: BatchNorm, training: bool, updating:
         serial=moments.serial,
         num_ranks=moments.num_ranks,
         width=mean.numel(),
+        intercepted=intercepted,
     )
 
 

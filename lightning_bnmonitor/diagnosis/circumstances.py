@@ -24,8 +24,10 @@ class Circumstances(NamedTuple):
     """Counted calls in the layer's training mode."""
     updates_per_call: float
     """Updates of the buffers for each call that was to update them; NaN if not known."""
-    assumed_updates: int
-    """What the weights of the batches rest on."""
+    updates_of_repeated: float
+    """The same for the calls that activation checkpointing makes again, if only some are; NaN if not known."""
+    assumed_updates: float
+    """What the weights of the batches rest on: updates of a call, on average."""
     checkpointed: bool
     """Whether activation checkpointing (or what looks like it) was seen."""
     written_outside: bool
@@ -45,9 +47,9 @@ class Circumstances(NamedTuple):
     @property
     def weights_known(self) -> bool:
         """Whether the buffers were updated as assumed, so that the weight of each batch in them is known."""
-        return math.isnan(self.updates_per_call) or self.updates_per_call == self.assumed_updates
+        return math.isnan(self.updates_per_call) or math.isclose(self.updates_per_call, self.assumed_updates)
 
     @property
     def updates_twice(self) -> bool:
-        """Whether each call updates the buffers two or more times, as it is recomputed."""
-        return self.checkpointed and self.updates_per_call > 1 and float(self.updates_per_call).is_integer()
+        """Whether calls update the buffers two or more times, as they are recomputed."""
+        return self.checkpointed and self.updates_of_repeated > 1 and float(self.updates_of_repeated).is_integer()

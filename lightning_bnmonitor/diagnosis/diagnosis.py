@@ -108,6 +108,8 @@ def _of_calls(layer: Circumstances, evidence: Evidence) -> dict[str, float]:
         numbers["effective_momentum"] = effective
     if updates >= 0:
         numbers["updates_per_call"] = updates
+    if layer.updates_twice and not math.isclose(layer.updates_of_repeated, updates):
+        numbers["updates_of_repeated"] = layer.updates_of_repeated
     if "ranks" in evidence and not layer.was_called:  # on rank 0: what it has is against what the others received
         numbers["rank_error"] = evidence.get("eval_error", 0.0)
     unmoved = layer.training_calls - evidence.get("batches", 0.0)

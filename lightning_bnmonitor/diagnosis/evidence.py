@@ -35,6 +35,7 @@ EVIDENCE: Mapping[str, str] = {
     "effective_momentum": "the momentum of the last call, all its updates together",
     "updates_per_call": "updates of the running statistics for each call that was to update them (1; 2 under "
     "activation checkpointing)",
+    "updates_of_repeated": "the same for the calls that activation checkpointing repeats, where it repeats only some",
     "assumed_updates_per_call": "what updates_per_call was assumed to be, where that was wrong",
     "eval_error": "RMS error of the normalised activation in eval(), with the weights at the window's end",
     "act_rmse": "RMS error that eval() would have made on the values of the whole window",

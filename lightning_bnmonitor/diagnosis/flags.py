@@ -62,9 +62,21 @@ def _explain_last_batch(evidence: Evidence) -> list[str]:
     return sentences
 
 
+def _explain_repeats(evidence: Evidence) -> list[str]:
+    if "updates_of_repeated" in evidence:
+        return [
+            "Activation checkpointing repeats some of its calls, which update the running statistics "
+            "{updates_of_repeated} times, and others once: {updates_per_call} times on average."
+        ]
+    return [
+        "Each call updates the running statistics {updates_per_call} times, as activation checkpointing repeats it: "
+        "the momentum acts as {effective_momentum}."
+    ]
+
+
 def _compensate(evidence: Evidence) -> list[str]:
-    if "recommended_momentum" in evidence:  # which takes the updates into account
-        return []
+    if "recommended_momentum" in evidence or "updates_of_repeated" in evidence:
+        return []  # it takes the updates into account; there is no momentum for calls that update unequally often
     return ["Set `momentum={compensated_momentum}` to get the effect of {momentum} (1 - (1 - m)^(1/updates))."]
 
 
@@ -86,10 +98,7 @@ _TABLE = (
     Flag(
         name="double-update",
         rule=lambda layer, _: layer.updates_twice,
-        explanation=(
-            "Each call updates the running statistics {updates_per_call} times, as activation checkpointing repeats "
-            "it: the momentum acts as {effective_momentum}.",
-        ),
+        explanation=_explain_repeats,
         remedy=_compensate,
     ),
     Flag(

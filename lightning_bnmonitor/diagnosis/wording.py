@@ -71,9 +71,11 @@ def explain_unused(evidence: Evidence) -> list[str]:
 def explain_tiny(evidence: Evidence) -> list[str]:
     """Explain ``tiny-batch``."""
     if is_of_few_samples(evidence):
+        alone = evidence["batch_size"] == 1
+        who = "each sample" if alone else "batches of {batch_size} samples"
         return [
-            "A batch is {batch_size} samples: training normalises them by themselves, which takes out what they have "
-            "in common, such as brightness and contrast. The network comes to rely on that, and eval() does not do it: "
+            f"Training normalises {who} alone, which takes out what the values of {'it' if alone else 'them'} have in "
+            "common, such as brightness and contrast. The network comes to rely on that, and eval() does not do it: "
             "activations differ by {batch_jitter} standard deviations. Better running statistics do not repair that."
         ]
     return [

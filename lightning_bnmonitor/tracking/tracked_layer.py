@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -13,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_bnmonitor.capture.batch_moments import PATHS, BatchMoments, Path
-from lightning_bnmonitor.capture.layer_hook import Call, Gate, LayerHook
+from lightning_bnmonitor.capture.layer_hook import Call, Gate, LayerHook, RepeatableCall
 from lightning_bnmonitor.compat import BatchNorm, is_capturing
 from lightning_bnmonitor.statistics.pooled_calls import PooledCalls
 from lightning_bnmonitor.statistics.window import Batches, Window, Write
@@ -35,6 +34,8 @@ class CallCounts(NamedTuple):
     """Calls in the layer's training mode."""
     updating: int = 0
     """Calls that were to update the running statistics."""
+    repeated: int = 0
+    """Of these, calls that activation checkpointing makes again."""
     momentum: float | None = None
     """The effective one of the last of these, also of an earlier window."""
     last_num_samples: int = 0
@@ -53,7 +54,7 @@ class CallCounts(NamedTuple):
 
     def restarted(self) -> CallCounts:
         """Counts of a window that begins."""
-        return self._replace(paths=dict.fromkeys(PATHS, 0), training=0, updating=0, last_num_samples=0)
+        return self._replace(paths=dict.fromkeys(PATHS, 0), training=0, updating=0, repeated=0, last_num_samples=0)
 
 
 class WaitingCalls(NamedTuple):
@@ -135,9 +136,10 @@ class TrackedLayer:
         A call is taken to update them repeatedly if it was recomputed and that is what they were updated by.
         """
         self.end = end
-        repeated = self.hook.checkpointed and updates >= 1 and float(updates).is_integer()
         if not math.isnan(updates):
-            self.next_assumed_updates = int(updates) if repeated else 1
+            of_repeated = self.updates_of_repeated(updates)
+            repeated = self.hook.checkpointed and of_repeated >= 1 and float(of_repeated).is_integer()
+            self.next_assumed_updates = int(of_repeated) if repeated else 1
 
     @property
     def num_calls(self) -> int:
@@ -202,6 +204,7 @@ class TrackedLayer:
             paths=paths,
             training=self.counts.training + times * sum(kind.training for kind in kinds),
             updating=self.counts.updating + times * sum(kind.updating for kind in kinds),
+            repeated=self.counts.repeated + times * sum(kind.updating and kind.intercepted for kind in kinds),
             momentum=self.counts.momentum if last is None else last[0],
             last_num_samples=self.counts.last_num_samples if last is None else last[1].num_samples,
             last_step=steps[-1],
@@ -235,6 +238,17 @@ class TrackedLayer:
             return float("nan")  # a `forward` of its own that counts none
         return updates / self.counts.updating
 
+    def updates_of_repeated(self, updates: float) -> float:
+        """Updates by a call that is made again, if all calls make so many on average and the others make one each."""
+        updating, repeated = self.counts.updating, self.counts.repeated
+        return 1 + (updates - 1) * updating / repeated if repeated else updates
+
+    @property
+    def assumed_updates_of_a_call(self) -> float:
+        """What the weights of the batches rest on, on average over all calls."""
+        updating, repeated = self.counts.updating, self.counts.repeated
+        return 1 + (self.assumed_updates - 1) * repeated / updating if repeated else self.assumed_updates
+
     def forget(self) -> None:
         """Drop what waits, the place in the window, and the windows before."""
         self.hook.stash.clear()
@@ -255,6 +269,7 @@ class TrackedLayer:
             "calls": dict(self.counts.paths),
             "training_calls": self.counts.training,
             "tracked_calls": self.counts.updating,
+            "repeated_calls": self.counts.repeated,
             "momentum": self.counts.momentum,
             "last_num_samples": self.counts.last_num_samples,
             "serial": self.counts.serial,
@@ -282,6 +297,7 @@ class TrackedLayer:
             paths={path: state["calls"].get(path, 0) for path in PATHS},
             training=state["training_calls"],
             updating=state["tracked_calls"],
+            repeated=state["repeated_calls"],
             momentum=state["momentum"],
             last_num_samples=state["last_num_samples"],
             num_ranks=state["num_ranks"],
@@ -304,27 +320,35 @@ class TrackedLayer:
         if self.start.history is None and self.start.is_initial:
             self.start = self.start._replace(history=FRESH)
 
-    def _effective_momenta(self, kinds: Sequence[Any], times: int) -> tuple[float, ...]:
-        """Weight of each call in the buffers right after it, if it updates them :attr:`assumed_updates` times.
+    def _effective_momenta(self, kinds: Sequence[RepeatableCall], times: int) -> tuple[float, ...]:
+        """Weight of each call in the buffers right after it; 0 for a call that updates nothing.
 
-        0 for a call that updates nothing. ``kinds`` are of the calls, or one, so many times, if they are alike.
+        It updates them :attr:`assumed_updates` times, or once if others are known to be made again and it is not.
+        ``kinds`` are of the calls, or one, so many times, if they are alike.
         """
-        if times > 1 and kinds[0].updating and kinds[0].momentum is not None:
-            return (self._effective_momentum(kinds[0].momentum, self.counts.updating),) * times
-        calls = [*kinds] * times
-        before = itertools.accumulate((call.updating for call in calls), initial=self.counts.updating)
-        return tuple(
-            self._effective_momentum(call.momentum, updating) if call.updating else 0.0
-            for call, updating in zip(calls, before, strict=False)
-        )
+        some_are = self.counts.repeated > 0 or any(kind.updating and kind.intercepted for kind in kinds)
+        updates = [
+            0 if not kind.updating else self.assumed_updates if kind.intercepted or not some_are else 1
+            for kind in kinds
+        ]
+        if times > 1 and updates[0] and kinds[0].momentum is not None:
+            return (_effective(kinds[0].momentum, updates[0]),) * times
+        before = self.counts.updating * (1 if some_are else self.assumed_updates)
+        before += self.counts.repeated * (self.assumed_updates - 1)
+        weights = []
+        for kind, number in zip([*kinds] * times, updates * times, strict=True):
+            before += number
+            if not number or (kind.momentum is None and self.start.num_tracked is None):
+                weights.append(0.0)  # without a counter of updates, BatchNorm makes none
+            elif kind.momentum is None:  # a cumulative average: its k-th update has weight 1/k
+                weights.append(number / ((self.start.num_tracked or 0) + before))
+            else:
+                weights.append(_effective(kind.momentum, number))
+        return tuple(weights)
 
-    def _effective_momentum(self, momentum: float | None, calls_before: int) -> float:
-        updates = self.assumed_updates
-        if momentum is None:  # a cumulative average: its k-th update has weight 1/k
-            if self.start.num_tracked is None:
-                return 0.0  # without a counter of updates, BatchNorm makes none
-            return updates / (self.start.num_tracked + (calls_before + 1) * updates)
-        return momentum if updates == 1 else 1 - (1 - momentum) ** updates
+
+def _effective(momentum: float, updates: int) -> float:
+    return momentum if updates == 1 else 1 - (1 - momentum) ** updates
 
 
 def _history(saved: Sequence[float] | None) -> History | None:

@@ -20,6 +20,7 @@ CALLED = Circumstances(
     calls={"saved": 100, "traced": 0, "pass": 0, "skipped": 0},
     training_calls=100,
     updates_per_call=1.0,
+    updates_of_repeated=1.0,
     assumed_updates=1,
     checkpointed=False,
     written_outside=False,
@@ -85,6 +86,9 @@ SYMPTOMS: dict[str, dict] = {
 def diagnosed(*symptoms: dict) -> Diagnosis:
     """The diagnosis of a healthy layer with these symptoms; what the first of them say holds."""
     changed = ChainMap(*symptoms)
+    if "updates_per_call" in changed:
+        changed = changed.new_child()
+        changed.setdefault("updates_of_repeated", changed["updates_per_call"])
     layer = CALLED._replace(**{field: changed[field] for field in CALLED._fields if field in changed})
     metrics = {metric: changed.get(metric, value) for metric, value in METRICS.items()}
     known = {*CALLED._fields, *METRICS}
