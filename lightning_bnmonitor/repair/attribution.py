@@ -15,7 +15,8 @@ from torch.utils.data import DataLoader
 
 from lightning_bnmonitor.compat import BatchNorm
 from lightning_bnmonitor.repair.passes import Forward, forward_of, run, training_only
-from lightning_bnmonitor.repair.recalibration import check_initialised, recalibrate_layers, why_left_alone
+from lightning_bnmonitor.repair.recalibration import recalibrate_layers
+from lightning_bnmonitor.repair.selection import check_initialised, select
 from lightning_bnmonitor.report.figures import plot_contributions
 from lightning_bnmonitor.tracking.buffers import SavedBuffers
 from lightning_bnmonitor.tracking.discovery import find_layers
@@ -207,7 +208,8 @@ def attribute_eval_gap(
         with training_only(model, ()):  # random states are as before
             batches = list(batches)
     in_eval = {layer for layer in found.values() if model.training and not layer.training}
-    layers = {name: layer for name, layer in found.items() if not why_left_alone(layer, layer in in_eval)}
+    selection = select(found, in_eval, frozen=False)._replace(aside={})
+    layers = selection.layers
     in_training = [module for module in model.modules() if module.training or not model.training]
     passes, old = _Passes(model, batches, loss, forward or forward_of, progress), SavedBuffers(layers.values())
     by_batch: list[Tensor] = []
@@ -216,7 +218,7 @@ def attribute_eval_gap(
         training = passes.losses("training mode", in_training)
         with passes.same_batches():
             measured = passes.measured("exact statistics", by_batch)
-            repair = recalibrate_layers(model, measured, passes.run_model, None, layers, {}, all_ranks=False)
+            repair = recalibrate_layers(model, measured, passes.run_model, None, selection, all_ranks=False)
         batch_losses = passes.joined(by_batch) if layers else as_is
         new = SavedBuffers(layers.values())
         exact = passes.losses("eval mode, exact statistics") if layers else as_is
