@@ -17,7 +17,7 @@ from typing import Literal
 from lightning_bnmonitor.diagnosis import rules, wording
 from lightning_bnmonitor.diagnosis.circumstances import Circumstances
 from lightning_bnmonitor.diagnosis.evidence import WARNING, Evidence
-from lightning_bnmonitor.diagnosis.sentences import RECALIBRATE, Statement
+from lightning_bnmonitor.diagnosis.sentences import RECALIBRATE, RECALIBRATE_FROZEN, Statement
 
 Attention = Literal["always", "if wrong", "never"]
 """Whether a verdict needs attention: "if wrong" where ``eval_error`` exceeds 0.1."""
@@ -96,8 +96,9 @@ _TABLE = (
             "Against what the layer receives in training, that is an error of {eval_error}.",
         ),
         remedy=(
-            "If it is to learn them, set `track_running_stats=True` and a momentum above zero. If it is to keep them, "
-            f"call `layer.eval()` in training, too. If they are only outdated, {RECALIBRATE}.",
+            f"If they are only outdated, {RECALIBRATE_FROZEN}.",
+            "If it is to learn them, set `layer.track_running_stats = True` and a `layer.momentum` above zero. If it "
+            "is to keep them, call `layer.eval()` after every `model.train()`.",
         ),
     ),
     Verdict(
@@ -112,8 +113,8 @@ _TABLE = (
             "what the next layer receives is not normalised by that much.",
         ),
         remedy=(
-            f"If what it receives is no longer what its statistics are from, {RECALIBRATE} with this layer in training "
-            "mode, or let it train (`layer.train()`).",
+            f"If what it receives is no longer what its statistics are from, {RECALIBRATE_FROZEN} and train on, as "
+            "what follows has learned with the present ones, or let it learn them (`layer.train()`).",
         ),
     ),
     Verdict(

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning_bnmonitor.diagnosis.evidence import WARNING, Evidence
 from lightning_bnmonitor.diagnosis.rules import is_noisy_at_last, is_of_few_samples
-from lightning_bnmonitor.diagnosis.sentences import RECALIBRATE
+from lightning_bnmonitor.diagnosis.sentences import RECALIBRATE, RECALIBRATE_FROZEN
 
 
 def explain_non_finite(evidence: Evidence) -> list[str]:
@@ -32,7 +32,11 @@ def cure_non_finite(evidence: Evidence) -> list[str]:
             "without loss scaling, or the data)."
         )
     if evidence.get("non_finite_running_stats"):
-        sentences.append(f"Call `layer.reset_running_stats()` and {RECALIBRATE}: no later batch repairs them.")
+        is_updated = evidence.get("batches", 1.0) and evidence.get("updates_per_call", 1.0)
+        remedy = (
+            f"Call `layer.reset_running_stats()` and {RECALIBRATE}" if is_updated else _as_sentence(RECALIBRATE_FROZEN)
+        )
+        sentences.append(f"{remedy}: no later batch repairs them.")
     return sentences
 
 
@@ -146,4 +150,8 @@ def cure_lagging(evidence: Evidence) -> list[str]:
 
 def _with_momentum(momentum: str, others: str, evidence: Evidence) -> list[str]:
     remedy = momentum + others if "recommended_momentum" in evidence else others
-    return [remedy[0].upper() + remedy[1:]]
+    return [_as_sentence(remedy)]
+
+
+def _as_sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
