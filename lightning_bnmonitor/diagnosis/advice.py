@@ -59,7 +59,7 @@ def _best_momentum(verdict: str, layer: Circumstances, evidence: Evidence, momen
     batches, jitter, drift = evidence["batches"], evidence["jitter"], evidence.get("drift_per_batch", 0.0)
     if verdict == "lagging" and layer.momentum is not None and momentum < 1:
         # The buffers may lag for what moved in windows before: this one's trend does not show it.
-        drift = max(drift, (evidence.get("lag_error") or evidence["least_error"]) * momentum / (1 - momentum))
+        drift = max(drift, (evidence.get("lag_error") or evidence.get("least_error", 0.0)) * momentum / (1 - momentum))
     in_all = max((layer.num_tracked or 0) / max(layer.assumed_updates, 1), batches)
     remainder = _TARGET / max(evidence.get("initial_distance", 0.0), _TARGET / _REMAINDER)
     # The shortest memory that is needed is that of the window: nobody knows how far the inputs moved before.

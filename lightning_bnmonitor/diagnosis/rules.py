@@ -35,9 +35,9 @@ def _is_of_one_window(evidence: Evidence) -> bool:
     return not (_is_short(evidence) or evidence.get("windows", 1) > 1)
 
 
-def _error(evidence: Evidence) -> float:
+def _error(evidence: Evidence, unknown: float) -> float:
     """What has to be worth a warning: over several windows, where the last batches are few, not ``eval_error`` alone."""
-    error = evidence.get("eval_error", math.inf)
+    error = evidence.get("eval_error", unknown)
     return evidence.get("least_error", error) if evidence.get("windows", 1) > 1 else error
 
 
@@ -85,7 +85,7 @@ def is_behind(layer: Circumstances, evidence: Evidence) -> bool:
     largest = max(evidence.get("warmup_error", 0.0), evidence.get("lag_error", 0.0))
     is_large = largest > max(WARNING, evidence.get("noise_error", 0.0))
     # Both are linear in the buffers and overestimate what is large: the error itself has to be worth a warning, too.
-    return layer.weights_known and is_large and _error(evidence) > WARNING
+    return layer.weights_known and is_large and _error(evidence, math.inf) > WARNING
 
 
 def is_warming_up(layer: Circumstances, evidence: Evidence) -> bool:
@@ -110,7 +110,7 @@ def is_lagging(layer: Circumstances, evidence: Evidence) -> bool:
     if is_far(layer, evidence) or is_behind(layer, evidence):
         return True
     chance = math.hypot(evidence.get("noise_error", 0.0), evidence.get("now_error", 0.0))
-    follows = _error(evidence) <= math.hypot(WARNING, chance)
+    follows = _error(evidence, 0.0) <= math.hypot(WARNING, chance)
     return is_moving(layer, evidence) and not is_noisy(layer, evidence) and not follows
 
 

@@ -58,7 +58,7 @@ def cure_insufficient(evidence: Evidence) -> list[str]:
     """What to do about ``insufficient-data``."""
     if "assumed_updates_per_call" in evidence:
         return []
-    return ["Train on: from 8 batches on it is judged, over several windows together if they are short."]
+    return ["Train on: short windows are judged together, as soon as they have enough batches."]
 
 
 def explain_unused(evidence: Evidence) -> list[str]:

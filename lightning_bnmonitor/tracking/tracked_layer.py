@@ -111,7 +111,7 @@ class TrackedLayer:
         known = [old for old in (self.end, self.written) if old is not None and old.has_same_buffers(now)]
         has_ended = self.end is not None and self.end.buffers is not None
         self.written_outside = has_ended and not known
-        if self.end is None or self.end not in known or self.end.history is None:
+        if self.end is None or self.end.history is None or not self.end.has_same_buffers(now):
             self.earlier = ()
         self.start = now._replace(history=known[0].history if known else None)
         self.written = None
