@@ -38,6 +38,8 @@ class Circumstances(NamedTuple):
     """Whether its output was made without a BatchNorm kernel."""
     interrupted: bool
     """Whether the window was resumed from a state saved in the middle of a training step."""
+    num_tracked: int | None = None
+    """``num_batches_tracked``: updates of the buffers so far; None if the module has no such counter."""
 
     @property
     def was_called(self) -> bool:

@@ -40,7 +40,9 @@ class Diagnosis:
         """What was found and what it means, with this layer's numbers, all of which are in :attr:`evidence`."""
         unseen = [_UNSEEN] if self.evidence.get("calls_skipped") else []
         statements = [VERDICTS[self.verdict], *unseen, *(FLAGS[flag] for flag in self.flags)]
-        return _joined(statement.explain(self.evidence) for statement in statements)
+        text = _joined(statement.explain(self.evidence) for statement in statements)
+        windows = self.evidence.get("windows", 1)
+        return f"Over the last {windows:.0f} windows: {text[0].lower()}{text[1:]}" if windows > 1 else text
 
     @property
     def remedy(self) -> str:
@@ -112,9 +114,10 @@ def _of_calls(layer: Circumstances, evidence: Evidence) -> dict[str, float]:
         numbers["updates_of_repeated"] = layer.updates_of_repeated
     if "ranks" in evidence and not layer.was_called:  # on rank 0: what it has is against what the others received
         numbers["rank_error"] = evidence.get("eval_error", 0.0)
-    unmoved = layer.training_calls - evidence.get("batches", 0.0)
+    batches = evidence.get("batches", 0.0) - evidence.get("batches_before", 0.0)
+    unmoved = layer.training_calls - batches
     if 0 <= updates < 1:
-        unmoved += evidence.get("batches", 0.0) * (1 - updates)
+        unmoved += batches * (1 - updates)
     if unmoved and layer.has_running_stats:
         numbers["calls_not_updating"] = unmoved
     if not layer.weights_known:

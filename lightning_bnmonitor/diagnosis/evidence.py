@@ -74,7 +74,11 @@ EVIDENCE: Mapping[str, str] = {
     "call_shift_index": "which call of a step that is, counted from 1; 4 for all from the fourth on",
     "calls_per_step": "calls of the layer in a training step, where there are several",
     "calls_in_eval_mode": "calls with gradients while the whole model was in eval mode",
-    "windows": "how many windows, this one the last, the verdict rests on",
+    "windows": "how many windows, this one the last, the verdict rests on, if several",
+    "batches_before": "those of batches that came in windows before this one",
+    "least_error": "the smaller of eval_error and of the RMS error on all batches that the verdict rests on",
+    "reference_error": "the part of least_error that is chance in what the layer received",
+    "initial_distance": "the RMS error that the initial zeros and ones would make",
     "ordering_ratio": "variance between parts of the window over that expected from neighbouring batches",
     "ordering_limit": "up to where chance explains ordering_ratio",
     "ordering_share": "share of the variance that lies between parts of the window",
@@ -145,6 +149,29 @@ def distances(
         }
 
 
+def of_several_windows(
+    judged: Analysis, last: Analysis, windows: FloatArray, eval_error: FloatArray, running: Tensor, eps: Tensor
+) -> Iterator[dict[str, float]]:
+    """What is known of each layer by all windows that its verdict rests on: a part of its evidence.
+
+    Args:
+        judged: Of all these windows.
+        last: Of the last one.
+        windows: How many there are, ``(L,)``.
+        eval_error: Of each layer, ``(L,)``.
+        running: Running statistics, ``(2, C)``.
+        eps: Of each channel's layer, ``(C,)``.
+    """
+    mean, var = torch.from_numpy(judged.population)
+    error = divergence.act_rmse(mean, var, running[0], running[1], eps).numpy()
+    with np.errstate(all="ignore"):
+        least = np.fmin(eval_error, np.sqrt(judged.layout.mean(error**2)))
+    before = judged.num_batches - last.num_batches
+    for error, num, batches in zip(least.tolist(), windows.tolist(), before.tolist(), strict=True):
+        known = {"least_error": error} if math.isfinite(error) else {}
+        yield known | ({"windows": num, "batches_before": batches} if num > 1 else {})
+
+
 def observations(
     analysis: Analysis, population: Tensor, running: Tensor, has_running_stats: BoolArray, eps: Tensor
 ) -> Iterator[dict[str, float]]:
@@ -175,6 +202,8 @@ def observations(
             "z_var": np.sqrt(layout.mean(analysis.z[1] ** 2)),
             "max_score": analysis.max_score,
             "drift_per_batch": analysis.slope,
+            "reference_error": analysis.reference_error,
+            "initial_distance": analysis.initial_distance,
             "jitter": analysis.jitter,
             "last_batch_samples": analysis.last_batch.num_samples,
             "last_batch_share": analysis.last_batch.share,

@@ -178,10 +178,7 @@ _TABLE = (
         color="#E69F00",
         attention="always",
         rule=rules.is_warming_up,
-        explanation=(
-            "The initial zeros and ones still have a weight of {initial_weight} in the running statistics: eval() is "
-            "off by {eval_error}, where sampling noise explains {noise_error}.",
-        ),
+        explanation=wording.explain_warming_up,
         remedy=wording.cure_warming_up,
     ),
     Verdict(
@@ -190,11 +187,7 @@ _TABLE = (
         color="#D55E00",
         attention="always",
         rule=rules.is_lagging,
-        explanation=(
-            "The running statistics are those of earlier batches, from which the layer's inputs have moved away: "
-            "eval() is off by {eval_error}, where sampling noise explains {noise_error}. Whether the weights or the "
-            "data have moved, or the running statistics came from other data, the inputs alone do not tell.",
-        ),
+        explanation=wording.explain_lagging,
         remedy=wording.cure_lagging,
     ),
     Verdict(

@@ -62,7 +62,7 @@ def cure_insufficient(evidence: Evidence) -> list[str]:
     """What to do about ``insufficient-data``."""
     if "assumed_updates_per_call" in evidence:
         return []
-    return ["Take longer windows: more batches in an epoch, or a larger `every_n_epochs`."]
+    return ["Train on: short windows are judged together, as soon as they have enough batches."]
 
 
 def explain_unused(evidence: Evidence) -> list[str]:
@@ -125,20 +125,42 @@ def cure_noisy(evidence: Evidence) -> list[str]:
     """What to do about ``noisy``."""
     if is_noisy_at_last(evidence) and not evidence["noise_without_last_batch"] > WARNING:
         return []
-    larger = f"use a batch size of {{recommended_batch_size}}, or {RECALIBRATE} before you evaluate."
+    larger = f"{RECALIBRATE} before you evaluate."
+    if "recommended_batch_size" in evidence:
+        larger = f"use a batch size of {{recommended_batch_size}}, or {larger}"
     if "momentum" not in evidence:
         return [f"Train on, or {larger}"]
     momentum = "set `momentum={recommended_momentum}` (predicted error {recommended_error}), or "
     return _with_momentum(momentum, larger, evidence)
 
 
+def explain_warming_up(evidence: Evidence) -> list[str]:
+    """Explain ``warming-up``."""
+    return [
+        "The initial zeros and ones still have a weight of {initial_weight} in the running statistics: eval() is off "
+        f"by {{eval_error}}{_where_noise_explains(evidence)}."
+    ]
+
+
+def explain_lagging(evidence: Evidence) -> list[str]:
+    """Explain ``lagging``."""
+    return [
+        "The running statistics are those of earlier batches, from which the layer's inputs have moved away: eval() is "
+        f"off by {{eval_error}}{_where_noise_explains(evidence)}. Whether the weights or the data have moved, or the "
+        "running statistics came from other data, the inputs alone do not tell."
+    ]
+
+
+def _where_noise_explains(evidence: Evidence) -> str:
+    if "noise_error" in evidence:
+        return ", where sampling noise explains {noise_error}"
+    return " ({least_error} at least, where chance in the few batches seen explains {reference_error})"
+
+
 def cure_warming_up(evidence: Evidence) -> list[str]:
     """What to do about ``warming-up``."""
     momentum = "set `momentum={recommended_momentum}` (predicted error {recommended_error}), or "
-    others = (
-        "train on for {batches_to_go} batches, or set `momentum=None` (the plain average of all batches), or "
-        f"{RECALIBRATE} before you evaluate."
-    )
+    others = f"train on for {{batches_to_go}} batches, or {RECALIBRATE} before you evaluate."
     return _with_momentum(momentum, others, evidence)
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lightning_bnmonitor.diagnosis.diagnosis import diagnose
-from lightning_bnmonitor.diagnosis.evidence import METRICS, distances, observations
+from lightning_bnmonitor.diagnosis.evidence import METRICS, distances, observations, of_several_windows
 from lightning_bnmonitor.report.layer_report import LayerReport
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.statistics.blocks import Blocks, at_fixed_weights
@@ -86,7 +86,7 @@ def compare(layers: Sequence[TrackedLayer], windows: Windows, are_averaged: bool
             _receiving(state, int(num), are_averaged)
             for state, num in zip(states, batches.num_batches.tolist(), strict=True)
         ]
-        measured = measure(received, at_fixed_weights(blocks, batches, are_averaged))
+        measured = measure(received, at_fixed_weights(blocks, batches, are_averaged), with_earlier=False)
         return describe(measured, Seen(pooled, [evidence] * len(states)), at_fixed_weights=True)
 
     if all_ranks and layout.num_channels:
@@ -110,33 +110,34 @@ def describe(measured: Measurement, seen: Seen | None = None, at_fixed_weights: 
         seen: What all ranks have seen, if that is to be the population.
         at_fixed_weights: Whether the weights stayed as they were: the population then is what the layers receive now.
     """
-    states, blocks, analysis, running, eps = measured
+    states, blocks, analysis, judged, windows, running, eps = measured
     layout, population, num_samples = analysis.layout, analysis.population, analysis.num_samples
     evidence: Sequence[Mapping[str, float]] = [{}] * len(states)
     if seen is not None:
         everyone, evidence = seen
         population, num_samples = everyone.population(layout), everyone.num_samples
-        analysis = replace(analysis, first_bad=everyone.first_bad)
-    moves = (analysis.num_batches > 1) & (not at_fixed_weights)
+        judged = replace(judged, first_bad=everyone.first_bad)
+    moves = (judged.num_batches > 1) & (not at_fixed_weights)
     exact = torch.from_numpy(population)
-    now = torch.from_numpy(np.where(layout.spread(moves), analysis.now, population))
+    now = torch.from_numpy(np.where(layout.spread(moves), judged.now, population))
     has_stats = np.array([state.circumstances.has_running_stats for state in states], dtype=bool)
     channel_eps = torch.from_numpy(layout.spread(eps))
     metrics = distances(exact, now, running, channel_eps, layout, has_stats & (num_samples > 0))
-    observed = observations(analysis, exact, running, has_stats, channel_eps)
-    numbers = torch.cat([exact, running, now, torch.from_numpy(analysis.z), torch.from_numpy(analysis.std_error)])
+    observed = observations(judged, exact, running, has_stats, channel_eps)
+    together = of_several_windows(judged, analysis, windows, metrics["eval_error"], running, channel_eps)
+    numbers = torch.cat([exact, running, now, torch.from_numpy(judged.z), torch.from_numpy(judged.std_error)])
     rows = zip(*(metrics[name].tolist() for name in METRICS), strict=True)
     parts, counts = torch.split(numbers, layout.widths.tolist(), dim=-1), num_samples.tolist()
-    described = zip(_frames(states, blocks), states, observed, evidence, rows, counts, parts, strict=True)
+    described = zip(_frames(states, blocks), states, observed, together, evidence, rows, counts, parts, strict=True)
     return [
         frame(
             num_batches=state.layer.num_calls,
             num_samples=int(count),
             has_running_stats=state.now.buffers is not None,
-            diagnosis=diagnose(state.circumstances, {**own, **of_all}, dict(zip(METRICS, values, strict=True))),
+            diagnosis=diagnose(state.circumstances, {**own, **more, **of_all}, dict(zip(METRICS, values, strict=True))),
             numbers=part,
         )
-        for frame, state, own, of_all, values, count, part in described
+        for frame, state, own, more, of_all, values, count, part in described
     ]
 
 

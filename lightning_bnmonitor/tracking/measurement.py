@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -15,10 +15,12 @@ from lightning_bnmonitor.compat import BatchNorm
 from lightning_bnmonitor.diagnosis.circumstances import Circumstances
 from lightning_bnmonitor.statistics.analysis import Analysis, analyse
 from lightning_bnmonitor.statistics.blocks import Blocks
-from lightning_bnmonitor.statistics.channel_layout import FloatArray
+from lightning_bnmonitor.statistics.channel_layout import ChannelLayout, FloatArray
+from lightning_bnmonitor.statistics.joined_windows import ENOUGH, KeptWindow, fewest, joined, kept_window
 from lightning_bnmonitor.statistics.noise import LastBatch, RunningStats
 from lightning_bnmonitor.tracking.buffers import History, Snapshot, snapshots
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
+from lightning_bnmonitor.tracking.windows import Windows
 
 
 class LayerState(NamedTuple):
@@ -36,6 +38,11 @@ class Measurement(NamedTuple):
     states: Sequence[LayerState]
     blocks: Blocks
     analysis: Analysis
+    """Of these windows alone."""
+    judged: Analysis
+    """Of these windows, and of as many before as it takes to judge short ones."""
+    windows: FloatArray
+    """How many windows of each layer that is, ``(L,)``."""
     running: Tensor
     """Running statistics, ``(2, C)``; NaN if a layer has none."""
     eps: FloatArray
@@ -65,12 +72,46 @@ def states_of(layers: Sequence[TrackedLayer], ended: bool = False) -> list[Layer
     return states
 
 
-def measure(states: Sequence[LayerState], blocks: Blocks) -> Measurement:
-    """What the blocks of layers say, beside their running statistics."""
+def measure(states: Sequence[LayerState], blocks: Blocks, with_earlier: bool = True) -> Measurement:
+    """What the blocks of layers say, beside their running statistics.
+
+    Args:
+        states: Where the layers stand.
+        blocks: What they have received.
+        with_earlier: Whether short windows are to be judged together with those before.
+    """
     eps = np.array([state.layer.module.eps for state in states])
     missing = torch.full((2, 1), torch.nan, dtype=torch.float64, device="cpu")
     running = _side_by_side([state.now.buffers for state in states], blocks, missing)
-    return Measurement(states, blocks, analyse(blocks, _running_stats(states, blocks, running), eps), running, eps)
+    stats = _running_stats(states, blocks, running)
+    analysis, windows = analyse(blocks, stats, eps), np.ones(len(states))
+    judged, earlier = analysis, _needed_of_earlier(states, blocks) if with_earlier else {}
+    if earlier:
+        judged = analyse(joined(blocks, earlier), _since_the_first(stats, analysis.layout, earlier), eps)
+        for layer, its in earlier.items():
+            windows[layer] += len(its)
+    return Measurement(states, blocks, analysis, judged, windows, running, eps)
+
+
+def keep_short_windows(layers: Sequence[TrackedLayer], windows: Windows) -> None:
+    """Keep of windows that have ended, if they were too short to be judged alone, what the next ones need of them."""
+    called = [layer for layer in layers if layer.window is not None and 0 < layer.counts.updating < ENOUGH]
+    for layer in layers:
+        if layer.counts.updating >= ENOUGH:
+            layer.earlier = ()
+    if not called:
+        return
+    blocks = windows.blocks(called)
+    num_batches, layout = blocks.num_batches.sum(axis=1), ChannelLayout(blocks.widths)
+    samples = blocks.num_samples.sum(axis=1) / np.maximum(num_batches, 1)
+    for index, layer in enumerate(called):
+        start = layer.start.buffers
+        if not num_batches[index] or start is None:
+            continue
+        initial_weight, *noise = layer.start.history or _estimated_history(layer, samples[index])
+        window = kept_window(blocks, index, start.numpy(), initial_weight, noise)
+        is_usable = np.isfinite(window.value).all() and start.shape[1] == layout.widths[index]
+        layer.earlier = fewest([*layer.earlier, window], ENOUGH - 1) if is_usable else ()
 
 
 def endings_of(measured: Measurement) -> Iterator[Ending]:
@@ -89,6 +130,26 @@ def endings_of(measured: Measurement) -> Iterator[Ending]:
             is_same = start.buffers is None or start.has_same_buffers(state.now)
             updated = start.history if is_same else None
         yield Ending(state, updated if state.circumstances.weights_known else None, ratio)
+
+
+def _needed_of_earlier(states: Sequence[LayerState], blocks: Blocks) -> dict[int, Sequence[KeptWindow]]:
+    """The earlier windows that those layers are judged by, too, whose present one is short; by their index."""
+    needed = {}
+    for index, (state, num) in enumerate(zip(states, blocks.num_batches.sum(axis=1).tolist(), strict=True)):
+        if 0 < num < ENOUGH and state.layer.earlier and state.circumstances.weights_known:
+            needed[index] = fewest(state.layer.earlier, ENOUGH - num)
+    return needed
+
+
+def _since_the_first(
+    stats: RunningStats, layout: ChannelLayout, earlier: Mapping[int, Sequence[KeptWindow]]
+) -> RunningStats:
+    """Running statistics from when the first of the earlier windows began."""
+    start, initial_weight, noise = stats.start.copy(), stats.initial_weight.copy(), stats.noise.copy()
+    for layer, (first, *_) in earlier.items():
+        start[:, layout.slices[layer]] = first.start
+        initial_weight[layer], noise[:, layer] = first.initial_weight, first.noise
+    return stats._replace(start=start, initial_weight=initial_weight, noise=noise)
 
 
 def _running_stats(states: Sequence[LayerState], blocks: Blocks, end: Tensor) -> RunningStats:
@@ -161,6 +222,7 @@ def _circumstances(layer: TrackedLayer, now: Snapshot) -> Circumstances:
         has_frozen_weights=_has_frozen_weights(module),
         own_forward=bool(layer.hook.own_forward),
         interrupted=layer.interrupted,
+        num_tracked=now.num_tracked,
     )
 
 

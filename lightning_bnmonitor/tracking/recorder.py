@@ -17,7 +17,7 @@ from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.tracking import collectives
 from lightning_bnmonitor.tracking.assessment import assess
 from lightning_bnmonitor.tracking.buffers import History, Snapshot, snapshots
-from lightning_bnmonitor.tracking.measurement import is_inexact
+from lightning_bnmonitor.tracking.measurement import is_inexact, keep_short_windows
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 from lightning_bnmonitor.tracking.windows import Windows
 
@@ -104,8 +104,10 @@ class Recorder:
 
     def begin_window(self) -> None:
         """Begin the next window, after one has ended."""
+        keep_short_windows(self.layers, self.windows)
         self.windows.reset()
         self._begin(self.layers)
+        self.windows.make_room()
         self._reopen()
 
     def rewritten(self, histories: Mapping[BatchNorm, History | None]) -> None:

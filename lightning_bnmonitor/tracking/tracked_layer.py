@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_bnmonitor.capture.batch_moments import PATHS, BatchMoments, Path
 from lightning_bnmonitor.capture.layer_hook import Call, Gate, LayerHook, RepeatableCall
 from lightning_bnmonitor.compat import BatchNorm, is_capturing
+from lightning_bnmonitor.statistics.joined_windows import KeptWindow
 from lightning_bnmonitor.statistics.pooled_calls import PooledCalls
 from lightning_bnmonitor.statistics.window import Batches, Window, Write
 from lightning_bnmonitor.tracking.buffers import FRESH, History, Snapshot
@@ -100,6 +101,7 @@ class TrackedLayer:
         self.start = Snapshot()  # the running statistics when the window began,
         self.end: Snapshot | None = None  # when the last one ended,
         self.written: Snapshot | None = None  # and as we have written them since
+        self.earlier: Sequence[KeptWindow] = ()  # short windows that this one goes on from
 
     def begin_window(self, now: Snapshot) -> None:
         """Count calls from 0, on the running statistics as they are now."""
@@ -110,6 +112,8 @@ class TrackedLayer:
         known = [old for old in (self.end, self.written) if old is not None and old.has_same_buffers(now)]
         has_ended = self.end is not None and self.end.buffers is not None
         self.written_outside = has_ended and not known
+        if self.end is None or self.end.history is None or not self.end.has_same_buffers(now):
+            self.earlier = ()
         self.start = now._replace(history=known[0].history if known else None)
         self.written = None
         self._assume_fresh_if_initial()
@@ -119,7 +123,7 @@ class TrackedLayer:
         self.counts = self.counts.restarted()
         self.hook.skipped, self.hook.checkpointed = 0, False
         self.interrupted = self.written_outside = False
-        self.start = now._replace(history=None)
+        self.start, self.earlier = now._replace(history=None), ()
         self._assume_fresh_if_initial()
 
     def rewritten(self, now: Snapshot, window_ended: bool) -> None:
@@ -127,7 +131,7 @@ class TrackedLayer:
         if window_ended:
             self.written = now if now.history is not None else None
             return
-        self.start = self.start._replace(buffers=now.buffers, history=now.history)
+        self.start, self.earlier = self.start._replace(buffers=now.buffers, history=now.history), ()
         self._assume_fresh_if_initial()
 
     def end_window(self, end: Snapshot, updates: float) -> None:
@@ -254,7 +258,7 @@ class TrackedLayer:
         self.hook.stash.clear()
         self.hook.forget_last_call()
         self.window, self.index, self.width = None, -1, 0
-        self.hook.traced, self.end, self.written = (), None, None
+        self.hook.traced, self.end, self.written, self.earlier = (), None, None, ()
 
     def buffer_state(self, width: int) -> Tensor:
         """What :meth:`restore` needs per channel, ``(6, C)``: the buffers at the windows' ends, and written since."""

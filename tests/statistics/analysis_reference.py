@@ -323,6 +323,8 @@ def expected_analysis(layer, index):
         "max_score": np.fmax.reduce(np.abs(scores), axis=None),
         "slope": net(trend / c2_trend[:, None], 1 / c2_trend, moving),
         "jitter": rms(relative * (num_batches / g.sum(axis=1))[:, None]),
+        "reference_error": reference_error(rms(relative / g.sum(axis=1)[:, None]), dof, batch_size * num_batches),
+        "initial_distance": rms(((INITIAL - ref_window) / unit) ** 2),
         "ordering_ratio": (ssb / s)[fine].mean() / among_blocks / (noise_scale[0] / s)[fine].mean(),
         "ordering_limit": 1 + 4 * np.sqrt(2 / among_blocks + 2 / dof),
         "ordering_share": slow / (len(values) * fine.sum()),
@@ -338,6 +340,10 @@ def expected_analysis(layer, index):
         "first_bad": first_bad,
         "fine": fine,
     }
+
+
+def reference_error(observed, dof, num_samples):
+    return max(observed, np.sqrt(1.75 / num_samples)) if dof else np.sqrt(3.5 / num_samples)
 
 
 def last_of(layers, index):
