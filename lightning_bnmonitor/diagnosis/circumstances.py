@@ -36,6 +36,8 @@ class Circumstances(NamedTuple):
     """Whether its output was made without a BatchNorm kernel."""
     interrupted: bool
     """Whether the window was resumed from a state saved in the middle of a training step."""
+    call_shift_before: float = math.nan
+    """``call_shift`` of the window before; NaN if it had none."""
 
     @property
     def was_called(self) -> bool:

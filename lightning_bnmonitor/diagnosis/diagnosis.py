@@ -115,6 +115,8 @@ def _of_calls(layer: Circumstances, evidence: Evidence) -> dict[str, float]:
         unmoved += evidence.get("batches", 0.0) * (1 - updates)
     if unmoved and layer.has_running_stats:
         numbers["calls_not_updating"] = unmoved
+    if "call_shift" in evidence and not math.isnan(layer.call_shift_before):
+        numbers["call_shift_before"] = layer.call_shift_before
     if not layer.weights_known:
         numbers["assumed_updates_per_call"] = float(layer.assumed_updates)
     return numbers

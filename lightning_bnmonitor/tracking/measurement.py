@@ -15,6 +15,7 @@ from lightning_bnmonitor.compat import BatchNorm
 from lightning_bnmonitor.diagnosis.circumstances import Circumstances
 from lightning_bnmonitor.statistics.analysis import Analysis, analyse
 from lightning_bnmonitor.statistics.blocks import Blocks
+from lightning_bnmonitor.statistics.call_contrasts import CallContrasts
 from lightning_bnmonitor.statistics.channel_layout import FloatArray
 from lightning_bnmonitor.statistics.noise import LastBatch, RunningStats
 from lightning_bnmonitor.tracking.buffers import History, Snapshot, snapshots
@@ -40,6 +41,8 @@ class Measurement(NamedTuple):
     """Running statistics, ``(2, C)``; NaN if a layer has none."""
     eps: FloatArray
     """Of each layer, ``(L,)``."""
+    contrasts: CallContrasts | None
+    """Of those layers that are called several times in a step; None if there are none."""
 
 
 class Ending(NamedTuple):
@@ -65,12 +68,13 @@ def states_of(layers: Sequence[TrackedLayer], ended: bool = False) -> list[Layer
     return states
 
 
-def measure(states: Sequence[LayerState], blocks: Blocks) -> Measurement:
-    """What the blocks of layers say, beside their running statistics."""
+def measure(states: Sequence[LayerState], blocks: Blocks, contrasts: CallContrasts | None = None) -> Measurement:
+    """What the blocks of layers, and the contrasts of their calls, say beside their running statistics."""
     eps = np.array([state.layer.module.eps for state in states])
     missing = torch.full((2, 1), torch.nan, dtype=torch.float64, device="cpu")
     running = _side_by_side([state.now.buffers for state in states], blocks, missing)
-    return Measurement(states, blocks, analyse(blocks, _running_stats(states, blocks, running), eps), running, eps)
+    analysis = analyse(blocks, _running_stats(states, blocks, running), eps)
+    return Measurement(states, blocks, analysis, running, eps, contrasts)
 
 
 def endings_of(measured: Measurement) -> Iterator[Ending]:
@@ -160,6 +164,7 @@ def _circumstances(layer: TrackedLayer, now: Snapshot) -> Circumstances:
         has_frozen_weights=_has_frozen_weights(module),
         own_forward=bool(layer.hook.own_forward),
         interrupted=layer.interrupted,
+        call_shift_before=layer.call_shift,
     )
 
 

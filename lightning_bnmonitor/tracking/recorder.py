@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -97,6 +98,7 @@ class Recorder:
         for ending in endings:
             layer, known, now = ending.state
             layer.end_window(now._replace(history=ending.history), known.updates_per_call)
+            layer.call_shift = report[layer.name].evidence.get("call_shift", math.nan)
             if layer.num_calls:
                 layer.hook.by_pass = self._by_pass or is_inexact(ending)
         self._stop_counting()

@@ -67,6 +67,8 @@ class WaitingCalls(NamedTuple):
     """Those that contribute nothing, as they are of another width."""
     num_calls: int
     """All of them."""
+    steps: tuple[int, ...] = ()
+    """Training steps that had ended before each of those that contribute."""
 
 
 class TrackedLayer:
@@ -99,6 +101,7 @@ class TrackedLayer:
         self.start = Snapshot()  # the running statistics when the window began,
         self.end: Snapshot | None = None  # when the last one ended,
         self.written: Snapshot | None = None  # and as we have written them since
+        self.call_shift = math.nan  # of the last window that had one
 
     def begin_window(self, now: Snapshot) -> None:
         """Count calls from 0, on the running statistics as they are now."""
@@ -208,7 +211,7 @@ class TrackedLayer:
             num_ranks=kinds[-1].num_ranks,
             serial=self.counts.serial or any(kind.serial for kind in kinds),
         )
-        return WaitingCalls(batches, counts, 0, num_calls)
+        return WaitingCalls(batches, counts, 0, num_calls, steps)
 
     def taken(self, waiting: WaitingCalls) -> list[Write]:
         """What is to be written when calls that waited, from the first on, are merged."""
@@ -237,7 +240,7 @@ class TrackedLayer:
         self.hook.stash.clear()
         self.hook.forget_last_call()
         self.window, self.index, self.width = None, -1, 0
-        self.hook.traced, self.end, self.written = (), None, None
+        self.hook.traced, self.end, self.written, self.call_shift = (), None, None, math.nan
 
     def buffer_state(self, width: int) -> Tensor:
         """What :meth:`restore` needs per channel, ``(6, C)``: the buffers at the windows' ends, and written since."""
@@ -261,6 +264,7 @@ class TrackedLayer:
             "written_outside": self.written_outside,
             "updates_per_call": self.assumed_updates,
             "next_updates_per_call": self.next_assumed_updates,
+            "call_shift": self.call_shift,
             "tracked_before": self.start.num_tracked,
             "history": self.start.history and tuple(self.start.history),
             "has_start": self.start.buffers is not None,
@@ -287,6 +291,7 @@ class TrackedLayer:
         self.steps_before = self.gate.steps
         self.interrupted = state["interrupted"] or state["within_step"]
         self.written_outside = state["written_outside"]
+        self.call_shift = state["call_shift"]
         self.assumed_updates, self.next_assumed_updates = state["updates_per_call"], state["next_updates_per_call"]
         history, last_history = _history(state["history"]), _history(state["last_history"])
         self.start = Snapshot(start if state["has_start"] else None, state["tracked_before"], history)
