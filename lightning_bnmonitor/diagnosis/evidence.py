@@ -74,6 +74,8 @@ EVIDENCE: Mapping[str, str] = {
     "call_shift_index": "which call of a step that is, counted from 1; 4 for all from the fourth on",
     "call_shift_before": "call_shift of the window before",
     "calls_per_step": "calls of the layer in a training step, where there are several",
+    "calls_per_model_call": "calls of the layer for each of the outermost module around it: above 1 it stands at "
+    "several places",
     "calls_in_eval_mode": "calls with gradients while the whole model was in eval mode",
     "windows": "how many windows, this one the last, the verdict rests on",
     "ordering_ratio": "variance between parts of the window over that expected from neighbouring batches",

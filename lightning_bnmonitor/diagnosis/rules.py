@@ -18,6 +18,7 @@ _FEW_VALUES = 10  # independent ones in a batch
 _SATURATED = 8  # independent values, of one sample
 _WORTH_DROPPING = 0.08  # of the noise that a small last batch adds
 _CALL_SHIFT = 0.05  # from which on it is said
+_SEVERAL = 1.25  # calls of a layer for each of its model's
 _SHARE = 0.02  # of a channel's variance, that the order or the making of batches must explain to count
 
 
@@ -120,5 +121,10 @@ def has_unlike_calls(layer: Circumstances, evidence: Evidence) -> bool:
 
 
 def is_spoiled_by_calls(evidence: Evidence) -> bool:
-    """Whether they differ by so much that it is worth a warning."""
-    return evidence["call_shift"] >= WARNING
+    """Whether they differ by so much that it is worth a warning. One layer at several places did no harm in trials."""
+    return evidence["call_shift"] >= WARNING and not is_at_several_places(evidence)
+
+
+def is_at_several_places(evidence: Evidence) -> bool:
+    """Whether a layer is called more often than the model is."""
+    return evidence.get("calls_per_model_call", 1.0) > _SEVERAL

@@ -38,6 +38,11 @@ class CallSites:
         self._rows: dict[torch.device, Tensor] = {}
         self._sites: dict[TrackedLayer, _Site] = {}
 
+    @property
+    def layers(self) -> Collection[TrackedLayer]:
+        """Those that are called several times in a step."""
+        return self._sites.keys()
+
     def merged(self, waiting: Mapping[TrackedLayer, WaitingCalls]) -> list[Write]:
         """What is to be written to add calls that wait, to layers that are called several times in a step."""
         rows, sites = dict(self._rows), dict(self._sites)

@@ -165,6 +165,7 @@ def _circumstances(layer: TrackedLayer, now: Snapshot) -> Circumstances:
         own_forward=bool(layer.hook.own_forward),
         interrupted=layer.interrupted,
         call_shift_before=layer.call_shift,
+        calls_per_model_call=layer.calls_per_model_call,
     )
 
 

@@ -102,6 +102,7 @@ class TrackedLayer:
         self.end: Snapshot | None = None  # when the last one ended,
         self.written: Snapshot | None = None  # and as we have written them since
         self.call_shift = math.nan  # of the last window that had one
+        self.calls_per_model_call = math.nan
 
     def begin_window(self, now: Snapshot) -> None:
         """Count calls from 0, on the running statistics as they are now."""
