@@ -40,6 +40,10 @@ class Circumstances(NamedTuple):
     """Whether the window was resumed from a state saved in the middle of a training step."""
     num_tracked: int | None = None
     """``num_batches_tracked``: updates of the buffers so far; None if the module has no such counter."""
+    call_shift_before: float = math.nan
+    """``call_shift`` of the window before; NaN if it had none."""
+    calls_per_model_call: float = math.nan
+    """Calls for each of the outermost module around it, if it is called several times a step; NaN if not known."""
 
     @property
     def was_called(self) -> bool:

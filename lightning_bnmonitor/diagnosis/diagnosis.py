@@ -120,6 +120,9 @@ def _of_calls(layer: Circumstances, evidence: Evidence) -> dict[str, float]:
         unmoved += batches * (1 - updates)
     if unmoved and layer.has_running_stats:
         numbers["calls_not_updating"] = unmoved
+    if "call_shift" in evidence:
+        of_calls = {name: getattr(layer, name) for name in ("call_shift_before", "calls_per_model_call")}
+        numbers |= {name: value for name, value in of_calls.items() if not math.isnan(value)}
     if not layer.weights_known:
         numbers["assumed_updates_per_call"] = float(layer.assumed_updates)
     return numbers

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_bnmonitor.statistics import divergence
 from lightning_bnmonitor.statistics.analysis import Analysis
+from lightning_bnmonitor.statistics.call_contrasts import CallContrasts, call_shifts
 from lightning_bnmonitor.statistics.channel_layout import BoolArray, ChannelLayout, FloatArray
 
 Evidence = Mapping[str, float]
@@ -72,7 +73,10 @@ EVIDENCE: Mapping[str, str] = {
     "group_score": "by how many standard errors the inputs of a batch resemble each other; above 2 they do",
     "call_shift": "RMS distance of the call of a step that differs most from all calls of that step",
     "call_shift_index": "which call of a step that is, counted from 1; 4 for all from the fourth on",
+    "call_shift_before": "call_shift of the window before",
     "calls_per_step": "calls of the layer in a training step, where there are several",
+    "calls_per_model_call": "calls of the layer for each of the outermost module around it: above 1 it stands at "
+    "several places",
     "calls_in_eval_mode": "calls with gradients while the whole model was in eval mode",
     "windows": "how many windows, this one the last, the verdict rests on, if several",
     "batches_before": "those of batches that came in windows before this one",
@@ -225,3 +229,24 @@ def observations(
         if not known["batches"]:
             known = {name: value for name, value in known.items() if name in _WITHOUT_BATCHES}
         yield known
+
+
+def calls_apart(contrasts: CallContrasts | None, scaled: Tensor, layout: ChannelLayout) -> list[dict[str, float]]:
+    """How far the calls of a step are apart, of each layer: a part of its evidence.
+
+    Args:
+        contrasts: Of those layers that are called several times in a step, with several ranks those of rank 0; None if
+            there are none.
+        scaled: Population variance plus ``eps``, ``(C,)``.
+        layout: Which channels are whose.
+    """
+    evidence: list[dict[str, float]] = [{} for _ in range(layout.num_layers)]
+    if contrasts is None:
+        return evidence
+    own = ChannelLayout(layout.widths[contrasts.layers])
+    channels = layout.columns(np.array(contrasts.layers))
+    shift, kind, calls = call_shifts(contrasts, own, scaled.numpy()[channels])
+    for layer, *values in zip(contrasts.layers, shift.tolist(), kind.tolist(), calls.tolist(), strict=True):
+        if math.isfinite(values[0]):
+            evidence[layer] = dict(zip(("call_shift", "call_shift_index", "calls_per_step"), values, strict=True))
+    return evidence

@@ -80,7 +80,43 @@ def _compensate(evidence: Evidence) -> list[str]:
     return ["Set `momentum={compensated_momentum}` to get the effect of {momentum} (1 - (1 - m)^(1/updates))."]
 
 
+def _explain_calls(evidence: Evidence) -> list[str]:
+    which = {1: "the first is", 2: "the second is", 3: "the third is"}
+    named = which.get(int(evidence["call_shift_index"]), "those from the fourth on are")
+    if evidence["calls_per_step"] == 2:
+        named = "each is"
+    differ = f"of {{calls_per_step}} a step, {named} {{call_shift}} standard deviations off the mean of all"
+    if rules.is_at_several_places(evidence):
+        return [
+            "The model calls it {calls_per_model_call} times, at several places, and its calls differ by more than "
+            f"chance explains: {differ}. One set of running statistics serves all of them in eval().",
+        ]
+    return [
+        f"The calls of a training step differ by more than chance explains: {differ}. Training normalises each call by "
+        "itself, eval() all alike: a network can come to rely on the difference, and better running statistics do not "
+        "repair that.",
+        "In the window before it was {call_shift_before}.",
+    ]
+
+
+def _cure_calls(evidence: Evidence) -> list[str]:
+    if rules.is_at_several_places(evidence):
+        return ["Give each place a BatchNorm layer of its own; the weights around it may stay shared."]
+    return [
+        "Give the model all that belongs to a step in one call: `model(torch.cat([a, b]))`. If the kinds must stay "
+        "apart, give each a BatchNorm layer of its own. If only one of them will be evaluated, "
+        f"{RECALIBRATE} from a loader of that kind."
+    ]
+
+
 _TABLE = (
+    Flag(
+        name="calls-differ",
+        rule=rules.has_unlike_calls,
+        attention=rules.is_spoiled_by_calls,
+        explanation=_explain_calls,
+        remedy=_cure_calls,
+    ),
     Flag(
         name="dead-channels",
         rule=lambda _, evidence: bool(evidence.get("dead_channels")),

@@ -18,6 +18,8 @@ _FEW_SAMPLES = 4  # in a batch, each of several positions
 _FEW_VALUES = 10  # independent ones in a batch
 _SATURATED = math.sqrt(1.5 / 8)  # the jitter of 8 independent values
 _WORTH_DROPPING = 0.08  # of the noise that a small last batch adds
+_CALL_SHIFT = 0.05  # from which on it is said
+_SEVERAL = 1.25  # calls of a layer for each of its model's
 _SHARE = 0.02  # of a channel's variance, that the order or the making of batches must explain to count
 
 
@@ -36,7 +38,7 @@ def _is_of_one_window(evidence: Evidence) -> bool:
 
 
 def _error(evidence: Evidence, unknown: float) -> float:
-    """What has to be worth a warning: over several windows, where the last batches are few, not ``eval_error`` alone."""
+    """What has to be worth a warning: not ``eval_error`` alone over several windows, where the last batches are few."""
     error = evidence.get("eval_error", unknown)
     return evidence.get("least_error", error) if evidence.get("windows", 1) > 1 else error
 
@@ -149,3 +151,19 @@ def is_noisy_at_last(evidence: Evidence) -> bool:
     is_small = evidence.get("last_batch_samples", math.inf) <= evidence.get("samples_per_batch", 0.0) / 2
     noise, without = evidence.get("noise_error", 0.0), evidence.get("noise_without_last_batch", math.inf)
     return is_small and evidence.get("last_batch_share", 0.0) > 0.5 and noise**2 - without**2 > _WORTH_DROPPING**2
+
+
+def has_unlike_calls(layer: Circumstances, evidence: Evidence) -> bool:
+    """Whether the calls of a step differ, each is normalised by itself in training, and all alike in eval mode."""
+    normalises_by_batch = layer.training_calls > 0 and layer.has_running_stats and not layer.own_forward
+    return normalises_by_batch and evidence.get("call_shift", 0.0) >= _CALL_SHIFT
+
+
+def is_spoiled_by_calls(evidence: Evidence) -> bool:
+    """Whether they differ by so much that it is worth a warning. One layer at several places did no harm in trials."""
+    return evidence["call_shift"] >= WARNING and not is_at_several_places(evidence)
+
+
+def is_at_several_places(evidence: Evidence) -> bool:
+    """Whether a layer is called more often than the model is."""
+    return evidence.get("calls_per_model_call", 1.0) > _SEVERAL

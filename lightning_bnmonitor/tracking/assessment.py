@@ -11,7 +11,7 @@ import numpy as np
 import torch
 
 from lightning_bnmonitor.diagnosis.diagnosis import diagnose
-from lightning_bnmonitor.diagnosis.evidence import METRICS, distances, observations, of_several_windows
+from lightning_bnmonitor.diagnosis.evidence import METRICS, calls_apart, distances, observations, of_several_windows
 from lightning_bnmonitor.report.layer_report import LayerReport
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.statistics.blocks import Blocks, at_fixed_weights
@@ -53,7 +53,7 @@ def assess(
         The report, and what the next windows go on from, of this rank.
     """
     ordered = windows.in_order(layers)
-    measured = measure(states_of(ordered, ended), windows.blocks(ordered))
+    measured = measure(states_of(ordered, ended), windows.blocks(ordered), windows.call_sites.contrasts(ordered))
     if all_ranks and measured.analysis.layout.num_channels:
         exchange = _exchange(layers, ordered)
         num_ranks = np.array([layer.counts.num_ranks for layer in ordered])
@@ -110,7 +110,7 @@ def describe(measured: Measurement, seen: Seen | None = None, at_fixed_weights: 
         seen: What all ranks have seen, if that is to be the population.
         at_fixed_weights: Whether the weights stayed as they were: the population then is what the layers receive now.
     """
-    states, blocks, analysis, judged, windows, running, eps = measured
+    states, blocks, analysis, judged, windows, running, eps, contrasts = measured
     layout, population, num_samples = analysis.layout, analysis.population, analysis.num_samples
     evidence: Sequence[Mapping[str, float]] = [{}] * len(states)
     if seen is not None:
@@ -125,10 +125,12 @@ def describe(measured: Measurement, seen: Seen | None = None, at_fixed_weights: 
     metrics = distances(exact, now, running, channel_eps, layout, has_stats & (num_samples > 0))
     observed = observations(judged, exact, running, has_stats, channel_eps)
     together = of_several_windows(judged, analysis, windows, metrics["eval_error"], running, channel_eps)
+    apart = calls_apart(contrasts, exact[1] + channel_eps, layout)
     numbers = torch.cat([exact, running, now, torch.from_numpy(judged.z), torch.from_numpy(judged.std_error)])
     rows = zip(*(metrics[name].tolist() for name in METRICS), strict=True)
     parts, counts = torch.split(numbers, layout.widths.tolist(), dim=-1), num_samples.tolist()
-    described = zip(_frames(states, blocks), states, observed, together, evidence, rows, counts, parts, strict=True)
+    added = [{**more, **calls} for more, calls in zip(together, apart, strict=True)]
+    described = zip(_frames(states, blocks), states, observed, added, evidence, rows, counts, parts, strict=True)
     return [
         frame(
             num_batches=state.layer.num_calls,

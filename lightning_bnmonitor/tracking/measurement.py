@@ -15,6 +15,7 @@ from lightning_bnmonitor.compat import BatchNorm
 from lightning_bnmonitor.diagnosis.circumstances import Circumstances
 from lightning_bnmonitor.statistics.analysis import Analysis, analyse
 from lightning_bnmonitor.statistics.blocks import Blocks
+from lightning_bnmonitor.statistics.call_contrasts import CallContrasts
 from lightning_bnmonitor.statistics.channel_layout import ChannelLayout, FloatArray
 from lightning_bnmonitor.statistics.joined_windows import ENOUGH, KeptWindow, fewest, joined, kept_window
 from lightning_bnmonitor.statistics.noise import LastBatch, RunningStats
@@ -47,6 +48,8 @@ class Measurement(NamedTuple):
     """Running statistics, ``(2, C)``; NaN if a layer has none."""
     eps: FloatArray
     """Of each layer, ``(L,)``."""
+    contrasts: CallContrasts | None
+    """Of those layers that are called several times in a step; None if there are none."""
 
 
 class Ending(NamedTuple):
@@ -72,12 +75,15 @@ def states_of(layers: Sequence[TrackedLayer], ended: bool = False) -> list[Layer
     return states
 
 
-def measure(states: Sequence[LayerState], blocks: Blocks, with_earlier: bool = True) -> Measurement:
-    """What the blocks of layers say, beside their running statistics.
+def measure(
+    states: Sequence[LayerState], blocks: Blocks, contrasts: CallContrasts | None = None, with_earlier: bool = True
+) -> Measurement:
+    """What the blocks of layers, and the contrasts of their calls, say beside their running statistics.
 
     Args:
         states: Where the layers stand.
         blocks: What they have received.
+        contrasts: How their calls within a step differ.
         with_earlier: Whether short windows are to be judged together with those before.
     """
     eps = np.array([state.layer.module.eps for state in states])
@@ -90,7 +96,7 @@ def measure(states: Sequence[LayerState], blocks: Blocks, with_earlier: bool = T
         judged = analyse(joined(blocks, earlier), _since_the_first(stats, analysis.layout, earlier), eps)
         for layer, its in earlier.items():
             windows[layer] += len(its)
-    return Measurement(states, blocks, analysis, judged, windows, running, eps)
+    return Measurement(states, blocks, analysis, judged, windows, running, eps, contrasts)
 
 
 def keep_short_windows(layers: Sequence[TrackedLayer], windows: Windows) -> None:
@@ -223,6 +229,8 @@ def _circumstances(layer: TrackedLayer, now: Snapshot) -> Circumstances:
         own_forward=bool(layer.hook.own_forward),
         interrupted=layer.interrupted,
         num_tracked=now.num_tracked,
+        call_shift_before=layer.call_shift,
+        calls_per_model_call=layer.calls_per_model_call,
     )
 
 

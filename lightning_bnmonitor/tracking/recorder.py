@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -18,6 +19,7 @@ from lightning_bnmonitor.tracking import collectives
 from lightning_bnmonitor.tracking.assessment import assess
 from lightning_bnmonitor.tracking.buffers import History, Snapshot, snapshots
 from lightning_bnmonitor.tracking.measurement import is_inexact, keep_short_windows
+from lightning_bnmonitor.tracking.places import Places
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 from lightning_bnmonitor.tracking.windows import Windows
 
@@ -38,6 +40,7 @@ class Recorder:
         self.gate = Gate(root)
         self.layers: list[TrackedLayer] = []  # in the order of the model's modules
         self.windows = Windows()
+        self.places = Places(self.gate)
         self.is_attached = False  # whether a tracker records a model with it
         self._by_pass = by_pass
         _recorders.add(self)
@@ -60,6 +63,7 @@ class Recorder:
             self.drain()
             self.gate.is_full = False
             self.windows.merge(self.layers)
+            self._follow_places()
 
     # Where a graph breaks, what runs eagerly is compiled, too, function by function.
     @never_compiled
@@ -97,8 +101,10 @@ class Recorder:
         for ending in endings:
             layer, known, now = ending.state
             layer.end_window(now._replace(history=ending.history), known.updates_per_call)
+            layer.call_shift = report[layer.name].evidence.get("call_shift", math.nan)
             if layer.num_calls:
                 layer.hook.by_pass = self._by_pass or is_inexact(ending)
+        self.places.window_ended()
         self._stop_counting()
         return report
 
@@ -138,6 +144,7 @@ class Recorder:
             What does not fit, in words: layers that were left out, and layers that the state does not know.
         """
         self.windows = Windows()
+        self.places.forget()
         self._reopen()
         for layer in self.layers:
             layer.forget()
@@ -156,6 +163,14 @@ class Recorder:
             "new": [layer.name for layer in new],
         }
         return [f"{what}: {', '.join(names)}" for what, names in differences.items() if names]
+
+    def _follow_places(self) -> None:
+        """Find out where layers stand that are called several times in a step; what is compiled is left alone."""
+        called_again = self.windows.call_sites.layers
+        if called_again and self.is_attached and not any(layer.counts.paths["traced"] for layer in self.layers):
+            self.places.follow(called_again)
+        for layer in called_again:
+            layer.calls_per_model_call = self.places.calls_per_model_call(layer)
 
     def _new_layer(self, name: str, module: BatchNorm) -> TrackedLayer:
         layer = TrackedLayer(name, module, self.gate, self.flush)

@@ -69,6 +69,8 @@ class WaitingCalls(NamedTuple):
     """Those that contribute nothing, as they are of another width."""
     num_calls: int
     """All of them."""
+    steps: tuple[int, ...] = ()
+    """Training steps that had ended before each of those that contribute."""
 
 
 class TrackedLayer:
@@ -102,6 +104,8 @@ class TrackedLayer:
         self.end: Snapshot | None = None  # when the last one ended,
         self.written: Snapshot | None = None  # and as we have written them since
         self.earlier: Sequence[KeptWindow] = ()  # short windows that this one goes on from
+        self.call_shift = math.nan  # of the last window that had one
+        self.calls_per_model_call = math.nan
 
     def begin_window(self, now: Snapshot) -> None:
         """Count calls from 0, on the running statistics as they are now."""
@@ -215,7 +219,7 @@ class TrackedLayer:
             num_ranks=kinds[-1].num_ranks,
             serial=self.counts.serial or any(kind.serial for kind in kinds),
         )
-        return WaitingCalls(batches, counts, 0, num_calls)
+        return WaitingCalls(batches, counts, 0, num_calls, steps)
 
     def taken(self, waiting: WaitingCalls) -> list[Write]:
         """What is to be written when calls that waited, from the first on, are merged."""
@@ -259,6 +263,7 @@ class TrackedLayer:
         self.hook.forget_last_call()
         self.window, self.index, self.width = None, -1, 0
         self.hook.traced, self.end, self.written, self.earlier = (), None, None, ()
+        self.call_shift = math.nan
 
     def buffer_state(self, width: int) -> Tensor:
         """What :meth:`restore` needs per channel, ``(6, C)``: the buffers at the windows' ends, and written since."""
@@ -283,6 +288,7 @@ class TrackedLayer:
             "written_outside": self.written_outside,
             "updates_per_call": self.assumed_updates,
             "next_updates_per_call": self.next_assumed_updates,
+            "call_shift": self.call_shift,
             "tracked_before": self.start.num_tracked,
             "history": self.start.history and tuple(self.start.history),
             "has_start": self.start.buffers is not None,
@@ -310,6 +316,7 @@ class TrackedLayer:
         self.steps_before = self.gate.steps
         self.interrupted = state["interrupted"] or state["within_step"]
         self.written_outside = state["written_outside"]
+        self.call_shift = state["call_shift"]
         self.assumed_updates, self.next_assumed_updates = state["updates_per_call"], state["next_updates_per_call"]
         history, last_history = _history(state["history"]), _history(state["last_history"])
         self.start = Snapshot(start if state["has_start"] else None, state["tracked_before"], history)

@@ -132,12 +132,14 @@ class BatchNormTracker:
             self._attachment.remove()
             self._attachment = None
             self._recorder.is_attached = False
+            self._recorder.places.forget()
 
     def step(self) -> None:
         """Tell that a training step has ended, one batch with all that belongs to it.
 
         A loop that does so is told when a window was resumed from a state saved in the middle of a step (flag
-        ``interrupted-batch``). It is a good time to merge what waits, too, as after the steps of ``torch.optim``
+        ``interrupted-batch``), and whether the calls of a layer within a step differ (flag ``calls-differ``). It is a
+        good time to merge what waits, too, as after the steps of ``torch.optim``
         optimizers, which are noticed without it.
         """
         self._recorder.gate.steps += 1

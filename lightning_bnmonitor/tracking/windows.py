@@ -15,6 +15,7 @@ from lightning_bnmonitor.statistics.channel_layout import ChannelLayout, FloatAr
 from lightning_bnmonitor.statistics.joined_windows import ENOUGH, KeptWindow
 from lightning_bnmonitor.statistics.window import Window, Write, commit
 from lightning_bnmonitor.tracking.buffers import device_of
+from lightning_bnmonitor.tracking.call_sites import CallSites
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 
 _BUFFER_ROWS = 6  # per channel: the running statistics when the window began, when the last one ended, and since
@@ -27,6 +28,7 @@ class Windows:
 
     def __init__(self) -> None:
         self.by_device: dict[torch.device, Window] = {}
+        self.call_sites = CallSites()
         self.layers: list[TrackedLayer] = []  # in the order of their first call; the model may have lost them since
 
     def merge(self, layers: Iterable[TrackedLayer]) -> None:
@@ -46,6 +48,7 @@ class Windows:
             }
             if batches:
                 writes += window.merged(batches)
+        writes += self.call_sites.merged(waiting)
         for layer, calls in waiting.items():
             writes += layer.taken(calls)
         commit(writes)
@@ -55,6 +58,7 @@ class Windows:
         """Empty the windows. Layers keep their places."""
         for window in self.by_device.values():
             window.reset()
+        self.call_sites.reset()
 
     def in_order(self, layers: Collection[TrackedLayer]) -> list[TrackedLayer]:
         """These layers in the order of their first call, then those that were never called."""
@@ -83,7 +87,7 @@ class Windows:
         return blocks if is_whole else selected(blocks, order)
 
     def state(self, layers: Collection[TrackedLayer]) -> dict[str, Any]:
-        """What :meth:`restore` needs of these layers: one CPU tensor for those that have a place, and primitives."""
+        """What :meth:`restore` needs of these layers: CPU tensors for those that have a place, and primitives."""
         channels = {device: window.channel_state() for device, window in self.by_device.items()}
         parts, states = [torch.empty(Window.CHANNEL_ROWS + _BUFFER_ROWS, 0, dtype=torch.float64, device="cpu")], []
         present = set(layers)
@@ -111,6 +115,7 @@ class Windows:
             "layers": states,
             "not_called": not_called,
             "earlier": torch.from_numpy(np.concatenate([np.zeros(0), *kept])),
+            "call_sites": self.call_sites.state(layers),
         }
 
     def restore(self, state: Mapping[str, Any], layers: Mapping[str, TrackedLayer]) -> tuple[set[str], list[str]]:
@@ -140,6 +145,7 @@ class Windows:
             layer.restore(saved, own[-_BUFFER_ROWS:])
             layer.earlier = earlier
         self.make_room()
+        self.call_sites.restore(state["call_sites"], {layer.name: layer for layer, *_ in restored})
         known = {layer.name for layer, *_ in restored}
         for saved in state["not_called"]:
             name, width = saved["name"], saved["width"]
