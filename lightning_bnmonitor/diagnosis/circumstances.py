@@ -36,6 +36,12 @@ class Circumstances(NamedTuple):
     """Whether its output was made without a BatchNorm kernel."""
     interrupted: bool
     """Whether the window was resumed from a state saved in the middle of a training step."""
+    calls_in_eval_mode: int = 0
+    """Calls with gradients while the whole model was in eval mode."""
+    steps_in_eval_mode: int = 0
+    """Steps of its optimizers meanwhile."""
+    has_initial_stats: bool = False
+    """Whether the module's buffers are the initial zeros and ones."""
 
     @property
     def was_called(self) -> bool:

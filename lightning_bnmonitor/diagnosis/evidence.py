@@ -73,6 +73,7 @@ EVIDENCE: Mapping[str, str] = {
     "call_shift_index": "which call of a step that is, counted from 1; 4 for all from the fourth on",
     "calls_per_step": "calls of the layer in a training step, where there are several",
     "calls_in_eval_mode": "calls with gradients while the whole model was in eval mode",
+    "steps_in_eval_mode": "optimizer steps while the whole model was in eval mode",
     "windows": "how many windows, this one the last, the verdict rests on",
     "ordering_ratio": "variance between parts of the window over that expected from neighbouring batches",
     "ordering_limit": "up to where chance explains ordering_ratio",
@@ -100,6 +101,8 @@ EVIDENCE: Mapping[str, str] = {
     "val_shift": "RMS over channels of the layer's val_shift",
     "val_noise": "the part of val_shift that is chance",
     "val_batches": "calls in validation that were looked at",
+    "val_layers_before": "BatchNorm layers before it that were called in validation",
+    "val_shifted_before": "those of them for which validation differs from training, too",
     "val_loader": "the validation loader that val_shift is of, counted from 0, if there are several",
 }
 """Every number that a verdict, an explanation or a remedy may rest on, and what it is.

@@ -160,6 +160,9 @@ def _circumstances(layer: TrackedLayer, now: Snapshot) -> Circumstances:
         has_frozen_weights=_has_frozen_weights(module),
         own_forward=bool(layer.hook.own_forward),
         interrupted=layer.interrupted,
+        calls_in_eval_mode=layer.hook.calls_in_eval_mode,
+        steps_in_eval_mode=layer.gate.steps_in_eval_mode,
+        has_initial_stats=now.buffers is not None and now.is_initial,
     )
 
 
