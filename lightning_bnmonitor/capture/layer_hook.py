@@ -60,6 +60,7 @@ class Gate:
         self.paused = 0  # pauses that are in force
         self.is_closed = False  # whether the window has ended
         self.steps = 0  # training steps that have ended
+        self.steps_in_eval_mode = 0  # of the root's optimizers in this window while the root was in eval mode
         self.is_full = False  # whether as many calls of a layer wait as may
         self.has_warned_of_graph = False  # that is captured
         self.is_traced = False  # whether compiled graphs may have left anything behind
@@ -161,6 +162,7 @@ class LayerHook(Hook):
         self.by_pass = False
         self._has_warned = False  # of a call that could not be measured
         self.skipped = 0  # calls that cannot be looked at
+        self.calls_in_eval_mode = 0  # those with gradients while the root was in eval mode
         self.first_call = -1  # the earlier the layer was called for the first time, the smaller
         self.own_forward: bool | None = None  # whether outputs are made without a BatchNorm kernel; None if not known
         self.checkpointed = False  # whether a call was (or may be) recomputed, which updates the buffers once more
@@ -168,6 +170,7 @@ class LayerHook(Hook):
         # that it found empty.
         self.traced: tuple[tuple[BatchMoments, bool, bool], ...] = ()
         self.traced_validation: tuple[BatchMoments, ...] = ()
+        self.traced_in_eval_mode: tuple[None, ...] = ()  # one for each call with gradients
         self.last_traced: tuple[tuple[Any, ...], RepeatableCall] | None = None
 
     @property
@@ -206,6 +209,8 @@ class LayerHook(Hook):
         if root is not None and not root.training:
             if gate.validating and not gate.paused:
                 self._look_at_validation(module, args[0] if args else _by_keyword(kwargs))
+            if torch.is_grad_enabled():
+                self._count_in_eval_mode()
             return
         x = args[0] if args else _by_keyword(kwargs)
         if is_dynamo_compiling():
@@ -292,6 +297,14 @@ class LayerHook(Hook):
             repeatable = None if kernel is None else _repeatable(call, module, x, output, kernel)
             self._keep(moments, repeatable or call)
         self.last_call = repeatable
+
+    def _count_in_eval_mode(self) -> None:
+        if is_dynamo_compiling():
+            if not is_exporting():
+                self.traced_in_eval_mode += (None,)
+                self.gate.is_traced = True
+        elif not (self.gate.paused or self.gate.is_closed):
+            self.calls_in_eval_mode += 1
 
     def _look_at_validation(self, module: BatchNorm, x: object) -> None:
         if not is_compiling():

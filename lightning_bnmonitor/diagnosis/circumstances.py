@@ -44,6 +44,12 @@ class Circumstances(NamedTuple):
     """``call_shift`` of the window before; NaN if it had none."""
     calls_per_model_call: float = math.nan
     """Calls for each of the outermost module around it, if it is called several times a step; NaN if not known."""
+    calls_in_eval_mode: int = 0
+    """Calls with gradients while the whole model was in eval mode."""
+    steps_in_eval_mode: int = 0
+    """Steps of its optimizers meanwhile."""
+    has_initial_stats: bool = False
+    """Whether the module's buffers are the initial zeros and ones."""
 
     @property
     def was_called(self) -> bool:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from lightning_bnmonitor.diagnosis.advice import advice
 from lightning_bnmonitor.diagnosis.circumstances import Circumstances
-from lightning_bnmonitor.diagnosis.evidence import WARNING, Evidence
-from lightning_bnmonitor.diagnosis.flags import FLAGS, is_shifted
+from lightning_bnmonitor.diagnosis.evidence import Evidence
+from lightning_bnmonitor.diagnosis.flags import FLAGS
 from lightning_bnmonitor.diagnosis.sentences import Statement
 from lightning_bnmonitor.diagnosis.verdicts import VERDICTS, verdict_on
 
@@ -75,28 +75,6 @@ def diagnose(layer: Circumstances, observed: Evidence, metrics: Evidence) -> Dia
     return Diagnosis(verdict.name, tuple(flag.name for flag in flags), needs_attention, evidence)
 
 
-def diagnose_validation(layers: Iterable[tuple[Diagnosis, Evidence, bool]]) -> list[Diagnosis]:
-    """Diagnoses of a window with what a validation after it adds: its numbers, and the flag ``domain-shift``.
-
-    The flag is for the layers whose running statistics fit training, as do those of all layers before: what follows a
-    layer that ``eval()`` normalises wrongly is another matter than the data.
-
-    Args:
-        layers: In the order of the model: the diagnosis of the window, the numbers of validation (empty if it was not
-            called there), and whether the layer has running statistics.
-    """
-    described, is_trusted = [], True
-    for diagnosis, evidence, has_running_stats in layers:
-        is_trusted &= not diagnosis.needs_attention and not diagnosis.evidence.get("eval_error", 0.0) > WARNING
-        flags = set(diagnosis.flags) - {"domain-shift"}
-        if is_trusted and has_running_stats and is_shifted(evidence):
-            flags.add("domain-shift")
-        everything = {**diagnosis.evidence, **evidence}
-        in_order = tuple(flag for flag in FLAGS if flag in flags)
-        described.append(replace(diagnosis, evidence=everything, flags=in_order))
-    return described
-
-
 def _of_calls(layer: Circumstances, evidence: Evidence) -> dict[str, float]:
     """What the calls of a layer add to its evidence."""
     effective, updates = layer.effective_momentum, layer.updates_per_call
@@ -118,6 +96,11 @@ def _of_calls(layer: Circumstances, evidence: Evidence) -> dict[str, float]:
     unmoved = layer.training_calls - batches
     if 0 <= updates < 1:
         unmoved += batches * (1 - updates)
+    if layer.calls_in_eval_mode and layer.steps_in_eval_mode:
+        numbers["calls_in_eval_mode"] = float(layer.calls_in_eval_mode)
+        numbers["steps_in_eval_mode"] = float(layer.steps_in_eval_mode)
+    if layer.has_initial_stats and not evidence.get("batches"):
+        numbers["initial_weight"] = 1.0
     if unmoved and layer.has_running_stats:
         numbers["calls_not_updating"] = unmoved
     if "call_shift" in evidence:

@@ -83,6 +83,7 @@ EVIDENCE: Mapping[str, str] = {
     "least_error": "the smaller of eval_error and of the RMS error on all batches that the verdict rests on",
     "reference_error": "the part of least_error that is chance in what the layer received",
     "initial_distance": "the RMS error that the initial zeros and ones would make",
+    "steps_in_eval_mode": "optimizer steps while the whole model was in eval mode",
     "ordering_ratio": "variance between parts of the window over that expected from neighbouring batches",
     "ordering_limit": "up to where chance explains ordering_ratio",
     "ordering_share": "share of the variance that lies between parts of the window",
@@ -109,6 +110,8 @@ EVIDENCE: Mapping[str, str] = {
     "val_shift": "RMS over channels of the layer's val_shift",
     "val_noise": "the part of val_shift that is chance",
     "val_batches": "calls in validation that were looked at",
+    "val_layers_before": "BatchNorm layers before it that were called in validation",
+    "val_shifted_before": "those of them for which validation differs from training, too",
     "val_loader": "the validation loader that val_shift is of, counted from 0, if there are several",
 }
 """Every number that a verdict, an explanation or a remedy may rest on, and what it is.

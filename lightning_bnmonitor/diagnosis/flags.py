@@ -5,7 +5,6 @@ To add one, add an object to the table below.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
@@ -14,8 +13,16 @@ from lightning_bnmonitor.diagnosis.circumstances import Circumstances
 from lightning_bnmonitor.diagnosis.evidence import WARNING, Evidence
 from lightning_bnmonitor.diagnosis.sentences import RECALIBRATE, Statement
 
-_MIN_VALIDATION_BATCHES = 4
-_CHANCE = 3  # times its noise floor that a shift must exceed
+_OTHER_WEIGHTS = 0.15  # error in validation from which on other weights or running statistics need attention
+_OF_COPIES = (
+    "If it is a copy with averaged weights, average or copy the buffers with the weights "
+    "(`AveragedModel(model, use_buffers=True)`), or recompute them "
+    "(`lightning_bnmonitor.recalibrate(averaged, loader)`)."
+)
+_ALONE = (
+    "If the model was loaded, load its running statistics, too, or recompute them "
+    "(`lightning_bnmonitor.recalibrate(model, loader)`)."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -23,29 +30,63 @@ class Flag(Statement):
     """Something that can be said of a layer besides its verdict."""
 
     rule: Callable[[Circumstances, Evidence], bool] | None
-    """Whether it holds; None if the window alone does not tell (see :func:`is_shifted`)."""
+    """Whether it holds; None if the window alone does not tell (see :mod:`.validation`)."""
     attention: Callable[[Evidence], bool] = lambda _: False
     """Whether something should be done about it, whatever the verdict."""
 
 
-def is_shifted(evidence: Evidence) -> bool:
-    """Whether validation differs from training: by more than 0.1 and three times its noise, over four batches or more.
-
-    That is ``val_shift``, the error that the present statistics of training make on what the layer received in
-    validation. Chance is taken off before it is compared with 0.1.
-    """
-    shift, noise = evidence.get("val_shift", 0.0), evidence.get("val_noise", math.inf)
-    apart = shift > _CHANCE * noise and shift**2 - noise**2 > WARNING**2
-    return apart and evidence["val_batches"] >= _MIN_VALIDATION_BATCHES
+def _is_called(evidence: Evidence) -> bool:
+    """Whether the layer was called in training in this window."""
+    return any(evidence.get(f"calls_{path}") for path in ("saved", "traced", "pass"))
 
 
 def _explain_shift(evidence: Evidence) -> list[str]:
-    loader = " (loader {val_loader}, counted from 0)" if "val_loader" in evidence else ""
+    sentence = (
+        "What it receives in validation"
+        + (" (loader {val_loader}, counted from 0)" if "val_loader" in evidence else "")
+        + " is {val_shift} off what it receives in training (chance explains {val_noise}, in {val_batches} batches)"
+    )
+    error = "Its running statistics are {val_error} off what it receives there."
+    if evidence.get("val_shifted_before"):
+        return [f"{sentence}, as in a layer before it.", error]
+    if evidence.get("val_layers_before"):
+        return [
+            f"{sentence}, and no layer before it shows that: dropout or augmentation before it in training, "
+            "overfitting, or the inputs.",
+            error,
+        ]
+    return [f"{sentence}. It is the first BatchNorm layer: the inputs differ.", error]
+
+
+def _cure_shift(evidence: Evidence) -> list[str]:
+    if evidence.get("val_shifted_before"):
+        return ["Begin with the first layer that has this flag."]
+    of_layer = ["Put dropout behind this layer rather than before it."] if evidence.get("val_layers_before") else []
     return [
-        f"What it receives in validation{loader} is {{val_shift}} off what it receives in training (chance explains "
-        "{val_noise}), while its running statistics and those of the layers before it fit training: the data differ, "
-        "or something before it works otherwise in eval mode (dropout, augmentation, normalising by small batches)."
+        *of_layer,
+        "Prepare validation data as training data. If they are what the model will be given, recompute the running "
+        "statistics from data of that kind (`lightning_bnmonitor.recalibrate(model, loader)`).",
     ]
+
+
+def _explain_other_weights(evidence: Evidence) -> list[str]:
+    error = "its running statistics are {val_error} off what it receives in validation (chance explains "
+    error += "{val_error_noise})"
+    if _is_called(evidence):
+        return [
+            "Validation ran with other weights or running statistics than training ended with (averaged or swapped "
+            f"weights: EMA, SWA, `WeightAveraging`, schedule-free optimizers): {error}."
+        ]
+    return [f"It is called in validation and was not called in training: {error}."]
+
+
+def _cure_other_weights(evidence: Evidence) -> list[str]:
+    if _is_called(evidence):
+        return [
+            "Add `PreciseBatchNorm(restore=True)` to the Trainer's callbacks; or, with those weights in the model, "
+            f"{RECALIBRATE}."
+        ]
+    return [_OF_COPIES, _ALONE]
 
 
 def _explain_last_batch(evidence: Evidence) -> list[str]:
@@ -125,11 +166,9 @@ _TABLE = (
     Flag(
         name="domain-shift",
         rule=None,
+        attention=lambda evidence: rules.net_error(evidence) > rules.SERIOUS,
         explanation=_explain_shift,
-        remedy=(
-            "Prepare validation data as training data. If they are what the model will be given, recompute the running "
-            "statistics from data of that kind (`lightning_bnmonitor.recalibrate(model, loader)`).",
-        ),
+        remedy=_cure_shift,
     ),
     Flag(
         name="double-update",
@@ -164,9 +203,26 @@ _TABLE = (
         remedy=("Keep the layer from being called in training mode where the monitor does not count.",),
     ),
     Flag(
+        name="never-updated",
+        rule=None,
+        attention=lambda _: True,
+        explanation=(
+            "Its running statistics were never updated: they are the initial zeros and ones (`num_batches_tracked` is "
+            "zero), {val_error} off what it receives in validation (chance explains {val_error_noise}).",
+        ),
+        remedy=(_OF_COPIES, _ALONE),
+    ),
+    Flag(
         name="not-updating",
         rule=lambda _, evidence: "calls_not_updating" in evidence,
         explanation=("{calls_not_updating} calls in training mode left the running statistics as they were.",),
+    ),
+    Flag(
+        name="other-weights",
+        rule=None,
+        attention=lambda evidence: rules.net_error(evidence) > _OTHER_WEIGHTS,
+        explanation=_explain_other_weights,
+        remedy=_cure_other_weights,
     ),
     Flag(
         name="rank-0-only",
@@ -188,6 +244,20 @@ _TABLE = (
         attention=rules.is_tiny_at_last,
         explanation=_explain_last_batch,
         remedy=("Leave it out: `DataLoader(..., drop_last=True)`.",),
+    ),
+    Flag(
+        name="unexplained-error",
+        rule=None,
+        attention=lambda _: True,
+        explanation=(
+            "In validation eval() is off by {val_error}, more than chance explains ({val_error_noise}). The cause is "
+            "not known: neither this layer nor one before it has shown anything that explains it.",
+            "Against what it receives in training, its running statistics are off by {eval_error}.",
+        ),
+        remedy=(
+            "`print(lightning_bnmonitor.attribute_eval_gap(model, loader, loss))` tells whether better running "
+            f"statistics help; if so, {RECALIBRATE}.",
+        ),
     ),
     Flag(
         name="written-outside",

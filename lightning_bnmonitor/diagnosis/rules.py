@@ -11,6 +11,9 @@ import math
 from lightning_bnmonitor.diagnosis.circumstances import Circumstances
 from lightning_bnmonitor.diagnosis.evidence import WARNING, Evidence
 
+SERIOUS = 0.2
+"""An error in validation from which on it needs attention, whatever the reason."""
+_CHANCE = 3  # times its noise floor that a number of validation must exceed
 _MIN_BATCHES, _MIN_DOF = 8, 4
 _FAR, _FLOORS = 0.2, 3  # from which error on, and from how many times its floor, running statistics are certainly wrong
 _TINY = 4  # values per channel in a batch
@@ -66,6 +69,21 @@ def is_far(layer: Circumstances, evidence: Evidence) -> bool:
 def is_not_updated(layer: Circumstances, evidence: Evidence) -> bool:
     """Whether no call has updated the running statistics."""
     return not evidence["batches"] or layer.updates_per_call == 0
+
+
+def is_trained_in_eval(layer: Circumstances, _: Evidence) -> bool:
+    """Whether the model was trained while it was in eval mode as a whole, and not in training mode."""
+    return not layer.was_called and layer.calls_in_eval_mode > 0 and layer.steps_in_eval_mode > 0
+
+
+def net_error(evidence: Evidence) -> float:
+    """``val_error`` with its noise taken off; 0 up to three times that."""
+    return _beyond_chance(evidence.get("val_error", 0.0), evidence.get("val_error_noise", math.inf))
+
+
+def net_shift(evidence: Evidence) -> float:
+    """``val_shift`` with its noise taken off; 0 up to three times that."""
+    return _beyond_chance(evidence.get("val_shift", 0.0), evidence.get("val_noise", math.inf))
 
 
 def is_ordered(_: Circumstances, evidence: Evidence) -> bool:
@@ -167,3 +185,7 @@ def is_spoiled_by_calls(evidence: Evidence) -> bool:
 def is_at_several_places(evidence: Evidence) -> bool:
     """Whether a layer is called more often than the model is."""
     return evidence.get("calls_per_model_call", 1.0) > _SEVERAL
+
+
+def _beyond_chance(distance: float, noise: float) -> float:
+    return math.sqrt(distance**2 - noise**2) if distance > _CHANCE * noise else 0.0

@@ -53,6 +53,15 @@ _TABLE = (
         remedy=wording.cure_non_finite,
     ),
     Verdict(
+        name="trained-in-eval",
+        letter="E",
+        color="#AA4499",
+        attention="always",
+        rule=rules.is_trained_in_eval,
+        explanation=wording.explain_trained_in_eval,
+        remedy=wording.cure_trained_in_eval,
+    ),
+    Verdict(
         name="unused",
         letter="U",
         color="#999999",
@@ -107,11 +116,7 @@ _TABLE = (
         color="#44AA99",
         attention="if wrong",
         rule=rules.is_not_updated,
-        explanation=(
-            "It is in eval mode in training, too: it normalises by its running statistics, which stay as they are.",
-            "Against the statistics of what it receives, that is an error of {eval_error}. Training and eval() agree; "
-            "what the next layer receives is not normalised by that much.",
-        ),
+        explanation=wording.explain_frozen,
         remedy=(
             f"If what it receives is no longer what its statistics are from, {RECALIBRATE_FROZEN} and train on, as "
             "what follows has learned with the present ones, or let it learn them (`layer.train()`).",

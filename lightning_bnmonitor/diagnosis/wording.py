@@ -72,6 +72,35 @@ def explain_unused(evidence: Evidence) -> list[str]:
     return ["It was not called in this window while the model was in training mode."]
 
 
+def explain_trained_in_eval(evidence: Evidence) -> list[str]:
+    """Explain ``trained-in-eval``."""
+    return [
+        "It was trained in eval mode: of this window's calls {calls_in_eval_mode} came with gradients while the whole "
+        "model was in eval mode, with {steps_in_eval_mode} optimizer steps, and none in training mode. It normalised "
+        "by its running statistics, and these learned nothing.",
+        *_still_initial(evidence),
+        "They are {val_error} off what it receives in validation.",
+    ]
+
+
+def cure_trained_in_eval(evidence: Evidence) -> list[str]:
+    """What to do about ``trained-in-eval``."""
+    call = "Call `model.train()` after the code that calls `model.eval()` (often a hook that predicts or draws)"
+    if _still_initial(evidence):
+        return [f"{call}, and train anew: better running statistics afterwards do not help."]
+    return [f"{call}, unless it is meant to keep its running statistics."]
+
+
+def explain_frozen(evidence: Evidence) -> list[str]:
+    """Explain ``frozen``."""
+    return [
+        "It is in eval mode in training, too: it normalises by its running statistics, which stay as they are.",
+        *_still_initial(evidence),
+        "Against the statistics of what it receives, that is an error of {eval_error}. Training and eval() agree; "
+        "what the next layer receives is not normalised by that much.",
+    ]
+
+
 def explain_tiny(evidence: Evidence) -> list[str]:
     """Explain ``tiny-batch``."""
     if is_of_few_samples(evidence):
@@ -177,3 +206,9 @@ def _with_momentum(momentum: str, others: str, evidence: Evidence) -> list[str]:
 
 def _as_sentence(text: str) -> str:
     return text[0].upper() + text[1:]
+
+
+def _still_initial(evidence: Evidence) -> list[str]:
+    if evidence.get("batches") or evidence.get("initial_weight") != 1:
+        return []
+    return ["They are still the initial zeros and ones: it has never normalised anything."]

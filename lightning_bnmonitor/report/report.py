@@ -75,17 +75,18 @@ class Report(Mapping[str, LayerReport]):
 
         ``eval_error_max``, ``eval_error_p90`` (not exceeded by 90 % of the layers), ``eval_error_median``,
         ``act_rmse_max`` and ``mean_shift_max``: absent if there is no such layer. ``unhealthy_layers``: the number of
-        layers that need attention; absent if there is no layer at all. ``val_shift_max``: the largest distance of
-        validation from training; absent before validation.
+        layers that need attention; absent if there is no layer at all. ``val_error_max``: the largest error of the
+        running statistics in validation, ``val_shift_max``: the largest distance of validation from training; absent
+        before validation.
         """
         evidence = [layer.diagnosis.evidence for layer in self._layers.values()]
-        values = {name: [its[name] for its in evidence if name in its] for name in (*METRICS, "val_shift")}
+        values = {name: [its[name] for its in evidence if name in its] for name in (*METRICS, "val_error", "val_shift")}
         summary = {}
         if errors := values["eval_error"]:
             summary["eval_error_max"] = max(errors)
             summary["eval_error_p90"] = float(np.quantile(errors, 0.9, method="inverted_cdf"))
             summary["eval_error_median"] = float(np.median(errors))
-        for metric in ("act_rmse", "mean_shift", "val_shift"):
+        for metric in ("act_rmse", "mean_shift", "val_error", "val_shift"):
             if values[metric]:
                 summary[f"{metric}_max"] = max(values[metric])
         if self._layers:

@@ -231,6 +231,9 @@ def _circumstances(layer: TrackedLayer, now: Snapshot) -> Circumstances:
         num_tracked=now.num_tracked,
         call_shift_before=layer.call_shift,
         calls_per_model_call=layer.calls_per_model_call,
+        calls_in_eval_mode=layer.hook.calls_in_eval_mode,
+        steps_in_eval_mode=layer.gate.steps_in_eval_mode,
+        has_initial_stats=now.buffers is not None and now.is_initial,
     )
 
 

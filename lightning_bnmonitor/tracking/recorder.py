@@ -16,6 +16,7 @@ from lightning_bnmonitor.capture.layer_hook import Gate
 from lightning_bnmonitor.compat import BatchNorm, never_compiled
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.tracking import collectives
+from lightning_bnmonitor.tracking.affine import AffineWeights
 from lightning_bnmonitor.tracking.assessment import assess
 from lightning_bnmonitor.tracking.buffers import History, Snapshot, snapshots
 from lightning_bnmonitor.tracking.measurement import is_inexact, keep_short_windows
@@ -43,6 +44,7 @@ class Recorder:
         self.places = Places(self.gate)
         self.is_attached = False  # whether a tracker records a model with it
         self._by_pass = by_pass
+        self._affine: AffineWeights | None = None  # as the window has ended, if it has
         _recorders.add(self)
 
     @property
@@ -105,16 +107,32 @@ class Recorder:
             if layer.num_calls:
                 layer.hook.by_pass = self._by_pass or is_inexact(ending)
         self.places.window_ended()
+        self._affine = AffineWeights([layer.module for layer in self.layers])
         self._stop_counting()
         return report
 
     def begin_window(self) -> None:
         """Begin the next window, after one has ended."""
         keep_short_windows(self.layers, self.windows)
+        self._affine = None
+        self.gate.steps_in_eval_mode = 0
         self.windows.reset()
         self._begin(self.layers)
         self.windows.make_room()
         self._reopen()
+
+    @torch.inference_mode(False)
+    def start_validation(self, loader: int) -> None:
+        """Look at what is called in eval mode from now on, as batches of that loader."""
+        seen = {loader for layer in self.layers for loader in layer.validation}
+        if not seen or loader in seen:  # it is the first one
+            changed = self._affine.changed() if self._affine is not None else set()
+            is_known = self._affine is not None and self._affine.is_known
+            for layer, now in _with_snapshots(self.layers):
+                layer.keep_for_validation(now, layer.module in changed, is_known and not changed)
+        for layer in self.layers:
+            layer.start_validation(loader)
+        self.gate.validating = True
 
     def rewritten(self, histories: Mapping[BatchNorm, History | None]) -> None:
         """Take note that we have just written the running statistics of these layers, and what they are made of.
@@ -132,7 +150,13 @@ class Recorder:
         """The window so far, as one CPU tensor and primitives."""
         self.flush()
         rows = self.windows.state(self.layers)
-        return {"version": STATE_VERSION, "rank": collectives.rank(), "closed": self.is_closed, **rows}
+        return {
+            "version": STATE_VERSION,
+            "rank": collectives.rank(),
+            "closed": self.is_closed,
+            "steps_in_eval_mode": self.gate.steps_in_eval_mode,
+            **rows,
+        }
 
     @torch.inference_mode(False)
     def restore(self, state: Mapping[str, Any]) -> list[str]:
@@ -145,6 +169,8 @@ class Recorder:
         """
         self.windows = Windows()
         self.places.forget()
+        self._affine = None
+        self.gate.steps_in_eval_mode = state["steps_in_eval_mode"]
         self._reopen()
         for layer in self.layers:
             layer.forget()
@@ -154,6 +180,7 @@ class Recorder:
         self._begin(new)
         if state["rank"] != collectives.rank():
             self.windows.reset()
+            self.gate.steps_in_eval_mode = 0
             for layer, now in _with_snapshots(self.layers):
                 layer.restart(layer.end if state["closed"] and layer.end is not None else now)
         if state["closed"]:

@@ -14,12 +14,13 @@ from torch import Tensor
 from lightning_bnmonitor.capture.batch_moments import PATHS, BatchMoments, Path
 from lightning_bnmonitor.capture.layer_hook import Call, Gate, LayerHook, RepeatableCall
 from lightning_bnmonitor.compat import BatchNorm, is_capturing
+from lightning_bnmonitor.diagnosis.validation import Standing
 from lightning_bnmonitor.statistics.joined_windows import KeptWindow
 from lightning_bnmonitor.statistics.pooled_calls import PooledCalls
 from lightning_bnmonitor.statistics.window import Batches, Window, Write
 from lightning_bnmonitor.tracking.buffers import FRESH, History, Snapshot
 
-_SAVED_OF_HOOK = ("by_pass", "skipped", "checkpointed", "own_forward")
+_SAVED_OF_HOOK = ("by_pass", "skipped", "checkpointed", "own_forward", "calls_in_eval_mode")
 
 
 LeftBehind = tuple[BatchMoments, Callable[[BatchMoments], None]]
@@ -91,6 +92,8 @@ class TrackedLayer:
         self.hook = LayerHook(gate, flush, self.receive_empty, self.validate)
         self.validation: dict[int, PooledCalls] = {}  # by the loader of the batches
         self._in_validation = PooledCalls()  # of the present loader
+        self.val_running: Tensor | None = None  # running statistics as validation began, if they have a part in it
+        self.val_standing = Standing.ABSENT  # what they were then
         self.window: Window | None = None  # where its channels are accumulated, from its first merge on
         self.index = -1
         self.width = 0  # channels of what is stashed and accumulated; 0 before the first call
@@ -112,6 +115,7 @@ class TrackedLayer:
         self.counts = self.counts.restarted()
         self.assumed_updates = self.next_assumed_updates
         self.hook.skipped, self.hook.checkpointed, self.hook.is_wide = 0, False, False
+        self.hook.calls_in_eval_mode = 0
         self.interrupted = False
         known = [old for old in (self.end, self.written) if old is not None and old.has_same_buffers(now)]
         has_ended = self.end is not None and self.end.buffers is not None
@@ -125,7 +129,7 @@ class TrackedLayer:
     def restart(self, now: Snapshot) -> None:
         """Count calls from 0 again in the same window, on these running statistics."""
         self.counts = self.counts.restarted()
-        self.hook.skipped, self.hook.checkpointed = 0, False
+        self.hook.skipped, self.hook.checkpointed, self.hook.calls_in_eval_mode = 0, False, 0
         self.interrupted = self.written_outside = False
         self.start, self.earlier = now._replace(history=None), ()
         self._assume_fresh_if_initial()
@@ -164,16 +168,48 @@ class TrackedLayer:
         """Look at what is called in validation from now on, as batches of that loader."""
         self.validation[loader] = self._in_validation = PooledCalls()
 
+    def keep_for_validation(self, now: Snapshot, has_own_weights: bool, has_weights_of_training: bool) -> None:
+        """Keep the running statistics that a validation begins with.
+
+        Args:
+            now: These.
+            has_own_weights: Whether weight or bias are others than training has left.
+            has_weights_of_training: Whether those of no layer are, as far as is known.
+        """
+        self.val_running = now.buffers
+        self.val_standing = self._standing(now, has_own_weights, has_weights_of_training)
+
+    def end_validation(self) -> None:
+        """Drop what was seen in validation."""
+        self.validation, self.val_running, self.val_standing = {}, None, Standing.ABSENT
+
     def validate(self, moments: BatchMoments) -> None:
         """Take the moments of one call in validation."""
+        if self.module.training:  # it normalises by the batch there, too
+            self.val_running, self.val_standing = None, Standing.ABSENT
         with self.gate.lock:
             self._in_validation.add(moments.num_samples, moments.batch_size, moments.mean, moments.spread)
+
+    def _standing(self, now: Snapshot, has_own_weights: bool, has_weights_of_training: bool) -> Standing:
+        if now.buffers is None:
+            return Standing.ABSENT
+        if now.is_initial:
+            return Standing.INITIAL
+        if self.written is not None and self.written.has_same_buffers(now):
+            return Standing.REPAIRED
+        is_rewritten = self.gate.is_closed and self.end is not None and not self.end.has_same_buffers(now)
+        if has_own_weights or (is_rewritten and not has_weights_of_training):
+            return Standing.OTHER
+        return Standing.REWRITTEN if is_rewritten else Standing.TRAINED
 
     def left_behind(self) -> list[LeftBehind]:
         """What compiled graphs have left behind, if it counts, and what takes each. It is not there any more then."""
         gate, hook = self.gate, self.hook
-        if not (hook.traced or hook.traced_validation):
+        if not (hook.traced or hook.traced_validation or hook.traced_in_eval_mode):
             return []
+        in_eval_mode, hook.traced_in_eval_mode = hook.traced_in_eval_mode, ()
+        if not (gate.paused or gate.is_closed):
+            hook.calls_in_eval_mode += len(in_eval_mode)
         validated, hook.traced_validation = hook.traced_validation, ()
         traced, hook.traced = hook.traced, ()
         if is_capturing():  # a CUDA graph, whose replays write over them

@@ -66,6 +66,10 @@ METRICS = {"eval_error": 0.07, "act_rmse": 0.08, "mean_shift": 0.03, "log_var_ra
 # What makes a verdict: circumstances, observations and metrics that differ from those of a healthy layer.
 SYMPTOMS: dict[str, dict] = {
     "non-finite": {"non_finite_channels": 2.0, "first_bad_batch": 7.0, "first_bad_channel": 3.0},
+    "trained-in-eval": {
+        **{"calls": NEVER_CALLED, "training_calls": 0, "batches": 0.0, "effective_momentum": None},
+        **{"calls_in_eval_mode": 20, "steps_in_eval_mode": 10},
+    },
     "unused": {"calls": NEVER_CALLED, "training_calls": 0, "batches": 0.0, "effective_momentum": None},
     "no-running-stats": {"has_running_stats": False, "batches": 0.0, "effective_momentum": None},
     "own-forward": {"own_forward": True},
