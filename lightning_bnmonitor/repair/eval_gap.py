@@ -242,8 +242,8 @@ def _of_running_stats(found: Attribution) -> Iterable[str]:
         yield f"Running statistics cost {cost} of the loss, {share:.0%} of that by {top.name}."
     else:
         yield (
-            f"Running statistics cost {cost} of the loss; those of {top.name} {top.reduction:.4g}, of which other "
-            "layers, wrong the other way, make up for a part."
+            f"Running statistics cost {cost} of the loss, first those of {top.name} ({top.reduction:.4g}); some layers "
+            "make up for a part of others."
         )
     yield f"Repair: `{found.repair}`."
     if found.eval_loss - found.dropout_loss > found.gap / 2:

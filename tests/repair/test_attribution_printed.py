@@ -72,7 +72,7 @@ def test_the_sentence_opens_with_the_largest_part_and_its_remedy():
 
 def test_parts_of_opposite_sign_have_no_percentages_and_are_said():
     sentence = assert_printed(CASES["opposite"])
-    assert sentence.startswith("Running statistics cost 0.1 ± 0.01 of the loss; those of a.norm 0.4, of which other ")
+    assert sentence.startswith("Running statistics cost 0.1 ± 0.01 of the loss, first those of a.norm (0.4); some ")
     assert "%" not in str(CASES["opposite"])
     assert (
         "The other way round: dropout, other modules in training mode (-0.13), normalising by the batch (-0.12); so "
