@@ -19,6 +19,7 @@ OTHER_DATA = "the evaluation data otherwise"
 BY_BATCH = "normalising by the batch"
 MODULES = "dropout, other modules in training mode"
 _MARGIN = 2.0  # standard errors beyond which a part that is no running statistics' is no chance
+_HIDING = 0.1  # of the largest part: from which on one of opposite sign is said
 
 
 class Contribution(NamedTuple):
@@ -241,8 +242,8 @@ def _of_running_stats(found: Attribution) -> Iterable[str]:
         yield f"Running statistics cost {cost} of the loss, {share:.0%} of that by {top.name}."
     else:
         yield (
-            f"Running statistics cost {cost} of the loss; those of {top.name} {top.reduction:.4g}, of which other "
-            "layers, wrong the other way, make up for a part."
+            f"Running statistics cost {cost} of the loss, first those of {top.name} ({top.reduction:.4g}); some layers "
+            "make up for a part of others."
         )
     yield f"Repair: `{found.repair}`."
     if found.eval_loss - found.dropout_loss > found.gap / 2:
@@ -279,8 +280,9 @@ def _besides(found: Attribution, largest: Part) -> Iterable[str]:
 
 
 def _opposite(found: Attribution) -> Iterable[str]:
-    """What hides a part of the loss in the difference between the modes."""
-    listed = _listed(part for part in found.remaining if part.is_significant and part.reduction < 0)
+    """What hides a tenth or more of the largest part in the difference between the modes."""
+    worth = _HIDING * found.largest.reduction if found.largest else 0.0
+    listed = _listed(part for part in found.remaining if part.is_significant and part.reduction < -worth)
     if listed:
         yield (
             f"The other way round: {listed}; so the losses in eval mode and in training mode differ by "

@@ -215,7 +215,7 @@ def recalibrate_layers(
             measurement.check_complete(layers)
         before, beside = _divided(measurement.compare(are_averaged=False, all_ranks=together), layers)
         used = {name: layers[name] for name, layer in before.items() if layer.num_samples}
-        if not used and not count:
+        if not used and not count and not any(layer.num_samples for layer in beside.values()):
             raise ValueError("`batches` gave no batch: nothing was measured, and nothing changed.")
         new = {layer: _new_stats(layer, before[name]) for name, layer in used.items()}
         with old.restored_on_error():

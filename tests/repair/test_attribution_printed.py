@@ -72,12 +72,18 @@ def test_the_sentence_opens_with_the_largest_part_and_its_remedy():
 
 def test_parts_of_opposite_sign_have_no_percentages_and_are_said():
     sentence = assert_printed(CASES["opposite"])
-    assert sentence.startswith("Running statistics cost 0.1 ± 0.01 of the loss; those of a.norm 0.4, of which other ")
+    assert sentence.startswith("Running statistics cost 0.1 ± 0.01 of the loss, first those of a.norm (0.4); some ")
     assert "%" not in str(CASES["opposite"])
     assert (
-        "The other way round: dropout, other modules in training mode (-0.15), normalising by the batch (-0.1); so the "
-        "losses in eval mode and in training mode differ by 0.75."
+        "The other way round: dropout, other modules in training mode (-0.13), normalising by the batch (-0.12); so "
+        "the losses in eval mode and in training mode differ by 0.75."
     ) in assert_printed(CASES["better than in training"])
+
+
+def test_parts_of_opposite_sign_are_said_from_a_tenth_of_the_largest_on():
+    for batch_loss, is_said in ((1.59, False), (1.61, True)):
+        found = attribution(batch_loss=batch_loss, train_loss=batch_loss)
+        assert ("The other way round: normalising by the batch" in assert_printed(found)) == is_said
 
 
 def test_dropout_that_explains_the_running_statistics_is_said():
