@@ -97,6 +97,7 @@ class Recorder:
         for ending in endings:
             layer, known, now = ending.state
             layer.end_window(now._replace(history=ending.history), known.updates_per_call)
+            layer.earlier = ending.earlier
             if layer.num_calls:
                 layer.hook.by_pass = self._by_pass or is_inexact(ending)
         self._stop_counting()
