@@ -15,6 +15,7 @@ from lightning_bnmonitor.diagnosis.evidence import METRICS, calls_apart, distanc
 from lightning_bnmonitor.report.layer_report import LayerReport
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.statistics.blocks import Blocks, at_fixed_weights
+from lightning_bnmonitor.statistics.channel_layout import ChannelLayout
 from lightning_bnmonitor.statistics.pooling import PooledStatistics, error_of_one_rank, pool
 from lightning_bnmonitor.tracking import collectives
 from lightning_bnmonitor.tracking.exchange import Exchange, Frame
@@ -171,8 +172,11 @@ def _rank(all_ranks: bool) -> int | None:
 
 def _frames(states: Sequence[LayerState], blocks: Blocks) -> list[Frame]:
     """What each rank knows of its layers by itself: their names, and how the batches went over the window."""
-    values = torch.split(torch.from_numpy(blocks.value.copy()), blocks.widths.tolist(), dim=-1)
-    courses = zip(torch.from_numpy(blocks.num_batches), values, strict=True)
+    used = (blocks.num_batches > 0).sum(axis=1).tolist()
+    courses = (
+        (torch.from_numpy(counts[:num].copy()), torch.from_numpy(blocks.value[:num, :, own].copy()))
+        for counts, num, own in zip(blocks.num_batches, used, ChannelLayout(blocks.widths).slices, strict=True)
+    )
     return [
         partial(
             LayerReport,

@@ -60,6 +60,8 @@ class Ending(NamedTuple):
     """What the running statistics are made of."""
     ratio: float
     """Largest absolute mean over sqrt(var + eps) of any channel; NaN if it was not called."""
+    earlier: Sequence[KeptWindow]
+    """The windows before that it was judged by, or may be, too."""
 
 
 def states_of(layers: Sequence[TrackedLayer], ended: bool = False) -> list[LayerState]:
@@ -135,7 +137,8 @@ def endings_of(measured: Measurement) -> Iterator[Ending]:
             start = state.layer.start
             is_same = start.buffers is None or start.has_same_buffers(state.now)
             updated = start.history if is_same else None
-        yield Ending(state, updated if state.circumstances.weights_known else None, ratio)
+        earlier = fewest(state.layer.earlier, ENOUGH - num_batches)
+        yield Ending(state, updated if state.circumstances.weights_known else None, ratio, earlier)
 
 
 def _needed_of_earlier(states: Sequence[LayerState], blocks: Blocks) -> dict[int, Sequence[KeptWindow]]:
