@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bnmonitor import BatchNormMonitor, BatchNormTracker, LayerReport
-from tests.promises.test_cost import bytes_held
+from tests.promises.test_cost import Operations, bytes_held
 from tests.tracking.small_models import assert_alike, hooks_on, network, saved_and_loaded
 from tests.tracking.test_interrupts import Interrupt
 
@@ -366,3 +366,18 @@ def test_what_counts_places_is_gone_when_the_window_ends() -> None:
             train(tracker, model, steps_of(20))
         assert hooks_on(model) == hooks
         assert tracker.report()["0"].evidence["calls_per_model_call"] == pytest.approx(1, abs=0.1)
+
+
+def test_a_step_of_two_calls_has_few_more_operations() -> None:
+    def operations(monitored: bool) -> int:
+        model = nn.Sequential(*[nn.Sequential(nn.Linear(C, C), nn.BatchNorm1d(C)) for _ in range(8)])
+        with BatchNormTracker(model) if monitored else contextlib.nullcontext() as tracker:
+            with Operations() as seen:
+                for _ in range(80):
+                    (model(torch.randn(4, C)) - model(torch.randn(4, C))).square().mean().backward()
+                    if tracker is not None:
+                        tracker.step()
+            assert tracker is None or "call_shift" in tracker.report()["0.1"].evidence
+        return len(seen.names)
+
+    assert 0 < operations(monitored=True) - operations(monitored=False) <= 5 * 80
