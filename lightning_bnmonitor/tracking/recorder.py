@@ -44,7 +44,7 @@ class Recorder:
         self.places = Places(self.gate)
         self.is_attached = False  # whether a tracker records a model with it
         self._by_pass = by_pass
-        self._affine: AffineWeights | None = None  # as the window has ended, if it has
+        self._affine: AffineWeights | None = None  # as the window has ended, while nothing waits to be merged
         _recorders.add(self)
 
     @property

@@ -19,8 +19,7 @@ from lightning_bnmonitor.tracking.call_sites import CallSites
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 
 _BUFFER_ROWS = 6  # per channel: the running statistics when the window began, when the last one ended, and since
-_AFFINE_ROWS = 2  # weight and bias as the window has ended
-_CHANNEL_BYTES = 8 * (Window.CHANNEL_ROWS + _BUFFER_ROWS + _AFFINE_ROWS)
+_CHANNEL_BYTES = 8 * (Window.CHANNEL_ROWS + _BUFFER_ROWS)
 _LAYER_BYTES = 850
 
 
