@@ -231,7 +231,8 @@ def _variance_of_reference(blocks: Blocks, densities: Densities, noise: NoiseMod
     """
     least = 1.75 / blocks.batch_size.sum(axis=1)
     observed = np.maximum(noise.error(1 / densities.total, unit) ** 2, least)
-    return np.where(densities.dof >= 1, observed, 2 * least)
+    error: FloatArray = np.where(densities.dof >= 1, observed, 2 * least)
+    return error
 
 
 def _present(window: _Window) -> _Present:
