@@ -56,8 +56,16 @@ class Output:
         self._alarm.react(report, may_warn=trainer.is_global_zero)
 
     def show_validation(self, trainer: Trainer, report: Report) -> None:
-        """Log how far validation was from training."""
+        """Log how far validation was from training, and react to what it has found."""
         self._scalars.log_validation(trainer, report, batches_that_stepped(trainer))
+        if self._dashboard is not None:
+            self._dashboard.validated(trainer.loggers, report)
+        self._alarm.react(report, may_warn=trainer.is_global_zero)
+
+    def no_validation_follows(self, trainer: Trainer) -> None:
+        """An epoch has ended: what waits for a validation is shown as it is."""
+        if self._dashboard is not None:
+            self._dashboard.tell(trainer.loggers)
 
     def finish(self, trainer: Trainer) -> None:
         """Draw what is not drawn yet."""

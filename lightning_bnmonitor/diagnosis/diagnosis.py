@@ -36,6 +36,25 @@ class Diagnosis:
     """The numbers it rests on, by their names in :data:`~lightning_bnmonitor.diagnosis.evidence.EVIDENCE`."""
 
     @property
+    def cause(self) -> str:
+        """What is the matter in a word: the verdict, unless that needs no attention and a flag does."""
+        if not self.needs_attention or VERDICTS[self.verdict].needs_attention(self.evidence.get("eval_error", 0.0)):
+            return self.verdict
+        return next((flag for flag in self.flags if FLAGS[flag].attention(self.evidence)), self.verdict)
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether it is known how good or bad the layer is: by its training, or by what it was evaluated with."""
+        return VERDICTS[self.verdict].is_judged or self.needs_attention or "val_error" in self.evidence
+
+    @property
+    def notes(self) -> str:
+        """What its flags say, and what to do about that; empty if there are none."""
+        flags = [FLAGS[flag] for flag in self.flags]
+        texts = (text for flag in flags for text in (flag.explain(self.evidence), flag.prescribe(self.evidence)))
+        return _joined(texts)
+
+    @property
     def explanation(self) -> str:
         """What was found and what it means, with this layer's numbers, all of which are in :attr:`evidence`."""
         unseen = [_UNSEEN] if self.evidence.get("calls_skipped") else []
