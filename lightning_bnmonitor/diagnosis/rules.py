@@ -41,7 +41,7 @@ def _is_of_one_window(evidence: Evidence) -> bool:
 
 
 def _error(evidence: Evidence, unknown: float) -> float:
-    """What has to be worth a warning: not ``eval_error`` alone over several windows, where the last batches are few."""
+    """What has to be worth a warning: over several windows, whose last batches are few, not ``eval_error`` alone."""
     error = evidence.get("eval_error", unknown)
     return evidence.get("least_error", error) if evidence.get("windows", 1) > 1 else error
 

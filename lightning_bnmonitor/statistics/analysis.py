@@ -40,7 +40,7 @@ sorted data from weights that move back and forth; last batches of one or two im
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import numpy as np
@@ -130,6 +130,29 @@ def analyse(blocks: Blocks, running: RunningStats, eps: FloatArray) -> Analysis:
     """
     with np.errstate(all="ignore"):
         return _analyse(paired(blocks), running, eps)
+
+
+def with_population_of(analysis: Analysis, blocks: Blocks) -> Analysis:
+    """An analysis of several windows, but what was received is that of these blocks, of the last window, alone.
+
+    That is the population, the batches and their scatter; nothing that is compared with running statistics.
+    """
+    with np.errstate(all="ignore"):
+        blocks, layout = paired(blocks), analysis.layout
+        densities = densities_of(blocks)
+        sums = sums_of(blocks, densities, layout)
+        count, squares = densities.total[MEAN], _squares(densities, sums, layout)
+        return replace(
+            analysis,
+            num_batches=densities.num_batches,
+            samples_per_batch=count / densities.num_batches,
+            batch_size=blocks.batch_size.sum(axis=1) / densities.num_batches,
+            dof=densities.dof,
+            within=np.where(layout.spread(densities.dof) > 0, sums.within, 0),
+            num_samples=count + blocks.beside.num_samples,
+            population=_with_beside(layout, blocks, count, sums.reference[MEAN], squares),
+            reference=sums.reference,
+        )
 
 
 def _analyse(blocks: Blocks, running: RunningStats, eps: FloatArray) -> Analysis:
@@ -231,8 +254,8 @@ def _variance_of_reference(blocks: Blocks, densities: Densities, noise: NoiseMod
     """
     least = 1.75 / blocks.batch_size.sum(axis=1)
     observed = np.maximum(noise.error(1 / densities.total, unit) ** 2, least)
-    error: FloatArray = np.where(densities.dof >= 1, observed, 2 * least)
-    return error
+    variance: FloatArray = np.where(densities.dof >= 1, observed, 2 * least)
+    return variance
 
 
 def _present(window: _Window) -> _Present:

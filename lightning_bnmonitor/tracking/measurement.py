@@ -13,7 +13,7 @@ from torch import Tensor
 from lightning_bnmonitor.capture.batch_moments import PATHS
 from lightning_bnmonitor.compat import BatchNorm
 from lightning_bnmonitor.diagnosis.circumstances import Circumstances
-from lightning_bnmonitor.statistics.analysis import Analysis, analyse
+from lightning_bnmonitor.statistics.analysis import Analysis, analyse, with_population_of
 from lightning_bnmonitor.statistics.blocks import Blocks
 from lightning_bnmonitor.statistics.call_contrasts import CallContrasts
 from lightning_bnmonitor.statistics.channel_layout import ChannelLayout, FloatArray
@@ -39,7 +39,7 @@ class Measurement(NamedTuple):
     states: Sequence[LayerState]
     blocks: Blocks
     analysis: Analysis
-    """Of these windows alone."""
+    """What was received in these windows alone; what is said of running statistics is that of ``judged``."""
     judged: Analysis
     """Of these windows, and of as many before as it takes to judge short ones."""
     windows: FloatArray
@@ -91,13 +91,15 @@ def measure(
     eps = np.array([state.layer.module.eps for state in states])
     missing = torch.full((2, 1), torch.nan, dtype=torch.float64, device="cpu")
     running = _side_by_side([state.now.buffers for state in states], blocks, missing)
-    stats = _running_stats(states, blocks, running)
-    analysis, windows = analyse(blocks, stats, eps), np.ones(len(states))
-    judged, earlier = analysis, _needed_of_earlier(states, blocks) if with_earlier else {}
-    if earlier:
-        judged = analyse(joined(blocks, earlier), _since_the_first(stats, analysis.layout, earlier), eps)
+    stats, windows = _running_stats(states, blocks, running), np.ones(len(states))
+    if earlier := _needed_of_earlier(states, blocks) if with_earlier else {}:
+        stats = _since_the_first(stats, ChannelLayout(blocks.widths), earlier)
+        judged = analyse(joined(blocks, earlier), stats, eps)
+        analysis = with_population_of(judged, blocks)
         for layer, its in earlier.items():
             windows[layer] += len(its)
+    else:
+        judged = analysis = analyse(blocks, stats, eps)
     return Measurement(states, blocks, analysis, judged, windows, running, eps, contrasts)
 
 
