@@ -80,7 +80,7 @@ EVIDENCE: Mapping[str, str] = {
     "calls_in_eval_mode": "calls with gradients while the whole model was in eval mode",
     "windows": "how many windows, this one the last, the verdict rests on, if several",
     "batches_before": "those of batches that came in windows before this one",
-    "least_error": "the smaller of eval_error and of the RMS error on all batches that the verdict rests on",
+    "least_error": "by all batches that the verdict rests on: the smaller of eval_error and act_rmse",
     "reference_error": "the part of least_error that is chance in what the layer received",
     "initial_distance": "the RMS error that the initial zeros and ones would make",
     "steps_in_eval_mode": "optimizer steps while the whole model was in eval mode",
@@ -157,7 +157,7 @@ def distances(
 
 
 def of_several_windows(
-    judged: Analysis, last: Analysis, windows: FloatArray, eval_error: FloatArray, running: Tensor, eps: Tensor
+    judged: Analysis, last: Analysis, windows: FloatArray, now: Tensor, running: Tensor, eps: Tensor
 ) -> Iterator[dict[str, float]]:
     """What is known of each layer by all windows that its verdict rests on: a part of its evidence.
 
@@ -165,15 +165,18 @@ def of_several_windows(
         judged: Of all these windows.
         last: Of the last one.
         windows: How many there are, ``(L,)``.
-        eval_error: Of each layer, ``(L,)``.
+        now: Mean and unbiased variance at the end of the last one, by that alone, ``(2, C)``.
         running: Running statistics, ``(2, C)``.
         eps: Of each channel's layer, ``(C,)``.
     """
-    mean, var = torch.from_numpy(judged.population)
-    error = divergence.act_rmse(mean, var, running[0], running[1], eps).numpy()
+    layout = judged.layout
+    present = torch.where(torch.from_numpy(layout.spread(windows)) > 1, torch.from_numpy(judged.now), now)
     with np.errstate(all="ignore"):
-        least = np.fmin(eval_error, np.sqrt(judged.layout.mean(error**2)))
-    before = judged.num_batches - last.num_batches
+        of_all, of_now = (
+            np.sqrt(layout.mean(divergence.act_rmse(mean, var, running[0], running[1], eps).numpy() ** 2))
+            for mean, var in (torch.from_numpy(judged.population), present)
+        )
+    least, before = np.fmin(of_all, of_now), judged.num_batches - last.num_batches
     for error, num, batches in zip(least.tolist(), windows.tolist(), before.tolist(), strict=True):
         known = {"least_error": error} if math.isfinite(error) else {}
         yield known | ({"windows": num, "batches_before": batches} if num > 1 else {})

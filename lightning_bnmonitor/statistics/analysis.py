@@ -132,16 +132,21 @@ def analyse(blocks: Blocks, running: RunningStats, eps: FloatArray) -> Analysis:
         return _analyse(paired(blocks), running, eps)
 
 
-def with_population_of(analysis: Analysis, blocks: Blocks) -> Analysis:
-    """An analysis of several windows, but what was received is that of these blocks, of the last window, alone.
+def of_the_last(analysis: Analysis, blocks: Blocks, running: RunningStats, eps: FloatArray) -> Analysis:
+    """An analysis of several windows, but what was received is that of the last window alone.
 
-    That is the population, the batches and their scatter; nothing that is compared with running statistics.
+    That is the population, the batches with their scatter, and the statistics now; nothing that tells of noise.
+
+    Args:
+        analysis: Of several windows.
+        blocks: Of the last one.
+        running: Running statistics at its ends.
+        eps: Of each layer, ``(L,)``.
     """
     with np.errstate(all="ignore"):
-        blocks, layout = paired(blocks), analysis.layout
-        densities = densities_of(blocks)
-        sums = sums_of(blocks, densities, layout)
-        count, squares = densities.total[MEAN], _squares(densities, sums, layout)
+        window, squares = _window_of(paired(blocks), running, eps)
+        blocks, densities, sums, *_, layout = window
+        count = densities.total[MEAN]
         return replace(
             analysis,
             num_batches=densities.num_batches,
@@ -152,18 +157,26 @@ def with_population_of(analysis: Analysis, blocks: Blocks) -> Analysis:
             num_samples=count + blocks.beside.num_samples,
             population=_with_beside(layout, blocks, count, sums.reference[MEAN], squares),
             reference=sums.reference,
+            now=_present(window).now,
         )
 
 
-def _analyse(blocks: Blocks, running: RunningStats, eps: FloatArray) -> Analysis:
+def _window_of(blocks: Blocks, running: RunningStats, eps: FloatArray) -> tuple[_Window, FloatArray]:
+    """What is known of a window before anything is compared, and its values' sum of squares about their mean."""
     layout = ChannelLayout(blocks.widths)
     densities = densities_of(blocks)
     sums = sums_of(blocks, densities, layout)
     noise = noise_of(blocks, densities, sums, running, layout)
-    count, squares = densities.total[MEAN], _squares(densities, sums, layout)
-    scaled = squares / layout.spread(count - 1) + layout.spread(eps)
+    squares = _squares(densities, sums, layout)
+    scaled = squares / layout.spread(densities.total[MEAN] - 1) + layout.spread(eps)
     unit = np.stack([np.sqrt(scaled), 2 * scaled])
-    window = _Window(blocks, densities, sums, noise, running, unit, layout)
+    return _Window(blocks, densities, sums, noise, running, unit, layout), squares
+
+
+def _analyse(blocks: Blocks, running: RunningStats, eps: FloatArray) -> Analysis:
+    window, squares = _window_of(blocks, running, eps)
+    _, densities, sums, noise, _, unit, layout = window
+    count = densities.total[MEAN]
     present = _present(window)
     comparisons = _compare(window, present)
     known = np.where(running.known, 1.0, np.nan)
@@ -191,7 +204,7 @@ def _analyse(blocks: Blocks, running: RunningStats, eps: FloatArray) -> Analysis
         max_score=comparisons.max_score,
         first_bad=blocks.first_bad,
         **_movements(window, present, comparisons),
-        batching=batching_of(blocks, densities, sums, noise, scaled, layout),
+        batching=batching_of(blocks, densities, sums, noise, unit[VAR] / 2, layout),
         last_batch=last_batch_noise(running.last, noise, unit),
     )
 

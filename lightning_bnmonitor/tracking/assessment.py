@@ -118,14 +118,14 @@ def describe(measured: Measurement, seen: Seen | None = None, at_fixed_weights: 
         everyone, evidence = seen
         population, num_samples = everyone.population(layout), everyone.num_samples
         judged = replace(judged, first_bad=everyone.first_bad)
-    moves = (judged.num_batches > 1) & (not at_fixed_weights)
+    moves = (analysis.num_batches > 1) & (not at_fixed_weights)
     exact = torch.from_numpy(population)
-    now = torch.from_numpy(np.where(layout.spread(moves), judged.now, population))
+    now = torch.from_numpy(np.where(layout.spread(moves), analysis.now, population))
     has_stats = np.array([state.circumstances.has_running_stats for state in states], dtype=bool)
     channel_eps = torch.from_numpy(layout.spread(eps))
     metrics = distances(exact, now, running, channel_eps, layout, has_stats & (num_samples > 0))
     observed = observations(judged, exact, running, has_stats, channel_eps)
-    together = of_several_windows(judged, analysis, windows, metrics["eval_error"], running, channel_eps)
+    together = of_several_windows(judged, analysis, windows, now, running, channel_eps)
     apart = calls_apart(contrasts, exact[1] + channel_eps, layout)
     numbers = torch.cat([exact, running, now, torch.from_numpy(judged.z), torch.from_numpy(judged.std_error)])
     rows = zip(*(metrics[name].tolist() for name in METRICS), strict=True)

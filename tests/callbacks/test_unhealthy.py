@@ -145,10 +145,9 @@ def test_many_layers_are_warned_of_in_one_line_the_first_five_by_name(tmp_path):
 def test_where_no_layer_needs_attention_there_is_no_warning_and_nothing_is_raised(tmp_path, window):
     model, monitor = AtRest(), BatchNormMonitor(on_unhealthy="warn")
     raises = BatchNormMonitor(on_unhealthy="raise", log_key_prefix="raises")
-    if window == "healthy":
-        model.body.narrow.momentum = 0.05
-        torch.optim.swa_utils.update_bn(train_data(20), model)
-    num_batches = 20 if window == "healthy" else 6
+    model.body.narrow.momentum = 0.05
+    torch.optim.swa_utils.update_bn(train_data(20), model)
+    num_batches = 20 if window == "healthy" else 3  # and six in both windows together
     assert warned(lambda: fit(tmp_path, monitor, raises, model=model, num_batches=num_batches, max_epochs=2)) == []
     verdict = "healthy" if window == "healthy" else "insufficient-data"
     for report in (monitor.report(), raises.report()):
@@ -213,6 +212,7 @@ def test_the_monitor_that_raised_can_be_used_for_another_fit(tmp_path):
     with pytest.raises(UnhealthyBatchNormError):
         fit(tmp_path, monitor)
     model = AtRest()
+    torch.optim.swa_utils.update_bn(train_data(20), model)
     fit(tmp_path, monitor, model=model, num_batches=6)
     assert num_batches(monitor.report()) == dict.fromkeys(LAYERS, 6)
     assert hooks_of(model) == 0

@@ -76,7 +76,7 @@ def test_a_tracked_layers_report_is_that_of_all_its_values(shape):
         "samples_per_batch": x.shape[1] / 5,
     }
     assert {key: report.evidence[key] for key in expected} == expected
-    assert report.verdict == "insufficient-data"
+    assert report.verdict == ("warming-up" if shape[0] >= 8 else "insufficient-data")  # certain with enough samples
 
 
 def test_the_present_statistics_of_a_single_batch_are_the_populations():
