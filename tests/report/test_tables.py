@@ -158,7 +158,8 @@ def test_a_cause_is_explained_once_with_the_numbers_of_the_worst_and_the_names_o
     (text,) = Report(layers).brief().split("\n\n")[2:]
     assert text.startswith("layer6, layer5, layer4, layer3, layer2 and 2 more: lagging. ")
     assert " ".join(text.split()).endswith(f"{layers[-1].diagnosis.explanation} {layers[-1].remedy}")
-    assert "0.36" in text and "0.35" not in text
+    assert "0.36" in text
+    assert "0.35" not in text
 
 
 def test_layers_whose_flags_differ_are_explained_each():
