@@ -233,7 +233,8 @@ class BatchNormMonitor(Callback):
         loaders = trainer.num_test_batches if trainer.state.fn == "test" else trainer.num_val_batches
         report = self._tracker.validation_report(all_ranks, num_loaders=len(loaders))
         if _is_alone(trainer):
-            self._print(trainer, report, "what was evaluated")
+            if report:
+                self._print(trainer, report, "what was evaluated")
             return
         if self._schedule.is_due:  # and mid-window, `report()` goes on to be that of the last one
             self._report = report
@@ -272,6 +273,8 @@ class BatchNormMonitor(Callback):
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._detach()
+        if _is_alone(trainer):  # what a fit has shown stays
+            self._tracker = None
         self._output.finish(trainer)
 
     @override

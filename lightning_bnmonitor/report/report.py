@@ -127,7 +127,8 @@ class Report(Mapping[str, LayerReport]):
             ValueError: If ``n`` is negative.
         """
         worst = self.worst(n)
-        items = [f"- **{each.listed(escaped)}**: {each.cause}. {each.text}" for each in paragraphs(self.worst())]
+        said = paragraphs(self.worst()) if worst else []
+        items = [f"- **{each.listed(escaped)}**: {each.cause}. {each.text}" for each in said]
         table = layer_table(worst, "github", escaped, brief=True)
         news = changes(self.worst(), since or {})
         parts = (f"**{self._headline}**", news, table, "\n".join(items))
@@ -135,6 +136,8 @@ class Report(Mapping[str, LayerReport]):
 
     def brief(self, n: int | None = 10) -> str:
         """One sentence on the model, the table of the ``n`` worst layers, and the first three causes explained.
+
+        What is explained is that of all layers, not of these alone. With ``n=0`` it is the sentence alone.
 
         Raises:
             ValueError: If ``n`` is negative.
@@ -145,7 +148,7 @@ class Report(Mapping[str, LayerReport]):
             textwrap.fill(
                 f"{each.listed()}: {each.cause}. {each.text}", 120, subsequent_indent="  ", break_long_words=False
             )
-            for each in paragraphs(self.worst())
+            for each in (paragraphs(self.worst()) if worst else ())
         ]
         return "\n\n".join([self._headline, *table, *texts])
 

@@ -6,6 +6,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
+from lightning_bnmonitor.diagnosis.diagnosis import Diagnosis
 from lightning_bnmonitor.report.layer_report import LayerReport
 
 _CAUSES = 3  # that a printed report explains, and as many that need no attention
@@ -72,16 +73,15 @@ def paragraphs(layers: Iterable[LayerReport]) -> list[Paragraph]:
             causes.setdefault(key, []).append(layer)
         elif layer.flags:
             notes.setdefault(key[1:], []).append(layer)
-    explained = [
-        Paragraph(_names(its), ", ".join(key), f"{its[0].diagnosis.explanation} {its[0].remedy}".rstrip())
-        for key, its in causes.items()
-    ]
-    noted = [Paragraph(_names(its), ", ".join(key), its[0].diagnosis.notes) for key, its in notes.items()]
+    explained = [_of(its, key, lambda each: f"{each.explanation} {each.remedy}") for key, its in causes.items()]
+    noted = [_of(its, key, lambda each: each.notes) for key, its in notes.items()]
     return explained[:_CAUSES] + noted[:_CAUSES]
 
 
-def _names(layers: Iterable[LayerReport]) -> list[str]:
-    return [layer.name for layer in layers]
+def _of(layers: Sequence[LayerReport], words: Sequence[str], text: Callable[[Diagnosis], str]) -> Paragraph:
+    """What is said of these layers: of the worst, but of data that differ where they first do."""
+    ordered = sorted(layers, key=lambda layer: layer.diagnosis.evidence.get("val_shifted_before", 0.0) > 0)
+    return Paragraph([each.name for each in ordered], ", ".join(words), text(ordered[0].diagnosis).strip())
 
 
 def _count(layers: Sequence[LayerReport]) -> str:

@@ -63,7 +63,7 @@ def test_weight_averaging_swaps_weights_in_validation_and_the_report_is_of_those
         return [averaging(name)(use_buffers=use_buffers)]
 
     for ran in fit_in_both_orders(tmp_path, others=others, val_check_interval=0.5):
-        ran.check(10, 20).check_healthy()
+        ran.check(10, 20).check_healthy("other-weights")
 
 
 class Unfreezes(BaseFinetuning):
