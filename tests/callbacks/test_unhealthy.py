@@ -154,18 +154,10 @@ def test_where_no_layer_needs_attention_there_is_no_warning_and_nothing_is_raise
     model, monitor = settled(num_batches), BatchNormMonitor(on_unhealthy="warn")
     model.body.narrow.momentum = 0.05
     raises = BatchNormMonitor(on_unhealthy="raise", log_key_prefix="raises")
-<<<<<<< HEAD
-    model.body.narrow.momentum = 0.05
-    torch.optim.swa_utils.update_bn(train_data(20), model)
-    num_batches = 20 if window == "healthy" else 3  # and six in both windows together
-    assert warned(lambda: fit(tmp_path, monitor, raises, model=model, num_batches=num_batches, max_epochs=2)) == []
-    verdict = "healthy" if window == "healthy" else "insufficient-data"
-=======
     assert (
         warned(lambda: fit(tmp_path, monitor, raises, model=model, num_batches=num_batches, max_epochs=max_epochs))
         == []
     )
->>>>>>> h-fixcb
     for report in (monitor.report(), raises.report()):
         assert [layer.verdict for layer in report.values()] == [verdict] * 2
 
@@ -262,12 +254,7 @@ def test_the_monitor_that_raised_can_be_used_for_another_fit(tmp_path):
     monitor = BatchNormMonitor(on_unhealthy="raise")
     with pytest.raises(UnhealthyBatchNormError):
         fit(tmp_path, monitor)
-<<<<<<< HEAD
-    model = AtRest()
-    torch.optim.swa_utils.update_bn(train_data(20), model)
-=======
     model = settled(6)
->>>>>>> h-fixcb
     fit(tmp_path, monitor, model=model, num_batches=6)
     assert num_batches(monitor.report()) == dict.fromkeys(LAYERS, 6)
     assert hooks_of(model) == 0

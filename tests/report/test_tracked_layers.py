@@ -86,12 +86,8 @@ def test_a_tracked_layers_report_is_that_of_all_its_values(shape, verdict):
         "samples_per_batch": x.shape[1] / 5,
     }
     assert {key: report.evidence[key] for key in expected} == expected
-<<<<<<< HEAD
-    assert report.verdict == ("warming-up" if shape[0] >= 8 else "insufficient-data")  # certain with enough samples
-=======
     assert report.evidence["initial_weight"] == pytest.approx(0.8**5)
     assert report.verdict == verdict
->>>>>>> h-fixcb
 
 
 def test_the_present_statistics_of_a_single_batch_are_the_populations():
