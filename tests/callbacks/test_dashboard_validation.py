@@ -35,11 +35,13 @@ def texts_of(tmp_path, monitor, *callbacks, validates=True, **options):
         ({}, {"max_epochs": 2, "val_check_interval": 3}, {5: VALIDATED, 11: VALIDATED}),
         ({}, {"max_epochs": 2, "max_steps": 8}, {5: VALIDATED, 7: OF_WINDOW}),
         ({"every_n_train_batches": 2}, {}, {1: OF_WINDOW, 3: OF_WINDOW, 5: VALIDATED}),
-        ({"every_n_train_batches": 4}, {"max_epochs": 2}, {3: VALIDATED, 7: OF_WINDOW, 11: VALIDATED}),
+        ({"every_n_train_batches": 4}, {"max_epochs": 2}, {3: OF_WINDOW, 7: OF_WINDOW, 11: VALIDATED}),
         ({"validation_batches": 0}, {}, {5: OF_WINDOW}),
     ],
 )
-def test_a_text_tells_of_the_validation_that_follows_before_the_next_window_ends(tmp_path, arguments, options, headers):
+def test_a_text_tells_of_the_validation_that_follows_the_last_batch_of_its_window(
+    tmp_path, arguments, options, headers
+):
     texts = texts_of(tmp_path, BatchNormMonitor(**arguments), **options)
     assert {step: page.rows[0] for step, page in texts.items()} == headers
     for page in texts.values():

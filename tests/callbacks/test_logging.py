@@ -300,14 +300,16 @@ def test_a_running_statistic_that_is_not_finite_makes_the_largest_eval_error_inf
         def on_train_start(self):
             getattr(self.body.wide, buffer)[0] = poison
 
-    recorder = Recorder()
-    trainer = trainer_for(tmp_path, recorder, BatchNormMonitor(), logger=True)
+    recorder, monitor = Recorder(), BatchNormMonitor()
+    trainer = trainer_for(tmp_path, recorder, monitor, logger=True)
     trainer.fit(Poisoned(), train_data())
     scalars = events(tmp_path)
     assert scalars["bn/eval_error_max"] == [(5, math.inf)]
     assert scalars["bn.eval_error/body.wide"] == [(5, math.inf)]
     assert math.isinf(trainer.callback_metrics["bn/eval_error_max"])
-    assert trainer.callback_metrics[JUDGED] == 1
+    causes = {name: layer.diagnosis.cause for name, layer in monitor.report().items()}
+    assert causes == {"body.wide": "non-finite", "body.narrow": "warming-up"}
+    assert trainer.callback_metrics[JUDGED] == 2
     untouched = recorder.layer_values((0, BATCHES), "body.narrow")
     assert scalars["bn.eval_error/body.narrow"] == [(5, close(untouched["eval_error"]))]
     assert all(math.isfinite(scalars[f"bn.{name}/body.wide"][0][1]) for name in ("act_rmse", "mean_shift"))
