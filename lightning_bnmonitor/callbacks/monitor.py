@@ -45,8 +45,9 @@ class BatchNormMonitor(Callback):
         validation_batches: Batches of each validation loader in each validation, on each rank, that are compared with
             training, by a pass over the inputs of each layer; 0 for none.
         log_key_prefix: What the logged names begin with, not empty.
-        on_unhealthy: What to do at a window's end if layers need attention: ``"warn"`` of each layer and verdict once,
-            ``"ignore"``, or ``"raise"`` :class:`UnhealthyBatchNormError` with the report on every rank.
+        on_unhealthy: What to do at a window's end, and after a validation that follows it, if layers need attention:
+            ``"warn"`` of each layer and cause once, ``"ignore"``, or ``"raise"`` :class:`UnhealthyBatchNormError` with
+            the report on every rank.
 
     **On several ranks** a report tells of all of them together, and is the same on each: see
     :meth:`BatchNormTracker.close() <lightning_bnmonitor.BatchNormTracker.close>`. That takes two collectives a window,
@@ -84,7 +85,8 @@ class BatchNormMonitor(Callback):
             ``dashboard`` or ``on_unhealthy`` is unknown, or ``log_key_prefix`` empty; when ``fit`` starts, if a pattern
             matches no BatchNorm layer, or with DeepSpeed.
         TypeError: If ``include`` or ``exclude`` is neither None nor strings.
-        UnhealthyBatchNormError: At the end of a window, with ``on_unhealthy="raise"``, if a layer needs attention.
+        UnhealthyBatchNormError: At the end of a window, or of a validation that follows it, with
+            ``on_unhealthy="raise"``, if a layer needs attention.
 
     Example::
 
@@ -238,7 +240,7 @@ class BatchNormMonitor(Callback):
             return
         if self._schedule.is_due:  # and mid-window, `report()` goes on to be that of the last one
             self._report = report
-        self._output.show_validation(trainer, report)
+        self._output.show_validation(trainer, report, is_of_window=self._schedule.is_due)
 
     @override
     def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -63,6 +63,47 @@ def test_event_file_has_one_point_a_window_of_each_documented_tag_with_exact_val
         assert [value for _, value in scalars[tag]] == close(expected), tag
 
 
+@pytest.mark.parametrize("per_layer", [True, False])
+def test_each_validation_has_a_point_of_the_error_that_the_running_statistics_made_there(tmp_path, per_layer):
+    model, monitor = Net(), BatchNormMonitor(per_layer=per_layer)
+    trainer = trainer_for(tmp_path, monitor, max_epochs=2, val_check_interval=3, logger=True)
+    trainer.fit(model, train_data(), val_data())
+    scalars, errors = events(tmp_path), {}
+    for name in LAYERS:  # the last validation saw the model as it is now
+        inputs, layer = [], model.get_submodule(name)
+        with torch.no_grad(), layer.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0])):
+            for x, _ in val_data():
+                model.eval()(x)
+        x = np.concatenate([np.moveaxis(x.double().numpy(), 1, 0).reshape(layer.num_features, -1) for x in inputs], 1)
+        wrong = (x.T - layer.running_mean.numpy()) / np.sqrt(layer.running_var.numpy() + layer.eps)
+        right = (x.T - x.mean(axis=1)) / np.sqrt(x.var(axis=1) + layer.eps)
+        errors[name] = math.sqrt(np.square(wrong - right).mean())
+        assert errors[name] == pytest.approx(monitor.report()[name].evidence["val_error"], rel=1e-3)
+    expected = {"bn/val_error_max": max(errors.values())}
+    expected |= {f"bn.val_error/{name}": error for name, error in errors.items()} if per_layer else {}
+    assert {tag for tag in scalars if tag.startswith(("bn/val_error", "bn.val_error"))} == set(expected)
+    for tag, error in expected.items():
+        assert steps_of(scalars[tag]) == steps_of(scalars["val_loss"])
+        assert scalars[tag][-1][1] == pytest.approx(error, rel=1e-3)  # which counts variance by N
+    assert float(trainer.callback_metrics["bn/val_error_max"]) == pytest.approx(max(errors.values()), rel=1e-3)
+
+
+def test_where_the_calls_of_a_step_differ_the_largest_difference_is_logged_for_each_window(tmp_path):
+    class OfTwoKinds(Net):
+        def forward(self, x):
+            return super().forward(x) + super().forward(3 * x + 5) if self.training else super().forward(x)
+
+    monitor = BatchNormMonitor()
+    trainer = trainer_for(tmp_path, monitor, max_epochs=3, logger=True)
+    trainer.fit(OfTwoKinds(), train_data(20))
+    largest = max(layer.evidence["call_shift"] for layer in monitor.report().values())
+    assert largest > 0.5
+    points = events(tmp_path)["bn/call_shift_max"]
+    assert steps_of(points) == [19, 39, 59]
+    assert points[-1][1] == close(largest)
+    assert float(trainer.callback_metrics["bn/call_shift_max"]) == close(largest)
+
+
 def test_log_var_ratio_of_a_layer_is_a_mean_of_magnitudes(tmp_path):
     """Channels of both signs must not cancel."""
 
@@ -259,14 +300,16 @@ def test_a_running_statistic_that_is_not_finite_makes_the_largest_eval_error_inf
         def on_train_start(self):
             getattr(self.body.wide, buffer)[0] = poison
 
-    recorder = Recorder()
-    trainer = trainer_for(tmp_path, recorder, BatchNormMonitor(), logger=True)
+    recorder, monitor = Recorder(), BatchNormMonitor()
+    trainer = trainer_for(tmp_path, recorder, monitor, logger=True)
     trainer.fit(Poisoned(), train_data())
     scalars = events(tmp_path)
     assert scalars["bn/eval_error_max"] == [(5, math.inf)]
     assert scalars["bn.eval_error/body.wide"] == [(5, math.inf)]
     assert math.isinf(trainer.callback_metrics["bn/eval_error_max"])
-    assert trainer.callback_metrics[JUDGED] == 1
+    causes = {name: layer.diagnosis.cause for name, layer in monitor.report().items()}
+    assert causes == {"body.wide": "non-finite", "body.narrow": "warming-up"}
+    assert trainer.callback_metrics[JUDGED] == 2
     untouched = recorder.layer_values((0, BATCHES), "body.narrow")
     assert scalars["bn.eval_error/body.narrow"] == [(5, close(untouched["eval_error"]))]
     assert all(math.isfinite(scalars[f"bn.{name}/body.wide"][0][1]) for name in ("act_rmse", "mean_shift"))

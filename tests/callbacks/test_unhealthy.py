@@ -193,6 +193,21 @@ def test_what_only_validation_shows_is_warned_of_when_it_ends(tmp_path):
     assert [layer.diagnosis.cause for layer in monitor.report().values()] == ["domain-shift"] * 2
 
 
+def test_what_is_seen_in_mid_window_raises_no_alarm(tmp_path):
+    monitor, seen = BatchNormMonitor(), []
+
+    class Look(Callback):
+        def on_validation_end(self, trainer, pl_module):
+            messages = [str(warning.message) for warning in caught]
+            seen.append(sum("layers need attention" in message for message in messages))
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = trainer_for(tmp_path, monitor, Look(), val_check_interval=5)
+        trainer.fit(AtRest(), train_data(20), val_data())
+    assert seen == [0, 0, 0, 2]  # when the window has ended, and what its validation adds
+
+
 def test_what_only_validation_shows_is_raised_when_it_ends(tmp_path):
     model, monitor = settled(), BatchNormMonitor(on_unhealthy="raise")
     model.body.narrow.momentum = 0.05
@@ -230,7 +245,7 @@ def test_to_raise_ends_the_fit_after_the_window_is_logged_and_leaves_nothing_on_
     spoil = OnTrainEpochStart({epoch: poison("wide")})
     trainer = trainer_for(tmp_path, recorder, spoil, Look(), monitor, max_epochs=4, logger=True)
     with pytest.raises(UnhealthyBatchNormError) as raised:
-        trainer.fit(model, train_data(20), val_data())
+        trainer.fit(model, train_data(20), train_data(20))
     recorder.teardown(None, None, "fit")
     assert (hooks_of(model), optimizer_hooks()) == before
     assert len(recorder.batches) == num_batches

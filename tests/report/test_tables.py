@@ -63,6 +63,20 @@ def test_the_column_noise_is_the_floor_of_the_evidence():
     assert {row[0]: row[3] for row in text_rows(str(report))} == {"known": "0.0625", "unknown": "-"}
 
 
+def test_what_validation_shows_has_columns_of_its_own_where_it_is_known():
+    report = Report([layer("a", evidence={"val_error": 0.375, "val_shift": 0.5}), layer("b")])
+    header = [*COLUMNS[:4], "val_error", "val_shift", *COLUMNS[4:]]
+    assert str(report).split("\n\n")[1].splitlines()[0].split() == header
+    rows = [dict(zip(header, row, strict=True)) for row in text_rows(str(report))]
+    assert [(row["layer"], row["val_error"], row["val_shift"]) for row in rows] == [
+        ("a", "0.3750", "0.5000"),
+        ("b", "-", "-"),
+    ]
+    assert markdown_rows(report.to_markdown())[0] == header[:6]
+    only_error = Report([layer("a", evidence={"val_error": 0.375})])
+    assert markdown_rows(only_error.to_markdown())[0] == [*MARKDOWN_COLUMNS, "val_error"]
+
+
 @pytest.mark.parametrize(
     ("layers", "headline"),
     [
