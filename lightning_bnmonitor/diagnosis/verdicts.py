@@ -226,8 +226,8 @@ _TABLE = (
         attention="never",
         rule=lambda layer, _: layer.weights_known,
         explanation=(
-            "The running statistics are right up to chance: {eval_error} off the present ones, where their sampling "
-            "noise explains {noise_error} and that of the present ones {now_error}.",
+            "The running statistics fit what it receives: {act_rmse} off all batches of the window, of which their own "
+            "sampling noise is {noise_error}, and {eval_error} off the last ones, which are known to {now_error}.",
         ),
     ),
 )

@@ -50,8 +50,14 @@ def _plain(layer: BatchNorm) -> Iterator[tuple[str, Tensor]]:
     for name in ("weight", "bias"):
         values = getattr(layer, name)
         is_plain = type(values) in (Tensor, nn.Parameter) and not is_lazy(values) and not values.is_meta
-        if is_plain and values.numel() == layer.num_features:
+        if is_plain and values.numel() == layer.num_features and _has_memory(values):
             yield name, values
+
+
+def _has_memory(values: Tensor) -> bool:
+    """Whether a tensor's values are there: FSDP frees those of a parameter between uses, and to read them crashes."""
+    needed = (values.storage_offset() + values.numel()) * values.element_size()
+    return values.untyped_storage().nbytes() >= needed
 
 
 def _values(owners: Iterable[tuple[BatchNorm, str]]) -> list[Tensor]:

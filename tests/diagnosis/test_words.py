@@ -37,7 +37,7 @@ NUMBERS_OF_VERDICTS = {
     "lagging": ["eval_error", "noise_error"],
     "noisy": ["effective_momentum", "samples_per_batch", "noise_error"],
     "drifting": ["drift_error", "eval_error"],
-    "healthy": ["eval_error", "noise_error", "now_error"],
+    "healthy": ["act_rmse", "noise_error", "eval_error", "now_error"],
 }
 NUMBERS_OF_FLAGS = {
     "dead-channels": ["dead_channels", "num_features"],
