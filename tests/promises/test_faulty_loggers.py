@@ -33,12 +33,9 @@ pytestmark = MARKS
 
 
 @pytest.mark.filterwarnings("ignore:Memory did not log")
-@pytest.mark.parametrize(
-    "options", [{}, {"on_unhealthy": "raise", "validation_batches": 0}, {"every_n_train_batches": BATCHES}]
-)
+@pytest.mark.parametrize("options", [{}, {"on_unhealthy": "ignore"}, {"every_n_train_batches": BATCHES}])
 def test_a_logger_that_fails_costs_its_own_metrics_alone(tmp_path, options):
     monitor, model, reports = BatchNormMonitor(**options), Net(), []
-    model.a.momentum = model.b.momentum = None  # of few batches the average is right
 
     class Look(Callback):
         def on_validation_start(self, trainer, pl_module):
