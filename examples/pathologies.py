@@ -309,7 +309,7 @@ CASES = (
         *("call it", lambda training, layer: replace(training, net=Net)),
     ),
     Case(
-        *("4 batches in an epoch", "insufficient-data", Training(batch_size=512)),
+        *("4 batches in an epoch", "warming-up", Training(batch_size=512)),
         *("more batches", lambda training, layer: replace(training, batch_size=64)),
     ),
     Case(

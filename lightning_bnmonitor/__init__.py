@@ -46,7 +46,8 @@ an inert hook. On MPS, which has no float64, state is kept on the CPU, which mak
 from lightning_bnmonitor.callbacks.monitor import BatchNormMonitor
 from lightning_bnmonitor.callbacks.precise import PreciseBatchNorm
 from lightning_bnmonitor.callbacks.unhealthy import UnhealthyBatchNormError
-from lightning_bnmonitor.repair.attribution import Attribution, attribute_eval_gap
+from lightning_bnmonitor.repair.attribution import attribute_eval_gap
+from lightning_bnmonitor.repair.eval_gap import Attribution
 from lightning_bnmonitor.repair.recalibration import Recalibration, recalibrate
 from lightning_bnmonitor.report.layer_report import LayerReport
 from lightning_bnmonitor.report.report import Report

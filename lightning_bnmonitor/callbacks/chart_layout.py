@@ -49,7 +49,7 @@ def layout(prefix: str, per_layer: bool, validates: bool) -> Layout:
         }
     }
     if per_layer:
-        metrics = (*METRICS, *(["val_shift"] if validates else []))
+        metrics = (*METRICS, *(["val_error", "val_shift"] if validates else []))
         charts[f"BatchNorm layers{suffix}"] = {metric: ["Multiline", [rf"^{prefix}\.{metric}/"]] for metric in metrics}
     return charts
 

@@ -35,8 +35,10 @@ class Dashboard:
         self._prefix = prefix
         self._validates = validates
         self._heatmap = Heatmap()
-        self._verdicts: dict[str, str] = {}  # of the layers, in the window before
+        self._verdicts: dict[str, str] = {}  # what is the matter with the layers, in the last window,
+        self._verdicts_before: dict[str, str] = {}  # and in the one before
         self._undrawn: int | None = None  # the step of a window that is not in a picture yet
+        self._untold: tuple[str, int] | None = None  # the text of a window that may still be validated, and its step
         self._is_first = True
         self._began, self._spent = time.monotonic(), 0.0  # seconds
         self._refused: set[tuple[int, str]] = set()  # what loggers failed to take
@@ -50,21 +52,40 @@ class Dashboard:
             step: The step to log at.
             per_layer: Whether there are scalars for each layer.
         """
+        self.tell(loggers)
         if not report:
             return
         is_full = self._heatmap.add(report, step)
-        text = report.to_markdown(_NUM_LAYERS, self._verdicts or None)
-        self._verdicts = {name: layer.verdict for name, layer in report.items()}
+        self._verdicts_before = self._verdicts
+        self._write(report, step)
         self._undrawn = step
         for logger in loggers:
             if self._is_first:
                 self._try(logger, "charts", partial(set_layout, logger, self._prefix, per_layer, self._validates))
-            self._try(logger, "report", partial(_log_text, logger, f"{self._prefix}/report", text, step))
         if self._is_first or (is_full and self._spent <= _SHARE * (time.monotonic() - self._began)):
-            self.finish(loggers)
+            self.draw(loggers)
         self._is_first = False
 
+    def validated(self, loggers: Sequence[Logger], report: Report) -> None:
+        """Log the text of the last window, with what a validation after it has added."""
+        if self._untold is not None:
+            self._write(report, self._untold[1])
+            self.tell(loggers)
+
+    def tell(self, loggers: Sequence[Logger]) -> None:
+        """Log the text of the last window, if it is not logged yet: no validation follows."""
+        if self._untold is None:
+            return
+        (text, step), self._untold = self._untold, None
+        for logger in loggers:
+            self._try(logger, "report", partial(_log_text, logger, f"{self._prefix}/report", text, step))
+
     def finish(self, loggers: Sequence[Logger]) -> None:
+        """Log what is not logged yet."""
+        self.tell(loggers)
+        self.draw(loggers)
+
+    def draw(self, loggers: Sequence[Logger]) -> None:
         """Draw the heatmap, if a window has ended since it was drawn."""
         step, self._undrawn = self._undrawn, None
         takers = [
@@ -91,6 +112,10 @@ class Dashboard:
         """Go on from a :meth:`state_dict`."""
         self._heatmap.load_state_dict(state["heatmap"])
         self._verdicts = dict(state["verdicts"])
+
+    def _write(self, report: Report, step: int) -> None:
+        self._untold = report.to_markdown(_NUM_LAYERS, self._verdicts_before or None), step
+        self._verdicts = {name: layer.diagnosis.cause for name, layer in report.items()}
 
     def _try(self, logger: Logger, what: str, log: Callable[[], None]) -> None:
         """Log unless it failed before: what a logger cannot take is no reason not to train."""

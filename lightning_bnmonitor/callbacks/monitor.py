@@ -45,8 +45,9 @@ class BatchNormMonitor(Callback):
         validation_batches: Batches of each validation loader in each validation, on each rank, that are compared with
             training, by a pass over the inputs of each layer; 0 for none.
         log_key_prefix: What the logged names begin with, not empty.
-        on_unhealthy: What to do at a window's end if layers need attention: ``"warn"`` of each layer and verdict once,
-            ``"ignore"``, or ``"raise"`` :class:`UnhealthyBatchNormError` with the report on every rank.
+        on_unhealthy: What to do at a window's end, and after a validation that follows it, if layers need attention:
+            ``"warn"`` of each layer and cause once, ``"ignore"``, or ``"raise"`` :class:`UnhealthyBatchNormError` with
+            the report on every rank.
 
     **On several ranks** a report tells of all of them together, and is the same on each: see
     :meth:`BatchNormTracker.close() <lightning_bnmonitor.BatchNormTracker.close>`. That takes two collectives a window,
@@ -65,12 +66,16 @@ class BatchNormMonitor(Callback):
       alert.
     - ``bn/act_rmse_max``: the largest RMS error of the normalised activation against the whole window.
     - ``bn/mean_shift_max``: the largest distance of the running mean, in population standard deviations.
+    - ``bn/val_error_max``: the largest RMS error of the normalised activation that the running statistics, as they were
+      when validation began, made on what a layer received there, whatever the reason. Logged when validation ends.
+    - ``bn/call_shift_max``: how far the calls of a layer within a training step are apart at most, where there are
+      several (real and fake, left and right), in the same unit.
     - ``bn/val_shift_max``: the largest distance of what a layer receives in validation from what it receives in
       training: the RMS error of the normalised activation that the present statistics of training make there. Logged
       when validation ends.
     - ``bn/unhealthy_layers``: the number of layers that need attention (see ``LayerReport.verdict``).
     - ``bn.eval_error/<layer>``, ``bn.act_rmse/<layer>``, ``bn.mean_shift/<layer>``: the same for each layer.
-    - ``bn.val_shift/<layer>``: the same for each layer, after validation.
+    - ``bn.val_error/<layer>``, ``bn.val_shift/<layer>``: the same for each layer, after validation.
     - ``bn.log_var_ratio/<layer>``: log of the running variance over the population variance.
 
     Layers that were not called in a window or have no running statistics enter no metric.
@@ -80,7 +85,8 @@ class BatchNormMonitor(Callback):
             ``dashboard`` or ``on_unhealthy`` is unknown, or ``log_key_prefix`` empty; when ``fit`` starts, if a pattern
             matches no BatchNorm layer, or with DeepSpeed.
         TypeError: If ``include`` or ``exclude`` is neither None nor strings.
-        UnhealthyBatchNormError: At the end of a window, with ``on_unhealthy="raise"``, if a layer needs attention.
+        UnhealthyBatchNormError: At the end of a window, or of a validation that follows it, with
+            ``on_unhealthy="raise"``, if a layer needs attention.
 
     Example::
 
@@ -201,6 +207,9 @@ class BatchNormMonitor(Callback):
 
     @override
     def on_validation_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if _is_alone(trainer):
+            self._begin_alone(pl_module)
+            return
         # A window that the end of training cuts short ends here, before what follows its last batch.
         if is_training_over(trainer, epoch_ended=trainer.is_last_batch):
             self._end_window(trainer)
@@ -223,15 +232,35 @@ class BatchNormMonitor(Callback):
         all_ranks = trainer.world_size > 1
         if self._tracker is None or not self._compares(trainer) or not (self._has_validated or all_ranks):
             return
-        report = self._tracker.validation_report(all_ranks, num_loaders=len(trainer.num_val_batches))
+        loaders = trainer.num_test_batches if trainer.state.fn == "test" else trainer.num_val_batches
+        report = self._tracker.validation_report(all_ranks, num_loaders=len(loaders))
+        if _is_alone(trainer):
+            if report:
+                self._print(trainer, report, "what was evaluated")
+            return
         if self._schedule.is_due:  # and mid-window, `report()` goes on to be that of the last one
             self._report = report
-        self._output.show_validation(trainer, report)
+        self._output.show_validation(trainer, report, is_of_window=self._schedule.is_due)
+
+    @override
+    def on_test_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._begin_alone(pl_module)
+
+    @override
+    def on_test_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        self.on_validation_batch_start(trainer, pl_module, batch, batch_idx, dataloader_idx)
+
+    @override
+    def on_test_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self.on_validation_epoch_end(trainer, pl_module)
 
     @override
     def on_train_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if self._schedule.ends_with_epoch(trainer):
             self._end_window(trainer, batches_over=1)
+        self._output.no_validation_follows(trainer)
 
     @override
     def on_train_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
@@ -241,17 +270,21 @@ class BatchNormMonitor(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        if trainer.is_global_zero:
-            print(f"\nBatchNorm: running statistics in the last window\n\n{self.report().brief()}")
+        self._print(trainer, self.report(), "running statistics in the last window")
 
     @override
     def on_exception(self, trainer: Trainer, pl_module: LightningModule, exception: BaseException) -> None:
         self._detach()
+        if _is_alone(trainer):  # what a fit has shown stays
+            self._tracker = None
         self._output.finish(trainer)
 
     @override
     def teardown(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
         self._detach()
+        if stage != "fit":  # what was looked at was printed; what a fit has shown stays
+            self._tracker = None
+            return
         self._report = self.report()
         self._state = self.state_dict()
         self._tracker = None
@@ -265,8 +298,20 @@ class BatchNormMonitor(Callback):
         return self.__dict__ | own
 
     def _compares(self, trainer: Trainer) -> bool:
-        """Whether this validation is compared with training."""
-        return self._validation_batches > 0 and trainer.state.fn == "fit" and not trainer.sanity_checking
+        """Whether this validation is looked at."""
+        return self._validation_batches > 0 and not trainer.sanity_checking
+
+    def _begin_alone(self, pl_module: LightningModule) -> None:
+        """A ``validate`` or ``test`` begins, without a ``fit``."""
+        if self._validation_batches:
+            self._detach()
+            tracker = BatchNormTracker(pl_module, self._include, self._exclude, self._capture)
+            self._tracker, self._has_validated = tracker.attach(), False
+
+    @staticmethod
+    def _print(trainer: Trainer, report: Report, of: str) -> None:
+        if trainer.is_global_zero:
+            print(f"\nBatchNorm: {of}\n\n{report.brief()}")
 
     def _end_window(self, trainer: Trainer, batches_over: int = 0) -> None:
         """Close the window, if it has any batch, and log it at the step of its last: so many batches ago."""
@@ -299,3 +344,8 @@ class BatchNormMonitor(Callback):
     def _detach(self) -> None:
         if self._tracker is not None:
             self._tracker.detach()
+
+
+def _is_alone(trainer: Trainer) -> bool:
+    """Whether ``validate`` or ``test`` was called, which no training precedes."""
+    return trainer.state.fn in ("validate", "test")

@@ -55,9 +55,22 @@ class Output:
             self._dashboard.show(trainer.loggers, report, step, has_layers)
         self._alarm.react(report, may_warn=trainer.is_global_zero)
 
-    def show_validation(self, trainer: Trainer, report: Report) -> None:
-        """Log how far validation was from training."""
+    def show_validation(self, trainer: Trainer, report: Report, is_of_window: bool) -> None:
+        """Log how far validation was from training; if it followed a window's last batch, react to what it has found.
+
+        (In mid-window too little is known of training: what is warming up may be healthy at the window's end.)
+        """
         self._scalars.log_validation(trainer, report, batches_that_stepped(trainer))
+        if not is_of_window:
+            return
+        if self._dashboard is not None:
+            self._dashboard.validated(trainer.loggers, report)
+        self._alarm.react(report, may_warn=trainer.is_global_zero)
+
+    def no_validation_follows(self, trainer: Trainer) -> None:
+        """An epoch has ended: what waits for a validation is shown as it is."""
+        if self._dashboard is not None:
+            self._dashboard.tell(trainer.loggers)
 
     def finish(self, trainer: Trainer) -> None:
         """Draw what is not drawn yet."""

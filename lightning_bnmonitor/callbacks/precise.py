@@ -18,7 +18,8 @@ from lightning_bnmonitor.callbacks.lightning_package import Callback, LightningM
 from lightning_bnmonitor.callbacks.schedule import is_training_over
 from lightning_bnmonitor.compat import BatchNorm, prepared_batch
 from lightning_bnmonitor.repair.passes import Forward, forward_of
-from lightning_bnmonitor.repair.recalibration import Recalibration, recalibrate_layers, why_left_alone
+from lightning_bnmonitor.repair.recalibration import Recalibration, recalibrate_layers
+from lightning_bnmonitor.repair.selection import select, warn_of_misfits
 from lightning_bnmonitor.tracking.buffers import copied_stats, write_stats
 from lightning_bnmonitor.tracking.discovery import find_layers
 
@@ -48,18 +49,22 @@ class PreciseBatchNorm(Callback):
             statistics that something else has written since (averaged weights that are swapped back) stay as they are.
         forward: How to run the model on a batch, a function of the two; by default as of
             :func:`~lightning_bnmonitor.recalibrate`: not ``training_step``, which may log or step.
+        frozen: Whether to repair layers, too, that are frozen (in eval mode in the last training batch) or stale (they
+            update no running statistics). What follows a frozen layer then goes on training with what is written,
+            unless ``restore`` is True.
 
     Without a validation loop, the checkpoint of the last epoch has the exact statistics if it is known to be the last
     by then, and not if an ``EarlyStopping`` decides that at the epoch's end, nor those of averaged weights that
     ``WeightAveraging`` puts in place later; the model that ``fit`` leaves always does.
 
-    Layers that were in eval mode in the last training batch, or update no running statistics, are left alone. One batch
-    is tried when training starts, so that what cannot work fails then.
+    Layers that are left alone, as they are frozen or stale, are looked at in the same pass, until a warning has named
+    those that are off by more than 0.1 (if there are no others, once). One batch is tried when training starts, so that
+    what cannot work fails then.
 
     Raises:
-        ValueError: If ``num_batches`` or ``every_n_epochs`` is not a positive integer, ``restore`` no bool,
-            ``dataloader`` can be iterated only once; when training starts, if the default loader cannot be made: the
-            training data are an iterable data set, several loaders, or no ``DataLoader``.
+        ValueError: If ``num_batches`` or ``every_n_epochs`` is not a positive integer, ``restore`` or ``frozen`` no
+            bool, ``dataloader`` can be iterated only once; when training starts, if the default loader cannot be made:
+            the training data are an iterable data set, several loaders, or no ``DataLoader``.
         RuntimeError: When training starts, if the model cannot take a batch.
 
     Example::
@@ -76,10 +81,12 @@ class PreciseBatchNorm(Callback):
         dataloader: Iterable[Any] | None = None,
         restore: bool = False,
         forward: Forward | None = None,
+        frozen: bool = False,
     ) -> None:
         check_positive("num_batches", num_batches)
         check_positive_or_none("every_n_epochs", every_n_epochs)
         check_bool("restore", restore)
+        check_bool("frozen", frozen)
         if isinstance(dataloader, Iterator):
             raise ValueError(
                 f"`dataloader` must be something that can be iterated again and again, got {dataloader!r}."
@@ -89,10 +96,12 @@ class PreciseBatchNorm(Callback):
         self._dataloader = dataloader
         self._forward = forward or forward_of
         self._is_restoring = restore
+        self._includes_frozen = frozen
         self._recalibration: Recalibration | None = None
         self._layers: list[BatchNorm] = []
         self._frozen: set[BatchNorm] = set()  # as of the last training batch
         self._has_trained = False  # since the last recalibration
+        self._has_looked = self._has_warned = False  # in this fit, at layers that are left alone
         # Of each layer the running statistics of training, and those in their place, `(2, C)`.
         self._training: dict[str, Tensor] = {}
         self._exact: dict[str, Tensor] = {}
@@ -128,7 +137,7 @@ class PreciseBatchNorm(Callback):
     @override
     def on_train_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
         self._layers = list(find_layers(pl_module, None, None).values())
-        self._has_trained = False
+        self._has_trained = self._has_looked = self._has_warned = False
         self._frozen = {layer for layer in self._layers if not layer.training}
         if self._layers:
             self._recalibrate(trainer, pl_module, num_batches=1).restore()
@@ -172,8 +181,14 @@ class PreciseBatchNorm(Callback):
     def _repair(self, trainer: Trainer, pl_module: LightningModule) -> None:
         layers = find_layers(pl_module, None, None) if self._layers else {}
         before = {name: stats for name, layer in layers.items() if (stats := copied_stats(layer)) is not None}
-        self._recalibration = self._recalibrate(trainer, pl_module, self._num_batches)
+        self._recalibration = done = self._recalibrate(trainer, pl_module, self._num_batches)
         self._has_trained = False
+        self._has_looked = True
+        if done.misfits:
+            self._has_warned = True
+            if trainer.is_global_zero:
+                call = "PreciseBatchNorm(frozen=True)"
+                warn_of_misfits("PreciseBatchNorm", done.misfits, done.left_alone, call)
         if not self._is_restoring:
             self._recalibration.tell_trackers()
             return
@@ -187,10 +202,9 @@ class PreciseBatchNorm(Callback):
 
     def _recalibrate(self, trainer: Trainer, pl_module: LightningModule, num_batches: int) -> Recalibration:
         found = find_layers(pl_module, None, None) if self._layers else {}
-        left_alone = {
-            name: why for name, layer in found.items() if (why := why_left_alone(layer, layer in self._frozen))
-        }
-        layers = {name: layer for name, layer in found.items() if name not in left_alone}
+        selection = select(found, self._frozen, self._includes_frozen)
+        if self._has_warned or (self._has_looked and not selection.layers):
+            selection = selection._replace(aside={})
 
         def forward(model: nn.Module, batch: Any) -> Any:
             with _training_stage(trainer):  # hooks that make batches may ask
@@ -202,9 +216,7 @@ class PreciseBatchNorm(Callback):
         if trainer.overfit_batches or trainer.fast_dev_run:  # type: ignore[attr-defined]
             num_batches = min(num_batches, int(trainer.num_training_batches))
         batches = _first(self._loader(trainer), num_batches) if found else ()
-        return recalibrate_layers(
-            pl_module, batches, forward, None, layers, left_alone, all_ranks=trainer.world_size > 1
-        )
+        return recalibrate_layers(pl_module, batches, forward, None, selection, all_ranks=trainer.world_size > 1)
 
     def _loader(self, trainer: Trainer) -> Iterable[Any]:
         """What batches are taken from: the loader that was given, or one like that of training."""

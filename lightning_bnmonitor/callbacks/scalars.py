@@ -13,6 +13,7 @@ from lightning_bnmonitor.callbacks.lightning_package import Logger, Trainer
 from lightning_bnmonitor.report.report import Report
 
 _MAX_LAYERS_LOGGED = 100
+_OF_VALIDATION = ("val_error_max", "val_shift_max")
 
 
 class Scalars:
@@ -53,14 +54,19 @@ class Scalars:
         return bool(of_layers)
 
     def log_validation(self, trainer: Trainer, report: Report, step: int) -> None:
-        """Publish and log at a step how far validation was from training, if the report tells."""
-        shifts = {name: layer.evidence["val_shift"] for name, layer in report.items() if "val_shift" in layer.evidence}
-        if not shifts:
+        """Publish and log at a step how far validation was from training and from the running statistics."""
+        known = {metric: value for metric, value in report.summary().items() if metric in _OF_VALIDATION}
+        if not known:
             return
-        largest = {f"{self._prefix}/val_shift_max": max(shifts.values())}
+        largest = {f"{self._prefix}/{name}": value for name, value in known.items()}
         self.summary |= largest
-        of_layers = {f"{self._prefix}.val_shift/{name}": shift for name, shift in shifts.items()}
-        self._log(trainer, largest | (of_layers if self._logs_layers(report) else {}), step)
+        of_layers = {
+            f"{self._prefix}.{metric}/{name}": layer.evidence[metric]
+            for name, layer in (report.items() if self._logs_layers(report) else ())
+            for metric in ("val_error", "val_shift")
+            if metric in layer.evidence
+        }
+        self._log(trainer, largest | of_layers, step)
 
     def _log(self, trainer: Trainer, metrics: Mapping[str, float], step: int) -> None:
         self.publish(trainer)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import warnings
 from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
@@ -31,7 +30,7 @@ class UnhealthyBatchNormError(RuntimeError):
 
 
 class Alarm:
-    """Warns of each layer and verdict once, or raises, or neither.
+    """Warns of each layer and cause once, or raises, or neither.
 
     Raises:
         ValueError: If ``on_unhealthy`` is unknown.
@@ -40,10 +39,10 @@ class Alarm:
     def __init__(self, on_unhealthy: OnUnhealthy) -> None:
         check_choice("on_unhealthy", on_unhealthy, get_args(OnUnhealthy))
         self._on_unhealthy = on_unhealthy
-        self._warned_of: set[tuple[str, str]] = set()  # layer and verdict
+        self._warned_of: set[tuple[str, str]] = set()  # layer and cause
 
     def state(self) -> list[list[str]]:
-        """Layers and verdicts that were warned of, in primitives."""
+        """Layers and causes that were warned of, in primitives."""
         return [list(pair) for pair in sorted(self._warned_of)]
 
     def restore(self, state: Iterable[Sequence[str]]) -> None:
@@ -55,19 +54,23 @@ class Alarm:
         if self._on_unhealthy == "raise" and report.unhealthy:
             raise UnhealthyBatchNormError(report)
         if self._on_unhealthy == "warn" and may_warn:
-            news = [layer for layer in report.unhealthy if (layer.name, layer.verdict) not in self._warned_of]
-            self._warned_of.update((layer.name, layer.verdict) for layer in news)
+            news = [layer for layer in report.unhealthy if (layer.name, layer.diagnosis.cause) not in self._warned_of]
+            self._warned_of.update((layer.name, layer.diagnosis.cause) for layer in news)
             if news:
                 warnings.warn(_warning(news), stacklevel=5)
 
 
 def _warning(layers: Sequence[LayerReport]) -> str:
     """The warning, in one line: the report has the rest."""
-    errors = [layer.evidence.get("eval_error", math.nan) for layer in layers]
-    listed = ", ".join(
-        f"{layer.name} ({layer.verdict}, eval_error {error:.2g})"
-        for layer, error in list(zip(layers, errors, strict=True))[:_MAX_LAYERS_WARNED_OF]
-    )
+    listed = ", ".join(f"{layer.name} ({_matter(layer)})" for layer in layers[:_MAX_LAYERS_WARNED_OF])
     if len(layers) > _MAX_LAYERS_WARNED_OF:
         listed += f" and {len(layers) - _MAX_LAYERS_WARNED_OF} more"
     return f"BatchNorm layers need attention: {listed}. `BatchNormMonitor.report()` says why, and what to do."
+
+
+def _matter(layer: LayerReport) -> str:
+    """What is the matter, and by how much."""
+    evidence, cause = layer.diagnosis.evidence, layer.diagnosis.cause
+    names = ("eval_error", "val_error") if cause == layer.verdict else ("val_error", "call_shift", "eval_error")
+    numbers = (f", {name} {evidence[name]:.2g}" for name in names if name in evidence)
+    return cause + next(numbers, "")

@@ -134,12 +134,21 @@ def _after_step(gate: Gate, merge: Callable[[], None]) -> Callable[..., None]:
     """What ``torch.optim`` calls after a step of any optimizer, of whatever model: a good time to merge what waits."""
     reference = weakref.WeakMethod(merge)
 
-    def after_step(*_: Any) -> None:
+    def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        root = gate.root()
+        if root is not None and not root.training and not is_dynamo_compiling() and _updates(optimizer, root):
+            gate.steps_in_eval_mode += 1
         is_due = not is_dynamo_compiling() and (gate.is_full or gate.is_traced) and not is_capturing()
         if is_due and (alive := reference()) is not None:
             alive()
 
     return after_step
+
+
+def _updates(optimizer: torch.optim.Optimizer, model: nn.Module) -> bool:
+    """Whether an optimizer has parameters of this model."""
+    own = {id(parameter) for parameter in model.parameters()}
+    return any(id(parameter) in own for group in optimizer.param_groups for parameter in group["params"])
 
 
 class CompilerSettings:

@@ -19,6 +19,7 @@ from lightning_bnmonitor.capture.saved import (
     at_end_of,
     enters_no_context,
     is_intercepted,
+    is_made_without_kernel,
     kernel_behind,
     saved_moments,
 )
@@ -59,6 +60,7 @@ class Gate:
         self.paused = 0  # pauses that are in force
         self.is_closed = False  # whether the window has ended
         self.steps = 0  # training steps that have ended
+        self.steps_in_eval_mode = 0  # of the root's optimizers in this window while the root was in eval mode
         self.is_full = False  # whether as many calls of a layer wait as may
         self.has_warned_of_graph = False  # that is captured
         self.is_traced = False  # whether compiled graphs may have left anything behind
@@ -106,6 +108,8 @@ class RepeatableCall(NamedTuple):
     """Over how many ranks SyncBatchNorm has taken the moments."""
     width: int
     """Channels."""
+    intercepted: bool
+    """Whether what autograd saves was intercepted, as by activation checkpointing, which makes the call again."""
 
 
 Call = tuple[Tensor, Tensor, int, RepeatableCall]
@@ -158,12 +162,15 @@ class LayerHook(Hook):
         self.by_pass = False
         self._has_warned = False  # of a call that could not be measured
         self.skipped = 0  # calls that cannot be looked at
+        self.calls_in_eval_mode = 0  # those with gradients while the root was in eval mode
         self.first_call = -1  # the earlier the layer was called for the first time, the smaller
+        self.own_forward: bool | None = None  # whether outputs are made without a BatchNorm kernel; None if not known
         self.checkpointed = False  # whether a call was (or may be) recomputed, which updates the buffers once more
         # A compiled graph may not append to a list (that recompiles at every call), but it may leave a tuple behind
         # that it found empty.
         self.traced: tuple[tuple[BatchMoments, bool, bool], ...] = ()
         self.traced_validation: tuple[BatchMoments, ...] = ()
+        self.traced_in_eval_mode: tuple[None, ...] = ()  # one for each call with gradients
         self.last_traced: tuple[tuple[Any, ...], RepeatableCall] | None = None
 
     @property
@@ -202,6 +209,8 @@ class LayerHook(Hook):
         if root is not None and not root.training:
             if gate.validating and not gate.paused:
                 self._look_at_validation(module, args[0] if args else _by_keyword(kwargs))
+            if torch.is_grad_enabled():
+                self._count_in_eval_mode()
             return
         x = args[0] if args else _by_keyword(kwargs)
         if is_dynamo_compiling():
@@ -225,7 +234,9 @@ class LayerHook(Hook):
         # have changed since. All others go the long way, which tells the same of it.
         last, stash, limit = self.last_call, self.stash, self.limit
         if last is not None and len(stash) < limit and tracing_state() is None and output.__class__ is Tensor:
-            eps, momentum, training, updating, nbytes, shape, node_type, contiguous, plain, way, _, _, _, _, _, _ = last
+            eps, momentum, training, updating, nbytes, shape, node_type, contiguous, plain, way, _, _, _, _, _, _, _ = (
+                last
+            )
             if (
                 output.shape == shape
                 and (node := output.grad_fn).__class__ is node_type
@@ -267,9 +278,12 @@ class LayerHook(Hook):
             return
         try:
             kernel = kernel_behind(module, x, output)
+            if kernel is None and module.training and self.own_forward is None:
+                self.own_forward = is_made_without_kernel(module, x, output)
             moments = None if self.by_pass else saved_moments(module, x, kernel)
+            intercepted = moments is None and x.numel() > 0 and is_intercepted(kernel)
+            self.checkpointed |= intercepted
             if moments is None and x.numel():
-                self.checkpointed |= is_intercepted(kernel)
                 moments = pass_moments(x)
         except Exception as error:
             self._warn_of(module, error)
@@ -279,10 +293,18 @@ class LayerHook(Hook):
         if moments is None:
             self.receive_empty(updating)
         else:
-            call = _call_of(moments, module, module.training, updating)
+            call = _call_of(moments, module, module.training, updating, intercepted)
             repeatable = None if kernel is None else _repeatable(call, module, x, output, kernel)
             self._keep(moments, repeatable or call)
         self.last_call = repeatable
+
+    def _count_in_eval_mode(self) -> None:
+        if is_dynamo_compiling():
+            if not is_exporting():
+                self.traced_in_eval_mode += (None,)
+                self.gate.is_traced = True
+        elif not (self.gate.paused or self.gate.is_closed):
+            self.calls_in_eval_mode += 1
 
     def _look_at_validation(self, module: BatchNorm, x: object) -> None:
         if not is_compiling():
@@ -340,7 +362,9 @@ class LayerHook(Hook):
             self.gate.is_full = True
 
 
-def _call_of(moments: BatchMoments, module: BatchNorm, training: bool, updating: bool) -> RepeatableCall:
+def _call_of(
+    moments: BatchMoments, module: BatchNorm, training: bool, updating: bool, intercepted: bool = False
+) -> RepeatableCall:
     """The call of ``module`` that these are the moments of."""
     mean = moments.mean
     return RepeatableCall(
@@ -360,6 +384,7 @@ def _call_of(moments: BatchMoments, module: BatchNorm, training: bool, updating:
         serial=moments.serial,
         num_ranks=moments.num_ranks,
         width=mean.numel(),
+        intercepted=intercepted,
     )
 
 

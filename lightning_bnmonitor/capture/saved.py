@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.autograd.function import BackwardCFunction
 
 from lightning_bnmonitor.capture.batch_moments import FULL_PRECISION, BatchMoments
 from lightning_bnmonitor.compat import (
@@ -39,6 +40,7 @@ class Way(NamedTuple):
 
 
 _MOST_STEPS = 6
+_MOST_NODES = 200  # of a graph within a layer
 _MAX_SERIAL = 4096  # values per channel that a serial float32 sum may have and still be exact enough
 _FORWARDS = (BatchNorm.forward, nn.SyncBatchNorm.forward)
 
@@ -80,6 +82,30 @@ def kernel_behind(module: BatchNorm, x: object, output: object) -> Kernel | None
         [(index, node)] = inputs
         steps = (*steps, (index, type(node)))
     return None
+
+
+def is_made_without_kernel(module: BatchNorm, x: object, output: object) -> bool | None:
+    """Whether a layer's own ``forward`` has made ``output`` from ``x`` without any BatchNorm kernel.
+
+    None if that cannot be told: no graph was recorded, or a part of it is hidden (a custom function, compiled code).
+    """
+    if enters_no_context(module):
+        return False
+    first: Any = getattr(output, "grad_fn", None)
+    before: Any = getattr(x, "grad_fn", None)
+    if first is None:
+        return None
+    seen, left = {first}, [first]
+    while left:
+        node = left.pop()
+        if batch_norm_kernel(node.__class__) is not None:
+            return False
+        if isinstance(node, BackwardCFunction) or len(seen) > _MOST_NODES:
+            return None
+        following = {each for each, _ in node.next_functions if each is not None and each is not before} - seen
+        seen |= following
+        left += following
+    return True
 
 
 def at_end_of(way: Way, node: Any, module: BatchNorm, before: Any) -> Any:

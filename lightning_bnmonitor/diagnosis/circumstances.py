@@ -24,14 +24,32 @@ class Circumstances(NamedTuple):
     """Counted calls in the layer's training mode."""
     updates_per_call: float
     """Updates of the buffers for each call that was to update them; NaN if not known."""
-    assumed_updates: int
-    """What the weights of the batches rest on."""
+    updates_of_repeated: float
+    """The same for the calls that activation checkpointing makes again, if only some are; NaN if not known."""
+    assumed_updates: float
+    """What the weights of the batches rest on: updates of a call, on average."""
     checkpointed: bool
     """Whether activation checkpointing (or what looks like it) was seen."""
     written_outside: bool
     """Whether the buffers changed between the last window and this one."""
+    has_frozen_weights: bool
+    """Whether it has weights, and none of them trains."""
+    own_forward: bool
+    """Whether its output was made without a BatchNorm kernel."""
     interrupted: bool
     """Whether the window was resumed from a state saved in the middle of a training step."""
+    num_tracked: int | None = None
+    """``num_batches_tracked``: updates of the buffers so far; None if the module has no such counter."""
+    call_shift_before: float = math.nan
+    """``call_shift`` of the window before; NaN if it had none."""
+    calls_per_model_call: float = math.nan
+    """Calls for each of the outermost module around it, if it is called several times a step; NaN if not known."""
+    calls_in_eval_mode: int = 0
+    """Calls with gradients while the whole model was in eval mode."""
+    steps_in_eval_mode: int = 0
+    """Steps of its optimizers meanwhile."""
+    has_initial_stats: bool = False
+    """Whether the module's buffers are the initial zeros and ones."""
 
     @property
     def was_called(self) -> bool:
@@ -41,9 +59,9 @@ class Circumstances(NamedTuple):
     @property
     def weights_known(self) -> bool:
         """Whether the buffers were updated as assumed, so that the weight of each batch in them is known."""
-        return math.isnan(self.updates_per_call) or self.updates_per_call == self.assumed_updates
+        return math.isnan(self.updates_per_call) or math.isclose(self.updates_per_call, self.assumed_updates)
 
     @property
     def updates_twice(self) -> bool:
-        """Whether each call updates the buffers two or more times, as it is recomputed."""
-        return self.checkpointed and self.updates_per_call > 1 and float(self.updates_per_call).is_integer()
+        """Whether calls update the buffers two or more times, as they are recomputed."""
+        return self.checkpointed and self.updates_of_repeated > 1 and float(self.updates_of_repeated).is_integer()

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from lightning_bnmonitor.diagnosis.advice import advice
 from lightning_bnmonitor.diagnosis.circumstances import Circumstances
-from lightning_bnmonitor.diagnosis.evidence import WARNING, Evidence
-from lightning_bnmonitor.diagnosis.flags import FLAGS, is_shifted
+from lightning_bnmonitor.diagnosis.evidence import Evidence
+from lightning_bnmonitor.diagnosis.flags import FLAGS
 from lightning_bnmonitor.diagnosis.sentences import Statement
 from lightning_bnmonitor.diagnosis.verdicts import VERDICTS, verdict_on
 
@@ -36,11 +36,32 @@ class Diagnosis:
     """The numbers it rests on, by their names in :data:`~lightning_bnmonitor.diagnosis.evidence.EVIDENCE`."""
 
     @property
+    def cause(self) -> str:
+        """What is the matter in a word: the verdict, unless that needs no attention and a flag does."""
+        if not self.needs_attention or VERDICTS[self.verdict].needs_attention(self.evidence.get("eval_error", 0.0)):
+            return self.verdict
+        return next((flag for flag in self.flags if FLAGS[flag].attention(self.evidence)), self.verdict)
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether it is known how good or bad the layer is: by its training, or by what it was evaluated with."""
+        return VERDICTS[self.verdict].is_judged or self.needs_attention or "val_error" in self.evidence
+
+    @property
+    def notes(self) -> str:
+        """What its flags say, and what to do about that; empty if there are none."""
+        flags = [FLAGS[flag] for flag in self.flags]
+        texts = (text for flag in flags for text in (flag.explain(self.evidence), flag.prescribe(self.evidence)))
+        return _joined(texts)
+
+    @property
     def explanation(self) -> str:
         """What was found and what it means, with this layer's numbers, all of which are in :attr:`evidence`."""
         unseen = [_UNSEEN] if self.evidence.get("calls_skipped") else []
         statements = [VERDICTS[self.verdict], *unseen, *(FLAGS[flag] for flag in self.flags)]
-        return _joined(statement.explain(self.evidence) for statement in statements)
+        text = _joined(statement.explain(self.evidence) for statement in statements)
+        windows = self.evidence.get("windows", 1)
+        return f"Over the last {windows:.0f} windows: {text[0].lower()}{text[1:]}" if windows > 1 else text
 
     @property
     def remedy(self) -> str:
@@ -69,30 +90,8 @@ def diagnose(layer: Circumstances, observed: Evidence, metrics: Evidence) -> Dia
     verdict = verdict_on(layer, evidence)
     flags = [flag for flag in FLAGS.values() if flag.rule is not None and flag.rule(layer, evidence)]
     evidence |= advice(verdict.name, layer, evidence)
-    needs_attention = verdict.needs_attention(metrics["eval_error"]) or any(flag.needs_attention for flag in flags)
+    needs_attention = verdict.needs_attention(metrics["eval_error"]) or any(flag.attention(evidence) for flag in flags)
     return Diagnosis(verdict.name, tuple(flag.name for flag in flags), needs_attention, evidence)
-
-
-def diagnose_validation(layers: Iterable[tuple[Diagnosis, Evidence, bool]]) -> list[Diagnosis]:
-    """Diagnoses of a window with what a validation after it adds: its numbers, and the flag ``domain-shift``.
-
-    The flag is for the layers whose running statistics fit training, as do those of all layers before: what follows a
-    layer that ``eval()`` normalises wrongly is another matter than the data.
-
-    Args:
-        layers: In the order of the model: the diagnosis of the window, the numbers of validation (empty if it was not
-            called there), and whether the layer has running statistics.
-    """
-    described, is_trusted = [], True
-    for diagnosis, evidence, has_running_stats in layers:
-        is_trusted &= not diagnosis.needs_attention and not diagnosis.evidence.get("eval_error", 0.0) > WARNING
-        flags = set(diagnosis.flags) - {"domain-shift"}
-        if is_trusted and has_running_stats and is_shifted(evidence):
-            flags.add("domain-shift")
-        everything = {**diagnosis.evidence, **evidence}
-        in_order = tuple(flag for flag in FLAGS if flag in flags)
-        described.append(replace(diagnosis, evidence=everything, flags=in_order))
-    return described
 
 
 def _of_calls(layer: Circumstances, evidence: Evidence) -> dict[str, float]:
@@ -108,13 +107,24 @@ def _of_calls(layer: Circumstances, evidence: Evidence) -> dict[str, float]:
         numbers["effective_momentum"] = effective
     if updates >= 0:
         numbers["updates_per_call"] = updates
+    if layer.updates_twice and not math.isclose(layer.updates_of_repeated, updates):
+        numbers["updates_of_repeated"] = layer.updates_of_repeated
     if "ranks" in evidence and not layer.was_called:  # on rank 0: what it has is against what the others received
         numbers["rank_error"] = evidence.get("eval_error", 0.0)
-    unmoved = layer.training_calls - evidence.get("batches", 0.0)
+    batches = evidence.get("batches", 0.0) - evidence.get("batches_before", 0.0)
+    unmoved = layer.training_calls - batches
     if 0 <= updates < 1:
-        unmoved += evidence.get("batches", 0.0) * (1 - updates)
+        unmoved += batches * (1 - updates)
+    if layer.calls_in_eval_mode and layer.steps_in_eval_mode:
+        numbers["calls_in_eval_mode"] = float(layer.calls_in_eval_mode)
+        numbers["steps_in_eval_mode"] = float(layer.steps_in_eval_mode)
+    if layer.has_initial_stats and not evidence.get("batches"):
+        numbers["initial_weight"] = 1.0
     if unmoved and layer.has_running_stats:
         numbers["calls_not_updating"] = unmoved
+    if "call_shift" in evidence:
+        of_calls = {name: getattr(layer, name) for name in ("call_shift_before", "calls_per_model_call")}
+        numbers |= {name: value for name, value in of_calls.items() if not math.isnan(value)}
     if not layer.weights_known:
         numbers["assumed_updates_per_call"] = float(layer.assumed_updates)
     return numbers

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from lightning_bnmonitor.statistics import divergence
 from lightning_bnmonitor.statistics.analysis import Analysis
+from lightning_bnmonitor.statistics.call_contrasts import CallContrasts, call_shifts
 from lightning_bnmonitor.statistics.channel_layout import BoolArray, ChannelLayout, FloatArray
 
 Evidence = Mapping[str, float]
@@ -35,6 +36,7 @@ EVIDENCE: Mapping[str, str] = {
     "effective_momentum": "the momentum of the last call, all its updates together",
     "updates_per_call": "updates of the running statistics for each call that was to update them (1; 2 under "
     "activation checkpointing)",
+    "updates_of_repeated": "the same for the calls that activation checkpointing repeats, where it repeats only some",
     "assumed_updates_per_call": "what updates_per_call was assumed to be, where that was wrong",
     "eval_error": "RMS error of the normalised activation in eval(), with the weights at the window's end",
     "act_rmse": "RMS error that eval() would have made on the values of the whole window",
@@ -61,6 +63,27 @@ EVIDENCE: Mapping[str, str] = {
     "jitter": "by how much mean and variance of a batch differ by sampling noise",
     "severity": "eval_error squared over jitter squared: m / (2 - m) is what momentum m makes by itself, above 1 the "
     "last batch's statistics would serve better",
+    "batch_jitter": "RMS difference between an activation normalised by its batch, as in training, and by all "
+    "values of the window: better running statistics do not repair it",
+    "independent_values": "independent values in a batch, as the scatter of batch means shows",
+    "last_batch_samples": "values per channel in the last batch of the window",
+    "last_batch_share": "share of the last batch in the squared noise_error",
+    "noise_without_last_batch": "what noise_error would be without the last batch",
+    "order_score": "by how many standard errors the inputs of the model come in an order; above 2 they do",
+    "group_score": "by how many standard errors the inputs of a batch resemble each other; above 2 they do",
+    "call_shift": "RMS distance of the call of a step that differs most from all calls of that step",
+    "call_shift_index": "which call of a step that is, counted from 1; 4 for all from the fourth on",
+    "call_shift_before": "call_shift of the window before",
+    "calls_per_step": "calls of the layer in a training step, where there are several",
+    "calls_per_model_call": "calls of the layer for each of the outermost module around it: above 1 it stands at "
+    "several places",
+    "calls_in_eval_mode": "calls with gradients while the whole model was in eval mode",
+    "windows": "how many windows, this one the last, the verdict rests on, if several",
+    "batches_before": "those of batches that came in windows before this one",
+    "least_error": "by all batches that the verdict rests on: the smaller of eval_error and act_rmse",
+    "reference_error": "the part of least_error that is chance in what the layer received",
+    "initial_distance": "the RMS error that the initial zeros and ones would make",
+    "steps_in_eval_mode": "optimizer steps while the whole model was in eval mode",
     "ordering_ratio": "variance between parts of the window over that expected from neighbouring batches",
     "ordering_limit": "up to where chance explains ordering_ratio",
     "ordering_share": "share of the variance that lies between parts of the window",
@@ -81,9 +104,14 @@ EVIDENCE: Mapping[str, str] = {
     "recommended_batch_size": "the batch size that the remedy names",
     "compensated_momentum": "the momentum that has, with several updates a call, the effect of the module's",
     "batches_to_go": "batches until the initial values no longer matter",
+    "val_error": "RMS error of the normalised activation that the running statistics, as they were in validation, made "
+    "on what the layer received there",
+    "val_error_noise": "the part of val_error that is chance",
     "val_shift": "RMS over channels of the layer's val_shift",
     "val_noise": "the part of val_shift that is chance",
     "val_batches": "calls in validation that were looked at",
+    "val_layers_before": "BatchNorm layers before it that were called in validation",
+    "val_shifted_before": "those of them for which validation differs from training, too",
     "val_loader": "the validation loader that val_shift is of, counted from 0, if there are several",
 }
 """Every number that a verdict, an explanation or a remedy may rest on, and what it is.
@@ -128,6 +156,32 @@ def distances(
         }
 
 
+def of_several_windows(
+    judged: Analysis, last: Analysis, windows: FloatArray, now: Tensor, running: Tensor, eps: Tensor
+) -> Iterator[dict[str, float]]:
+    """What is known of each layer by all windows that its verdict rests on: a part of its evidence.
+
+    Args:
+        judged: Of all these windows.
+        last: Of the last one.
+        windows: How many there are, ``(L,)``.
+        now: Mean and unbiased variance at the end of the last one, by that alone, ``(2, C)``.
+        running: Running statistics, ``(2, C)``.
+        eps: Of each channel's layer, ``(C,)``.
+    """
+    layout = judged.layout
+    present = torch.where(torch.from_numpy(layout.spread(windows)) > 1, torch.from_numpy(judged.now), now)
+    with np.errstate(all="ignore"):
+        of_all, of_now = (
+            np.sqrt(layout.mean(divergence.act_rmse(mean, var, running[0], running[1], eps).numpy() ** 2))
+            for mean, var in (torch.from_numpy(judged.population), present)
+        )
+    least, before = np.fmin(of_all, of_now), judged.num_batches - last.num_batches
+    for error, num, batches in zip(least.tolist(), windows.tolist(), before.tolist(), strict=True):
+        known = {"least_error": error} if math.isfinite(error) else {}
+        yield known | ({"windows": num, "batches_before": batches} if num > 1 else {})
+
+
 def observations(
     analysis: Analysis, population: Tensor, running: Tensor, has_running_stats: BoolArray, eps: Tensor
 ) -> Iterator[dict[str, float]]:
@@ -158,14 +212,13 @@ def observations(
             "z_var": np.sqrt(layout.mean(analysis.z[1] ** 2)),
             "max_score": analysis.max_score,
             "drift_per_batch": analysis.slope,
+            "reference_error": analysis.reference_error,
+            "initial_distance": analysis.initial_distance,
             "jitter": analysis.jitter,
-            "ordering_ratio": analysis.ordering_ratio,
-            "ordering_limit": analysis.ordering_limit,
-            "ordering_share": analysis.ordering_share,
-            "trend_share": analysis.trend_share,
-            "grouping_ratio": analysis.grouping_ratio,
-            "grouping_limit": analysis.grouping_limit,
-            "grouping_share": analysis.grouping_share,
+            "last_batch_samples": analysis.last_batch.num_samples,
+            "last_batch_share": analysis.last_batch.share,
+            "noise_without_last_batch": analysis.last_batch.without,
+            **analysis.batching._asdict(),
             "dead_channels": layout.count(divergence.is_dead(population[1], eps).numpy()),
             "non_finite_channels": layout.count(np.isfinite(analysis.first_bad) | bad_running),
             "non_finite_running_stats": layout.count(bad_running),
@@ -182,3 +235,24 @@ def observations(
         if not known["batches"]:
             known = {name: value for name, value in known.items() if name in _WITHOUT_BATCHES}
         yield known
+
+
+def calls_apart(contrasts: CallContrasts | None, scaled: Tensor, layout: ChannelLayout) -> list[dict[str, float]]:
+    """How far the calls of a step are apart, of each layer: a part of its evidence.
+
+    Args:
+        contrasts: Of those layers that are called several times in a step, with several ranks those of rank 0; None if
+            there are none.
+        scaled: Population variance plus ``eps``, ``(C,)``.
+        layout: Which channels are whose.
+    """
+    evidence: list[dict[str, float]] = [{} for _ in range(layout.num_layers)]
+    if contrasts is None:
+        return evidence
+    own = ChannelLayout(layout.widths[contrasts.layers])
+    channels = layout.columns(np.array(contrasts.layers))
+    shift, kind, calls = call_shifts(contrasts, own, scaled.numpy()[channels])
+    for layer, *values in zip(contrasts.layers, shift.tolist(), kind.tolist(), calls.tolist(), strict=True):
+        if math.isfinite(values[0]):
+            evidence[layer] = dict(zip(("call_shift", "call_shift_index", "calls_per_step"), values, strict=True))
+    return evidence

@@ -5,16 +5,24 @@ To add one, add an object to the table below.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
+from lightning_bnmonitor.diagnosis import rules
 from lightning_bnmonitor.diagnosis.circumstances import Circumstances
 from lightning_bnmonitor.diagnosis.evidence import WARNING, Evidence
 from lightning_bnmonitor.diagnosis.sentences import RECALIBRATE, Statement
 
-_MIN_VALIDATION_BATCHES = 4
-_CHANCE = 3  # times its noise floor that a shift must exceed
+_OTHER_WEIGHTS = 0.15  # error in validation from which on other weights or running statistics need attention
+_OF_COPIES = (
+    "If it is a copy with averaged weights, average or copy the buffers with the weights "
+    "(`AveragedModel(model, use_buffers=True)`), or recompute them "
+    "(`lightning_bnmonitor.recalibrate(averaged, loader)`)."
+)
+_ALONE = (
+    "If the model was loaded, load its running statistics, too, or recompute them "
+    "(`lightning_bnmonitor.recalibrate(model, loader)`)."
+)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -22,38 +30,134 @@ class Flag(Statement):
     """Something that can be said of a layer besides its verdict."""
 
     rule: Callable[[Circumstances, Evidence], bool] | None
-    """Whether it holds; None if the window alone does not tell (see :func:`is_shifted`)."""
-    needs_attention: bool = False
+    """Whether it holds; None if the window alone does not tell (see :mod:`.validation`)."""
+    attention: Callable[[Evidence], bool] = lambda _: False
     """Whether something should be done about it, whatever the verdict."""
 
 
-def is_shifted(evidence: Evidence) -> bool:
-    """Whether validation differs from training: by more than 0.1 and three times its noise, over four batches or more.
-
-    That is ``val_shift``, the error that the present statistics of training make on what the layer received in
-    validation. Chance is taken off before it is compared with 0.1.
-    """
-    shift, noise = evidence.get("val_shift", 0.0), evidence.get("val_noise", math.inf)
-    apart = shift > _CHANCE * noise and shift**2 - noise**2 > WARNING**2
-    return apart and evidence["val_batches"] >= _MIN_VALIDATION_BATCHES
+def _is_called(evidence: Evidence) -> bool:
+    """Whether the layer was called in training in this window."""
+    return any(evidence.get(f"calls_{path}") for path in ("saved", "traced", "pass"))
 
 
 def _explain_shift(evidence: Evidence) -> list[str]:
-    loader = " (loader {val_loader}, counted from 0)" if "val_loader" in evidence else ""
+    sentence = (
+        "What it receives in validation"
+        + (" (loader {val_loader}, counted from 0)" if "val_loader" in evidence else "")
+        + " is {val_shift} off what it receives in training (chance explains {val_noise}, in {val_batches} batches)"
+    )
+    error = "Its running statistics are {val_error} off what it receives there."
+    if evidence.get("val_shifted_before"):
+        return [f"{sentence}, as in a layer before it.", error]
+    if evidence.get("val_layers_before"):
+        return [
+            f"{sentence}, and no layer before it shows that: dropout or augmentation before it in training, "
+            "overfitting, or the inputs.",
+            error,
+        ]
+    return [f"{sentence}. It is the first BatchNorm layer: the inputs differ.", error]
+
+
+def _cure_shift(evidence: Evidence) -> list[str]:
+    if evidence.get("val_shifted_before"):
+        return ["Begin with the first layer that has this flag."]
+    of_layer = ["Put dropout behind this layer rather than before it."] if evidence.get("val_layers_before") else []
     return [
-        f"What it receives in validation{loader} is {{val_shift}} off what it receives in training (chance explains "
-        "{val_noise}), while its running statistics and those of the layers before it fit training: the data differ, "
-        "or something before it works otherwise in eval mode (dropout, augmentation, normalising by small batches)."
+        *of_layer,
+        "Prepare validation data as training data. If they are what the model will be given, recompute the running "
+        "statistics from data of that kind (`lightning_bnmonitor.recalibrate(model, loader)`).",
+    ]
+
+
+def _explain_other_weights(evidence: Evidence) -> list[str]:
+    error = "its running statistics are {val_error} off what it receives in validation (chance explains "
+    error += "{val_error_noise})"
+    if _is_called(evidence):
+        return [
+            "Validation ran with other weights or running statistics than training ended with (averaged or swapped "
+            f"weights: EMA, SWA, `WeightAveraging`, schedule-free optimizers): {error}."
+        ]
+    return [f"It is called in validation and was not called in training: {error}."]
+
+
+def _cure_other_weights(evidence: Evidence) -> list[str]:
+    if _is_called(evidence):
+        return [
+            "Add `PreciseBatchNorm(restore=True)` to the Trainer's callbacks; or, with those weights in the model, "
+            f"{RECALIBRATE}."
+        ]
+    return [_OF_COPIES, _ALONE]
+
+
+def _explain_last_batch(evidence: Evidence) -> list[str]:
+    sentences = [
+        "The last batch is small: {last_batch_samples} values per channel, where the mean is {samples_per_batch}."
+    ]
+    if rules.is_noisy_at_last(evidence):
+        sentences.append(
+            "It weighs as much as any other, so that sampling noise is an error of {noise_error}; without it, of "
+            "{noise_without_last_batch}."
+        )
+    if rules.is_tiny_at_last(evidence):
+        sentences.append("Normalised by so few, its gradients spoil the weights, too.")
+    return sentences
+
+
+def _explain_repeats(evidence: Evidence) -> list[str]:
+    if "updates_of_repeated" in evidence:
+        return [
+            "Activation checkpointing repeats some of its calls, which update the running statistics "
+            "{updates_of_repeated} times, and others once: {updates_per_call} times on average."
+        ]
+    return [
+        "Each call updates the running statistics {updates_per_call} times, as activation checkpointing repeats it: "
+        "the momentum acts as {effective_momentum}."
     ]
 
 
 def _compensate(evidence: Evidence) -> list[str]:
-    if "recommended_momentum" in evidence:  # which takes the updates into account
-        return []
+    if "recommended_momentum" in evidence or "updates_of_repeated" in evidence:
+        return []  # it takes the updates into account; there is no momentum for calls that update unequally often
     return ["Set `momentum={compensated_momentum}` to get the effect of {momentum} (1 - (1 - m)^(1/updates))."]
 
 
+def _explain_calls(evidence: Evidence) -> list[str]:
+    which = {1: "the first is", 2: "the second is", 3: "the third is"}
+    named = which.get(int(evidence["call_shift_index"]), "those from the fourth on are")
+    if evidence["calls_per_step"] == 2:
+        named = "each is"
+    differ = f"of {{calls_per_step}} a step, {named} {{call_shift}} standard deviations off the mean of all"
+    if rules.is_at_several_places(evidence):
+        return [
+            "The model calls it {calls_per_model_call} times, at several places, and its calls differ by more than "
+            f"chance explains: {differ}. One set of running statistics serves all of them in eval().",
+        ]
+    return [
+        f"The calls of a training step differ by more than chance explains: {differ}. Training normalises each call by "
+        "itself, eval() all alike: a network can come to rely on the difference, and better running statistics do not "
+        "repair that.",
+        "In the window before it was {call_shift_before}.",
+    ]
+
+
+def _cure_calls(evidence: Evidence) -> list[str]:
+    if rules.is_at_several_places(evidence):
+        return ["Give each place a BatchNorm layer of its own; the weights around it may stay shared."]
+    return [
+        "Give the model all that belongs to a step in one call: `model(torch.cat([a, b]))`. If the kinds must stay "
+        "apart, give each a BatchNorm layer of its own. If only one of them will be evaluated, "
+        f"{RECALIBRATE} from a loader of that kind."
+    ]
+
+
 _TABLE = (
+    Flag(
+        name="calls-differ",
+        rule=rules.has_unlike_calls,
+        attention=rules.is_spoiled_by_calls,
+        explanation=_explain_calls,
+        remedy=_cure_calls,
+    ),
     Flag(
         name="dead-channels",
         rule=lambda _, evidence: bool(evidence.get("dead_channels")),
@@ -62,20 +166,24 @@ _TABLE = (
     Flag(
         name="domain-shift",
         rule=None,
+        attention=lambda evidence: rules.net_error(evidence) > rules.SERIOUS,
         explanation=_explain_shift,
-        remedy=(
-            "Prepare validation data as training data. If they are what the model will be given, recompute the running "
-            "statistics from data of that kind (`lightning_bnmonitor.recalibrate(model, loader)`).",
-        ),
+        remedy=_cure_shift,
     ),
     Flag(
         name="double-update",
         rule=lambda layer, _: layer.updates_twice,
-        explanation=(
-            "Each call updates the running statistics {updates_per_call} times, as activation checkpointing repeats "
-            "it: the momentum acts as {effective_momentum}.",
-        ),
+        explanation=_explain_repeats,
         remedy=_compensate,
+    ),
+    Flag(
+        name="half-frozen",
+        rule=lambda layer, evidence: layer.has_frozen_weights and bool(evidence.get("batches")),
+        explanation=(
+            "Its weights do not train (`requires_grad=False`), while its running statistics go over to the present "
+            "data: what was trained with the old ones no longer works in eval().",
+        ),
+        remedy=("To keep it as it was, call `layer.eval()` after every `model.train()`.",),
     ),
     Flag(
         name="interrupted-batch",
@@ -95,14 +203,31 @@ _TABLE = (
         remedy=("Keep the layer from being called in training mode where the monitor does not count.",),
     ),
     Flag(
+        name="never-updated",
+        rule=None,
+        attention=lambda _: True,
+        explanation=(
+            "Its running statistics were never updated: they are the initial zeros and ones (`num_batches_tracked` is "
+            "zero), {val_error} off what it receives in validation (chance explains {val_error_noise}).",
+        ),
+        remedy=(_OF_COPIES, _ALONE),
+    ),
+    Flag(
         name="not-updating",
         rule=lambda _, evidence: "calls_not_updating" in evidence,
         explanation=("{calls_not_updating} calls in training mode left the running statistics as they were.",),
     ),
     Flag(
+        name="other-weights",
+        rule=None,
+        attention=lambda evidence: rules.net_error(evidence) > _OTHER_WEIGHTS,
+        explanation=_explain_other_weights,
+        remedy=_cure_other_weights,
+    ),
+    Flag(
         name="rank-0-only",
         rule=lambda _, evidence: evidence.get("rank_error", 0.0) > WARNING,
-        needs_attention=True,
+        attention=lambda _: True,
         explanation=(
             "What rank 0 received is {rank_error} off what all {ranks} ranks received: the running statistics that are "
             "saved (and given to all ranks, with DistributedDataParallel) are those of rank 0's data alone.",
@@ -111,6 +236,27 @@ _TABLE = (
             "Give all ranks data of one kind (shuffle before they are split, as `DistributedSampler(shuffle=True)` "
             "does), or convert the model with `nn.SyncBatchNorm.convert_sync_batchnorm`, or "
             f"{RECALIBRATE} over all ranks' data before you evaluate.",
+        ),
+    ),
+    Flag(
+        name="small-last-batch",
+        rule=rules.has_small_last_batch,
+        attention=rules.is_tiny_at_last,
+        explanation=_explain_last_batch,
+        remedy=("Leave it out: `DataLoader(..., drop_last=True)`.",),
+    ),
+    Flag(
+        name="unexplained-error",
+        rule=None,
+        attention=lambda _: True,
+        explanation=(
+            "In validation eval() is off by {val_error}, more than chance explains ({val_error_noise}). The cause is "
+            "not known: neither this layer nor one before it has shown anything that explains it.",
+            "Against what it receives in training, its running statistics are off by {eval_error}.",
+        ),
+        remedy=(
+            "`print(lightning_bnmonitor.attribute_eval_gap(model, loader, loss))` tells whether better running "
+            f"statistics help; if so, {RECALIBRATE}.",
         ),
     ),
     Flag(

@@ -10,6 +10,8 @@ from string import Formatter
 
 RECALIBRATE = "recompute its running statistics (`lightning_bnmonitor.recalibrate(model, loader)`)"
 """What repairs running statistics, in the middle of a sentence."""
+RECALIBRATE_FROZEN = "recompute its running statistics (`lightning_bnmonitor.recalibrate(model, loader, frozen=True)`)"
+"""The same, of a layer that updates none in training: without ``frozen=True`` it is left alone."""
 
 Sentences = Sequence[str] | Callable[[Mapping[str, float]], Sequence[str]]
 """Sentences with the names of numbers in braces, or a function that chooses them by a layer's evidence."""

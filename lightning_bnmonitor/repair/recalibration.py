@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -13,8 +13,16 @@ from torch import Tensor, nn
 from lightning_bnmonitor.arguments import as_patterns, check_positive_or_none
 from lightning_bnmonitor.capture.kernel_inputs import kernel_inputs
 from lightning_bnmonitor.capture.saved import has_own_forward
-from lightning_bnmonitor.compat import BatchNorm, is_lazy
+from lightning_bnmonitor.compat import BatchNorm
 from lightning_bnmonitor.repair.passes import Forward, forward_of, run, training_only
+from lightning_bnmonitor.repair.selection import (
+    UNUSED,
+    Selection,
+    check_initialised,
+    misfits_in,
+    select,
+    warn_of_misfits,
+)
 from lightning_bnmonitor.report.layer_report import LayerReport
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.tracking import collectives
@@ -22,8 +30,6 @@ from lightning_bnmonitor.tracking.assessment import compare
 from lightning_bnmonitor.tracking.buffers import History, SavedBuffers, write_stats
 from lightning_bnmonitor.tracking.discovery import find_layers
 from lightning_bnmonitor.tracking.recorder import Recorder, recorders_of
-
-_FROZEN, _NO_STATS, _UNUSED = "frozen", "no running statistics", "unused"
 
 
 def recalibrate(
@@ -75,8 +81,9 @@ def recalibrate(
         include: ``fnmatch`` patterns of the names of layers to recalibrate; None for all.
         exclude: ``fnmatch`` patterns of the names of layers to leave alone, in eval mode.
         frozen: Whether to recalibrate frozen layers, too: those in eval mode while the model is in training mode, and
-            those that update no running statistics in training (``track_running_stats=False``, ``momentum=0``). In a
-            model that is in eval mode as a whole the former cannot be told apart: use ``exclude``.
+            stale ones, which update no running statistics in training (``track_running_stats=False``,
+            ``momentum=0``). If not, a warning names those that are off by more than 0.1. In a model that is in eval
+            mode as a whole frozen layers cannot be told apart, and are recalibrated: use ``exclude``.
         all_ranks: Whether all ranks of the default process group of ``torch.distributed``, if there is one, call this
             together, each with its own data: statistics are merged, and the same on all. That takes six collectives,
             whose size grows with channels; with ``SyncBatchNorm`` each rank needs as many batches, too.
@@ -108,11 +115,12 @@ def recalibrate(
     names = as_patterns("include", include), as_patterns("exclude", exclude)
     found = find_layers(model, *names)
     in_eval = {layer for layer in found.values() if model.training and not layer.training}
-    reasons = {name: why_left_alone(layer, layer in in_eval, frozen) for name, layer in found.items()}
-    left_alone = {name: why for name, why in reasons.items() if why}
-    layers = {name: layer for name, layer in found.items() if name not in left_alone}
-    result = recalibrate_layers(model, batches, forward or forward_of, num_batches, layers, left_alone, all_ranks)
+    selection = select(found, in_eval, frozen)
+    result = recalibrate_layers(model, batches, forward or forward_of, num_batches, selection, all_ranks)
     result.tell_trackers()
+    if not all_ranks or collectives.rank() == 0:
+        call = "recalibrate(model, loader, frozen=True)"
+        warn_of_misfits("recalibrate", result.misfits, result.left_alone, call)
     return result
 
 
@@ -123,8 +131,11 @@ class Recalibration:
         before: The running statistics as they were, against the data: one report of all ranks.
         after: The running statistics as they were written, against the same data.
         num_batches: Batches that were run, on this rank.
-        left_alone: Layers whose running statistics are as they were, by name, and why: ``"frozen"``, ``"unused"`` (not
+        left_alone: Layers whose running statistics are as they were, by name, and why: ``"frozen"`` (in eval mode in
+            training), ``"stale"`` (it normalises by the batch in training and updates nothing), ``"unused"`` (not
             called in the pass), ``"no running statistics"``.
+        misfits: ``eval_error`` of the frozen and stale ones of these that are off by more than 0.1, and than chance,
+            against what they received in the same pass, in eval mode.
     """
 
     def __init__(
@@ -133,6 +144,7 @@ class Recalibration:
         after: Report,
         num_batches: int,
         left_alone: Mapping[str, str],
+        misfits: Mapping[str, float],
         old: SavedBuffers,
         histories: Mapping[BatchNorm, History | None],
     ) -> None:
@@ -140,6 +152,7 @@ class Recalibration:
         self.after = after
         self.num_batches = num_batches
         self.left_alone = dict(left_alone)
+        self.misfits = dict(misfits)
         self._old = old
         self._histories = dict(histories)
         self._told = False
@@ -173,7 +186,8 @@ class Recalibration:
             align = ("left", "left", "right", "right", "right", "left", "right")
             parts.append(tabulate(rows, headers=headers, disable_numparse=True, colalign=align))
         if self.left_alone:
-            listed = ", ".join(f"{name} ({why})" for name, why in self.left_alone.items())
+            off = {name: f", eval_error {error:.4f}" for name, error in self.misfits.items()}
+            listed = ", ".join(f"{name} ({why}{off.get(name, '')})" for name, why in self.left_alone.items())
             parts.append(f"Left alone: {listed}.")
         return "\n\n".join(parts)
 
@@ -183,31 +197,31 @@ def recalibrate_layers(
     batches: Iterable[Any],
     forward: Forward,
     num_batches: int | None,
-    layers: Mapping[str, BatchNorm],
-    left_alone: Mapping[str, str],
+    selection: Selection,
     all_ranks: bool,
 ) -> Recalibration:
-    """:func:`recalibrate` of these layers; ``left_alone`` names others, and why they are."""
+    """:func:`recalibrate` of selected layers."""
     check_positive_or_none("num_batches", num_batches)
+    layers, left_alone, aside = selection
     check_initialised(layers)
     old = SavedBuffers(layers.values())
-    if not layers:
-        return Recalibration(Report([]), Report([]), 0, left_alone, old, {})
+    if not layers and not aside:
+        return Recalibration(Report([]), Report([]), 0, left_alone, {}, old, {})
     together = all_ranks and collectives.num_ranks() > 1
-    measurement = _Measurement(layers)
+    measurement = _Measurement({**layers, **aside})
     with torch.inference_mode(any(buffer.is_inference() for buffer in model.buffers())), torch.no_grad():
         with _agreement(together), training_only(model, layers.values()), measurement.counting():
             count = run(model, batches, forward, num_batches)
-            measurement.check_complete()
-        before = measurement.compare(are_averaged=False, all_ranks=together)
+            measurement.check_complete(layers)
+        before, beside = _divided(measurement.compare(are_averaged=False, all_ranks=together), layers)
         used = {name: layers[name] for name, layer in before.items() if layer.num_samples}
-        if not used and not count:
+        if not used and not count and not any(layer.num_samples for layer in beside.values()):
             raise ValueError("`batches` gave no batch: nothing was measured, and nothing changed.")
         new = {layer: _new_stats(layer, before[name]) for name, layer in used.items()}
         with old.restored_on_error():
             for layer, stats in new.items():
                 write_stats(layer, stats)
-            after = measurement.compare(are_averaged=True, all_ranks=together and bool(used))
+            after, _ = _divided(measurement.compare(are_averaged=True, all_ranks=together and bool(used)), layers)
             if num_batches is not None and count < num_batches:
                 warnings.warn(
                     f"`batches` gave {count} batches, not the {num_batches} of `num_batches`: the running statistics "
@@ -215,28 +229,8 @@ def recalibrate_layers(
                     stacklevel=3,
                 )
     histories: dict[BatchNorm, History | None] = {layer: _history(before[name]) for name, layer in used.items()}
-    unused = {name: _UNUSED for name in layers if name not in used}
-    return Recalibration(before, after, count, {**left_alone, **unused}, old.of(used.values()), histories)
-
-
-def check_initialised(layers: Mapping[str, BatchNorm]) -> None:
-    """Raise ValueError, with the name, if a lazy layer has not been called yet."""
-    for name, layer in layers.items():
-        if layer.running_mean is not None and is_lazy(layer.running_mean):
-            raise ValueError(f"Layer {name!r} has not been initialised. Call the model once before.")
-
-
-def why_left_alone(layer: BatchNorm, in_eval: bool, frozen: bool = False) -> str:
-    """Why a layer is not recalibrated; empty if it is.
-
-    Args:
-        layer: The layer.
-        in_eval: Whether it is in eval mode in training.
-        frozen: Whether to recalibrate frozen layers, too.
-    """
-    if layer.running_mean is None or layer.running_var is None:
-        return _NO_STATS
-    return _FROZEN if (in_eval or not layer.track_running_stats or layer.momentum == 0) and not frozen else ""
+    reasons = {**left_alone, **{name: UNUSED for name in layers if name not in used}}
+    return Recalibration(before, after, count, reasons, misfits_in(beside), old.of(used.values()), histories)
 
 
 class _Measurement:
@@ -267,10 +261,10 @@ class _Measurement:
                     stack.callback(handle.remove)
             yield
 
-    def check_complete(self) -> None:
-        """Raise RuntimeError if there was a call that could not be counted."""
+    def check_complete(self, names: Container[str]) -> None:
+        """Raise RuntimeError if there was a call of one of these layers that could not be counted."""
         for layer in self._recorder.layers:
-            if layer.hook.skipped:
+            if layer.name in names and layer.hook.skipped:
                 raise RuntimeError(
                     f"{layer.hook.skipped} calls of layer {layer.name!r} could not be counted: what it receives is not "
                     "(N, C, ...), has no values of its own, or is too large for a pass over it. Nothing was changed. "
@@ -299,6 +293,13 @@ def _agreement(together: bool) -> Iterator[None]:
         raise
     if together and not collectives.all_succeeded(True):
         raise RuntimeError("Another rank could not run its batches: see its error. Nothing was changed.")
+
+
+def _divided(report: Report, names: Container[str]) -> tuple[Report, Report]:
+    """The reports of the layers with these names, and of all others."""
+    ours = [layer for name, layer in report.items() if name in names]
+    others = [layer for name, layer in report.items() if name not in names]
+    return Report(ours, report.rank), Report(others, report.rank)
 
 
 def _new_stats(layer: BatchNorm, report: LayerReport) -> list[Tensor]:

@@ -89,7 +89,7 @@ class LayerReport(LayerValues):
         scalars = ("name", "type", "num_features", "eps", "momentum", "num_batches", "num_samples", "has_running_stats")
         words = ("verdict", "needs_attention", "explanation", "remedy")
         moments = ("population_mean", "population_var", "running_mean", "running_var", "now_mean", "now_var")
-        per_channel = (*moments, *METRICS, "kl", "z_mean", "z_var", "val_shift")
+        per_channel = (*moments, *METRICS, "kl", "z_mean", "z_var", "val_error", "val_shift")
         errors = ("running_mean_stderr", "running_var_stderr")
         return {
             **{field: jsonable(getattr(self, field)) for field in (*scalars, *words, *per_channel, *errors)},

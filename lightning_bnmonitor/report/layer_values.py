@@ -57,6 +57,8 @@ class LayerValues:
     """What :attr:`course` is made of: batches, ``(16,)``, and mean and variance of each run, ``(16, 2, C)``."""
     validation: Tensor | None = None
     """Mean and unbiased variance of what it received in validation after this window, ``(2, C)``; None if none was."""
+    val_running: Tensor | None = None
+    """Running mean and variance as that validation began, ``(2, C)``; None if they had no part in it."""
 
     @property
     def num_features(self) -> int:
@@ -166,6 +168,19 @@ class LayerValues:
             return torch.full_like(self.now_mean, torch.nan)
         mean, var = self.validation
         return divergence.act_rmse(mean, var, self.now_mean, self.now_var, self.eps)
+
+    @property
+    def val_error(self) -> Tensor:
+        """RMS error of the normalised activation that the running statistics made in validation; NaN if they made none.
+
+        That is :attr:`val_running`, as validation began, against what was received in it, whatever the reason.
+        Infinite where the running statistics are not finite.
+        """
+        if self.validation is None or self.val_running is None:
+            return torch.full_like(self.now_mean, torch.nan)
+        (mean, var), (running_mean, running_var) = self.validation, self.val_running
+        error = divergence.act_rmse(mean, var, running_mean, running_var, self.eps)
+        return torch.where(torch.isfinite(self.val_running).all(dim=0), error, torch.inf)
 
     def __getstate__(self) -> dict[str, Any]:
         # They may be views of all layers' numbers, which would be saved with them.

@@ -5,7 +5,6 @@ from __future__ import annotations
 import html
 import math
 import textwrap
-from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from typing import TYPE_CHECKING, Any
 
@@ -14,13 +13,12 @@ import numpy as np
 from lightning_bnmonitor.diagnosis.evidence import METRICS
 from lightning_bnmonitor.report.figures import plot_layers
 from lightning_bnmonitor.report.layer_report import LayerReport, jsonable
+from lightning_bnmonitor.report.summaries import headline, paragraphs
 from lightning_bnmonitor.report.tables import badge, changes, code_as_html, escaped, layer_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
     from matplotlib.figure import Figure
-
-_EXPLAINED = 3  # layers in need of attention that a printed report explains
 
 
 class Report(Mapping[str, LayerReport]):
@@ -75,17 +73,20 @@ class Report(Mapping[str, LayerReport]):
 
         ``eval_error_max``, ``eval_error_p90`` (not exceeded by 90 % of the layers), ``eval_error_median``,
         ``act_rmse_max`` and ``mean_shift_max``: absent if there is no such layer. ``unhealthy_layers``: the number of
-        layers that need attention; absent if there is no layer at all. ``val_shift_max``: the largest distance of
-        validation from training; absent before validation.
+        layers that need attention; absent if there is no layer at all. ``val_error_max``: the largest error of the
+        running statistics in validation, ``val_shift_max``: the largest distance of validation from training; absent
+        before validation. ``call_shift_max``: how far the calls of a step differ at most; absent if there is one.
         """
-        evidence = [layer.diagnosis.evidence for layer in self._layers.values()]
-        values = {name: [its[name] for its in evidence if name in its] for name in (*METRICS, "val_shift")}
+        # How a `forward` of its own uses running statistics is not known, nor what they should be.
+        evidence = [layer.diagnosis.evidence for layer in self._layers.values() if layer.verdict != "own-forward"]
+        more = ("val_error", "val_shift", "call_shift")
+        values = {name: [its[name] for its in evidence if name in its] for name in (*METRICS, *more)}
         summary = {}
         if errors := values["eval_error"]:
             summary["eval_error_max"] = max(errors)
             summary["eval_error_p90"] = float(np.quantile(errors, 0.9, method="inverted_cdf"))
             summary["eval_error_median"] = float(np.median(errors))
-        for metric in ("act_rmse", "mean_shift", "val_shift"):
+        for metric in ("act_rmse", "mean_shift", *more):
             if values[metric]:
                 summary[f"{metric}_max"] = max(values[metric])
         if self._layers:
@@ -126,18 +127,17 @@ class Report(Mapping[str, LayerReport]):
             ValueError: If ``n`` is negative.
         """
         worst = self.worst(n)
-        items = [
-            f"- **{escaped(layer.name)}**: {layer.verdict}. {escaped(layer.diagnosis.explanation)} {layer.remedy}"
-            for layer in worst[:_EXPLAINED]
-            if layer.needs_attention
-        ]
+        said = paragraphs(self.worst()) if worst else []
+        items = [f"- **{each.listed(escaped)}**: {each.cause}. {each.text}" for each in said]
         table = layer_table(worst, "github", escaped, brief=True)
         news = changes(self.worst(), since or {})
         parts = (f"**{self._headline}**", news, table, "\n".join(items))
         return "\n\n".join(part for part in parts if part)
 
     def brief(self, n: int | None = 10) -> str:
-        """One sentence on the model, the table of the ``n`` worst layers, and the first three of them explained.
+        """One sentence on the model, the table of the ``n`` worst layers, and the first three causes explained.
+
+        What is explained is that of all layers, not of these alone. With ``n=0`` it is the sentence alone.
 
         Raises:
             ValueError: If ``n`` is negative.
@@ -145,9 +145,10 @@ class Report(Mapping[str, LayerReport]):
         worst = self.worst(n)
         table = [layer_table(worst)] if worst else []
         texts = [
-            textwrap.fill(f"{layer.explanation} {layer.remedy}", 120, subsequent_indent="  ", break_long_words=False)
-            for layer in worst[:_EXPLAINED]
-            if layer.needs_attention
+            textwrap.fill(
+                f"{each.listed()}: {each.cause}. {each.text}", 120, subsequent_indent="  ", break_long_words=False
+            )
+            for each in (paragraphs(self.worst()) if worst else ())
         ]
         return "\n\n".join([self._headline, *table, *texts])
 
@@ -157,11 +158,10 @@ class Report(Mapping[str, LayerReport]):
 
     def _repr_html_(self) -> str:
         # Colours are those of the page around it, whether light or dark.
-        items = "".join(
-            f"<li><strong>{html.escape(layer.name)}</strong>: {layer.verdict}. "
-            f"{code_as_html(html.escape(f'{layer.diagnosis.explanation} {layer.remedy}'))}</li>"
-            for layer in self.unhealthy[:_EXPLAINED]
-        )
+        said = [
+            (each.listed(html.escape), html.escape(f"{each.cause}. {each.text}")) for each in paragraphs(self.worst())
+        ]
+        items = "".join(f"<li><strong>{names}</strong>: {code_as_html(text)}</li>" for names, text in said)
         table = layer_table(self.worst(), "unsafehtml", html.escape, badge)
         table = table.replace("<table>", '<table style="color: inherit; font-size: inherit">')
         explained = f"<ul>{items}</ul>" if items else ""
@@ -172,15 +172,4 @@ class Report(Mapping[str, LayerReport]):
 
     @property
     def _headline(self) -> str:
-        if not self._layers:
-            return "No BatchNorm layer was monitored."
-        layers = f"{len(self)} BatchNorm layer{'s' * (len(self) > 1)}"
-        alone = "" if self.rank is None else f" (rank {self.rank} alone)"
-        shifted = [name for name, layer in self._layers.items() if "domain-shift" in layer.flags]
-        more = f" Validation differs from training in {len(shifted)} of them, first in {shifted[0]}." if shifted else ""
-        unhealthy = self.unhealthy
-        if not unhealthy:
-            return f"None of {layers} needs attention{alone}.{more}"
-        verdicts = Counter(layer.verdict for layer in unhealthy)
-        listed = ", ".join(f"{count} {verdict}" for verdict, count in verdicts.items())
-        return f"{len(unhealthy)} of {layers} need{'s' * (len(unhealthy) == 1)} attention{alone}: {listed}.{more}"
+        return headline(list(self.values()), self.rank)

@@ -11,7 +11,7 @@ from lightning_bnmonitor.diagnosis.verdicts import VERDICTS
 from lightning_bnmonitor.report.layer_report import LayerReport
 
 _ERRORS = {"eval_error": "eval_error", "noise": "noise_error"}  # headers of columns, and the evidence in them
-_VALIDATION = {"val_shift": "val_shift"}
+_VALIDATION = {"val_error": "val_error", "val_shift": "val_shift"}
 _DISTANCES = {metric: metric for metric in METRICS[1:]}
 _COUNTS = ("channels", "batches", "samples")
 _CHANGES = 10  # layers whose change of verdict is listed
@@ -38,8 +38,8 @@ def layer_table(
     from tabulate import tabulate
 
     columns = dict(_ERRORS)
-    if any("val_shift" in layer.diagnosis.evidence for layer in layers):
-        columns |= _VALIDATION
+    known = {name for layer in layers for name in layer.diagnosis.evidence}
+    columns |= {header: name for header, name in _VALIDATION.items() if name in known}
     columns |= {} if brief else _DISTANCES
     rows = []
     for layer in layers:
@@ -54,11 +54,11 @@ def layer_table(
 
 
 def changes(layers: Sequence[LayerReport], since: Mapping[str, str]) -> str:
-    """A list, in Markdown, of the layers whose verdict is another one than in ``since``; empty if there are none."""
-    changed = [layer for layer in layers if since.get(layer.name, layer.verdict) != layer.verdict]
+    """A list, in Markdown, of the layers whose cause is another one than in ``since``; empty if there are none."""
+    changed = [layer for layer in layers if since.get(layer.name, layer.diagnosis.cause) != layer.diagnosis.cause]
     if not changed:
         return ""
-    lines = [f"- {escaped(layer.name)}: {since[layer.name]} → {layer.verdict}" for layer in changed[:_CHANGES]]
+    lines = [f"- {escaped(layer.name)}: {since[layer.name]} → {layer.diagnosis.cause}" for layer in changed[:_CHANGES]]
     if len(changed) > _CHANGES:
         lines.append(f"- and {len(changed) - _CHANGES} more")
     return "\n".join(["Changed since the last window:", "", *lines])

@@ -120,6 +120,12 @@ def sums_of(blocks: Blocks, densities: Densities, layout: ChannelLayout) -> Sums
     return Sums(weighted, reference, last, before, earlier, trend, within, between)
 
 
+def trend_variance(densities: Densities) -> FloatArray:
+    """Variance over V of the sum that a straight line in time is seen by, ``(2, L)``; 0 with one block."""
+    variance = (densities.weights * densities.time**2).sum(axis=2)
+    return np.where(densities.num_blocks > 1, variance, 0)
+
+
 class _RecentRuns(NamedTuple):
     """The last three runs of whole blocks, the last one first."""
 

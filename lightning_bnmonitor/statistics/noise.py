@@ -38,6 +38,15 @@ ROUNDING = 1e-14
 _NEGLIGIBLE = 1e-9  # relative size of a sum of squares that is rounding
 
 
+class LastBatch(NamedTuple):
+    """The last batch that updated running statistics, ``(L,)`` each; NaN without one."""
+
+    num_samples: FloatArray
+    """Its values per channel."""
+    weight: FloatArray
+    """Its weight in the running statistics."""
+
+
 class RunningStats(NamedTuple):
     """Running statistics at a window's two ends, and what is known of the time before it."""
 
@@ -53,6 +62,8 @@ class RunningStats(NamedTuple):
     """Half the spacing of the buffers' numbers at 1, ``(L,)``."""
     known: BoolArray
     """Whether the weights of the window's batches in ``end`` are known, ``(L,)``."""
+    last: LastBatch
+    """The last of the window's batches."""
 
 
 class NoiseModel(NamedTuple):

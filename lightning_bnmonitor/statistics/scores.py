@@ -8,7 +8,7 @@ from lightning_bnmonitor.statistics.channel_layout import BoolArray, ChannelLayo
 
 MEAN, VAR = 0, 1
 """Index of what concerns the running mean, and of what concerns the running variance, on an axis of two."""
-_LIMIT_OF_MEANS = 9.0
+_LIMIT = 9.0
 
 
 def student_score(z: FloatArray, dof: FloatArray) -> FloatArray:
@@ -25,22 +25,23 @@ def student_score(z: FloatArray, dof: FloatArray) -> FloatArray:
     return np.copysign(score, z, out=score)
 
 
-def exceeds_chance(layout: ChannelLayout, scores: FloatArray) -> BoolArray:
+def exceeds_chance(layout: ChannelLayout, scores: FloatArray, limit: float | FloatArray = _LIMIT) -> BoolArray:
     """Whether a layer's scores are more than chance, ``(K, 2, C)`` to ``(K, 2, L)``, for K comparisons.
 
-    For the running mean: the mean of the squared scores exceeds 9. For the running variance, whose distribution has
-    heavy tails: their *median* exceeds ``max(4.1, 9 - 0.7 (C - 1))`` for a layer of C channels. The second limit is
+    For the running mean: the mean of the squared scores exceeds G = 9 (``limit``, also one a layer, ``(L,)``). For the
+    running variance, whose distribution has heavy
+    tails: their *median* exceeds ``max(4.1, G - 0.7 (C - 1))`` for a layer of C channels. The second limit is
     there because the median of a few channels is no average. By simulation a healthy layer of one channel then alarms
     in 0.4 % of windows (2 % with extremely skewed inputs at momentum 0.5), wider layers more rarely.
     """
     squares = scores**2
-    passed = layout.mean(squares) > _LIMIT_OF_MEANS
+    passed = layout.mean(squares) > limit
     squares = squares[:, VAR]
     count = layout.count(np.isfinite(squares))
-    limit = np.maximum(4.1, 9 - 0.7 * (count - 1))
-    above = layout.count(squares > layout.spread(limit))
+    limits = np.maximum(4.1, limit - 0.7 * (count - 1))
+    above = layout.count(squares > layout.spread(limits))
     passed[:, VAR] = 2 * above > count
     for comparison, layer in np.argwhere((2 * above == count) & (above > 0)):  # the median is halfway between two
         median = np.nanmedian(squares[comparison, layout.slices[layer]])
-        passed[comparison, VAR, layer] = median > limit[comparison, layer]
+        passed[comparison, VAR, layer] = median > limits[comparison, layer]
     return passed

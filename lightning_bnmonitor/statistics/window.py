@@ -31,6 +31,7 @@ from torch import Tensor
 from lightning_bnmonitor.statistics.blocks import MAX_BLOCKS, Blocks, PooledBatches, block_size
 from lightning_bnmonitor.statistics.channel_layout import FloatArray
 from lightning_bnmonitor.statistics.moments import merge_moments
+from lightning_bnmonitor.statistics.side_by_side import joined, on_device, rows_of, to_unbiased_variances
 
 _BESIDE = MAX_BLOCKS  # the row of batches that updated no running statistics
 _ROWS = MAX_BLOCKS + 1
@@ -258,7 +259,7 @@ class Window:
         columns, layer_of = self._columns_of([its.layer for its in group])
         num_parts, num_added, width = members.shape[1], len(group[0].lead), len(layer_of)
         num_old = num_parts - num_added
-        expanded = self._to_device(np.concatenate(weights)).index_select(1, layer_of)
+        expanded = on_device(np.concatenate(weights), self.device).index_select(1, layer_of)
         of_parts, of_unions, bessel, eps, lead = expanded.split_with_sizes([len(rows) for rows in weights])
 
         rows = self._channels[:, old] if columns is None else self._channels[:, old].index_select(3, columns)
@@ -266,21 +267,15 @@ class Window:
         parts[:num_old] = rows[_VALUE]
         fields = [its.batches for its in group]
         waiting = chain.from_iterable(zip(*(f.mean for f in fields), *(f.spread for f in fields), strict=True))
-        parts[num_old:] = self._side_by_side(tuple(waiting)).view(num_added, 2, width)
+        parts[num_old:] = joined(tuple(waiting), self.device).view(num_added, 2, width)
         mean, var = parts[num_old:].unbind(1)
-        is_variance = np.isnan(weights.eps)
-        if not is_variance.all():
-            if is_variance.any():
-                var.copy_(torch.where(torch.isnan(eps), var, var.pow(-2).sub_(eps)))
-            else:
-                var.pow_(-2).sub_(eps)
-        var.clamp_min_(0).mul_(bessel)
+        to_unbiased_variances(var, eps, bessel, ~np.isnan(weights.eps))
 
         _, value, m2 = merge_moments(
             of_parts.reshape(-1, 2 * width),
             parts.view(num_parts, 2 * width),
             rows[_M2].reshape(num_old, 2 * width),
-            self._to_device(members),
+            on_device(members, self.device),
             of_unions.reshape(-1, 2 * width),
         )
         merged = torch.stack([value, m2]).view(2, -1, 2, width)
@@ -312,26 +307,15 @@ class Window:
         index = torch.arange(len(mean), dtype=torch.float64, device=self.device)[:, None]
         return torch.where(nothing == 0, torch.inf, index).add_(lead).amin(dim=0)
 
-    def _side_by_side(self, tensors: tuple[Tensor, ...]) -> Tensor:
-        try:
-            return torch.cat(tensors).to(self.device)
-        except RuntimeError:  # they are on several devices, as the model has been moved meanwhile
-            return torch.cat([tensor.to(self.device) for tensor in tensors])
-
     def _columns_of(self, layers: list[int]) -> tuple[Tensor | None, Tensor]:
         """The flat columns of some layers (None: all of them), and for each of these which of the layers it is of."""
         widths = np.array([self.widths[layer] for layer in layers])
         layer_of = np.repeat(np.arange(len(layers)), widths)
         if len(layers) == len(self.widths):
-            return None, self._to_device(layer_of)
+            return None, on_device(layer_of, self.device)
         shifts = np.array([self._starts[layer] for layer in layers]) - (np.cumsum(widths) - widths)
-        return self._to_device(np.arange(len(layer_of)) + shifts[layer_of]), self._to_device(layer_of)
-
-    def _to_device(self, array: NDArray[Any]) -> Tensor:
-        tensor = torch.from_numpy(np.ascontiguousarray(array))
-        if self.device.type == "cuda":
-            tensor = tensor.pin_memory()  # or the copy would wait for the device
-        return tensor.to(self.device, non_blocking=True)
+        columns = np.arange(len(layer_of)) + shifts[layer_of]
+        return on_device(columns, self.device), on_device(layer_of, self.device)
 
 
 def _merge_sums(
@@ -350,9 +334,9 @@ def _merge_sums(
     members = (np.arange(new.stop - new.start)[:, None] == union).astype(float)
     layers = slice(None) if len(group) == len(sums) else [its.layer for its in group]
     num_old, num_added, num_layers = old.stop - old.start, len(group[0].lead), len(group)
-    count = _rows_of([its.batches.num_samples for its in group])
+    count = rows_of([its.batches.num_samples for its in group])
     momentum = np.empty((num_added, num_layers))
-    momentum[:] = _rows_of([its.batches.momentum for its in group])
+    momentum[:] = rows_of([its.batches.momentum for its in group])
     since = np.ones((num_added + 1, num_layers))  # what remains at the end of what stood before each batch
     np.cumprod((1 - momentum)[::-1], axis=0, out=since[-2::-1])
     remains, after = since[0], since[1:]
@@ -364,7 +348,7 @@ def _merge_sums(
     parts[:num_old] = sums[layers, old].transpose(1, 0, 2)
     batch = parts[num_old:]
     batch[..., _NUM_BATCHES], batch[..., _NUM_SAMPLES], batch[..., _WEIGHT] = 1, count, weight
-    batch[..., _BATCH_SIZE] = _rows_of([its.batches.batch_size for its in group])
+    batch[..., _BATCH_SIZE] = rows_of([its.batches.batch_size for its in group])
     batch[..., _NOISE_OF_MEAN], batch[..., _NOISE_OF_VAR] = weight**2 / count, weight**2 / dof
 
     merged = (members @ parts.reshape(len(parts), -1)).reshape(-1, num_layers, 6)
@@ -376,8 +360,8 @@ def _merge_sums(
         of_parts=_both_weights(parts[: num_old + len(count)]),
         of_unions=_both_weights(merged),
         bessel=count / dof,
-        eps=_rows_of([its.batches.eps for its in group]),
-        lead=_rows_of([its.lead for its in group]),
+        eps=rows_of([its.batches.eps for its in group]),
+        lead=rows_of([its.lead for its in group]),
     )
     return weights, members
 
@@ -388,11 +372,3 @@ def _both_weights(parts: FloatArray) -> FloatArray:
     weights[:] = parts[:, None, :, _NUM_SAMPLES]
     weights[:, 1] -= parts[..., _NUM_BATCHES]
     return weights.reshape(-1, parts.shape[1])
-
-
-def _rows_of(columns: list[Any]) -> FloatArray:
-    """A row for each batch of a column for each layer, or one row if these are all alike. None becomes NaN."""
-    if all(column.count(column[0]) == len(column) for column in columns):
-        columns = [column[:1] for column in columns]
-    rows: FloatArray = np.array(columns, dtype=float).T
-    return rows

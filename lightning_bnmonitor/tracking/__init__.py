@@ -11,7 +11,7 @@ The ways of the data:
   rank measures (:mod:`measurement`) → what all have seen goes to rank 0, which describes it (:mod:`assessment`) → its
   reports go to all (:mod:`exchange`). On one rank the same, without the way there and back.
 - **A validation batch**: hook → ``PooledCalls.add`` → (the validation ends) pooled over ranks (:mod:`validation`) →
-  numbers → :func:`~lightning_bnmonitor.diagnosis.diagnosis.diagnose_validation` → the report of the window.
+  numbers → :func:`~lightning_bnmonitor.diagnosis.validation.diagnose_validation` → the report of the window.
 - **A checkpoint**: ``Recorder.state`` = the windows' rows and what each layer keeps → ``load_state_dict`` → at
   ``attach`` the same rows in new windows. It is per rank; no rank waits for another.
 """

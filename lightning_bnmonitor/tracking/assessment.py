@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 from lightning_bnmonitor.diagnosis.diagnosis import diagnose
-from lightning_bnmonitor.diagnosis.evidence import METRICS, distances, observations
+from lightning_bnmonitor.diagnosis.evidence import METRICS, calls_apart, distances, observations, of_several_windows
 from lightning_bnmonitor.report.layer_report import LayerReport
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.statistics.blocks import Blocks, at_fixed_weights
+from lightning_bnmonitor.statistics.channel_layout import ChannelLayout
 from lightning_bnmonitor.statistics.pooling import PooledStatistics, error_of_one_rank, pool
 from lightning_bnmonitor.tracking import collectives
 from lightning_bnmonitor.tracking.exchange import Exchange, Frame
@@ -53,7 +54,7 @@ def assess(
         The report, and what the next windows go on from, of this rank.
     """
     ordered = windows.in_order(layers)
-    measured = measure(states_of(ordered, ended), windows.blocks(ordered))
+    measured = measure(states_of(ordered, ended), windows.blocks(ordered), windows.call_sites.contrasts(ordered))
     if all_ranks and measured.analysis.layout.num_channels:
         exchange = _exchange(layers, ordered)
         num_ranks = np.array([layer.counts.num_ranks for layer in ordered])
@@ -86,7 +87,7 @@ def compare(layers: Sequence[TrackedLayer], windows: Windows, are_averaged: bool
             _receiving(state, int(num), are_averaged)
             for state, num in zip(states, batches.num_batches.tolist(), strict=True)
         ]
-        measured = measure(received, at_fixed_weights(blocks, batches, are_averaged))
+        measured = measure(received, at_fixed_weights(blocks, batches, are_averaged), with_earlier=False)
         return describe(measured, Seen(pooled, [evidence] * len(states)), at_fixed_weights=True)
 
     if all_ranks and layout.num_channels:
@@ -110,33 +111,36 @@ def describe(measured: Measurement, seen: Seen | None = None, at_fixed_weights: 
         seen: What all ranks have seen, if that is to be the population.
         at_fixed_weights: Whether the weights stayed as they were: the population then is what the layers receive now.
     """
-    states, blocks, analysis, running, eps = measured
+    states, blocks, analysis, judged, windows, running, eps, contrasts = measured
     layout, population, num_samples = analysis.layout, analysis.population, analysis.num_samples
     evidence: Sequence[Mapping[str, float]] = [{}] * len(states)
     if seen is not None:
         everyone, evidence = seen
         population, num_samples = everyone.population(layout), everyone.num_samples
-        analysis = replace(analysis, first_bad=everyone.first_bad)
+        judged = replace(judged, first_bad=everyone.first_bad)
     moves = (analysis.num_batches > 1) & (not at_fixed_weights)
     exact = torch.from_numpy(population)
     now = torch.from_numpy(np.where(layout.spread(moves), analysis.now, population))
     has_stats = np.array([state.circumstances.has_running_stats for state in states], dtype=bool)
     channel_eps = torch.from_numpy(layout.spread(eps))
     metrics = distances(exact, now, running, channel_eps, layout, has_stats & (num_samples > 0))
-    observed = observations(analysis, exact, running, has_stats, channel_eps)
-    numbers = torch.cat([exact, running, now, torch.from_numpy(analysis.z), torch.from_numpy(analysis.std_error)])
+    observed = observations(judged, exact, running, has_stats, channel_eps)
+    together = of_several_windows(judged, analysis, windows, now, running, channel_eps)
+    apart = calls_apart(contrasts, exact[1] + channel_eps, layout)
+    numbers = torch.cat([exact, running, now, torch.from_numpy(judged.z), torch.from_numpy(judged.std_error)])
     rows = zip(*(metrics[name].tolist() for name in METRICS), strict=True)
     parts, counts = torch.split(numbers, layout.widths.tolist(), dim=-1), num_samples.tolist()
-    described = zip(_frames(states, blocks), states, observed, evidence, rows, counts, parts, strict=True)
+    added = [{**more, **calls} for more, calls in zip(together, apart, strict=True)]
+    described = zip(_frames(states, blocks), states, observed, added, evidence, rows, counts, parts, strict=True)
     return [
         frame(
             num_batches=state.layer.num_calls,
             num_samples=int(count),
             has_running_stats=state.now.buffers is not None,
-            diagnosis=diagnose(state.circumstances, {**own, **of_all}, dict(zip(METRICS, values, strict=True))),
+            diagnosis=diagnose(state.circumstances, {**own, **more, **of_all}, dict(zip(METRICS, values, strict=True))),
             numbers=part,
         )
-        for frame, state, own, of_all, values, count, part in described
+        for frame, state, own, more, of_all, values, count, part in described
     ]
 
 
@@ -168,8 +172,11 @@ def _rank(all_ranks: bool) -> int | None:
 
 def _frames(states: Sequence[LayerState], blocks: Blocks) -> list[Frame]:
     """What each rank knows of its layers by itself: their names, and how the batches went over the window."""
-    values = torch.split(torch.from_numpy(blocks.value.copy()), blocks.widths.tolist(), dim=-1)
-    courses = zip(torch.from_numpy(blocks.num_batches), values, strict=True)
+    used = (blocks.num_batches > 0).sum(axis=1).tolist()
+    courses = (
+        (torch.from_numpy(counts[:num].copy()), torch.from_numpy(blocks.value[:num, :, own].copy()))
+        for counts, num, own in zip(blocks.num_batches, used, ChannelLayout(blocks.widths).slices, strict=True)
+    )
     return [
         partial(
             LayerReport,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
@@ -11,13 +11,17 @@ import torch
 from torch import Tensor
 
 from lightning_bnmonitor.capture.batch_moments import PATHS
+from lightning_bnmonitor.compat import BatchNorm
 from lightning_bnmonitor.diagnosis.circumstances import Circumstances
-from lightning_bnmonitor.statistics.analysis import Analysis, analyse
+from lightning_bnmonitor.statistics.analysis import Analysis, analyse, of_the_last
 from lightning_bnmonitor.statistics.blocks import Blocks
-from lightning_bnmonitor.statistics.channel_layout import FloatArray
-from lightning_bnmonitor.statistics.noise import RunningStats
+from lightning_bnmonitor.statistics.call_contrasts import CallContrasts
+from lightning_bnmonitor.statistics.channel_layout import ChannelLayout, FloatArray
+from lightning_bnmonitor.statistics.joined_windows import ENOUGH, KeptWindow, fewest, joined, kept_window
+from lightning_bnmonitor.statistics.noise import LastBatch, RunningStats
 from lightning_bnmonitor.tracking.buffers import History, Snapshot, snapshots
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
+from lightning_bnmonitor.tracking.windows import Windows
 
 
 class LayerState(NamedTuple):
@@ -35,10 +39,17 @@ class Measurement(NamedTuple):
     states: Sequence[LayerState]
     blocks: Blocks
     analysis: Analysis
+    """What was received in these windows alone; what tells of noise is that of ``judged``."""
+    judged: Analysis
+    """Of these windows, and of as many before as it takes to judge short ones."""
+    windows: FloatArray
+    """How many windows of each layer that is, ``(L,)``."""
     running: Tensor
     """Running statistics, ``(2, C)``; NaN if a layer has none."""
     eps: FloatArray
     """Of each layer, ``(L,)``."""
+    contrasts: CallContrasts | None
+    """Of those layers that are called several times in a step; None if there are none."""
 
 
 class Ending(NamedTuple):
@@ -49,6 +60,8 @@ class Ending(NamedTuple):
     """What the running statistics are made of."""
     ratio: float
     """Largest absolute mean over sqrt(var + eps) of any channel; NaN if it was not called."""
+    earlier: Sequence[KeptWindow]
+    """The windows before that it was judged by, or may be, too."""
 
 
 def states_of(layers: Sequence[TrackedLayer], ended: bool = False) -> list[LayerState]:
@@ -64,12 +77,51 @@ def states_of(layers: Sequence[TrackedLayer], ended: bool = False) -> list[Layer
     return states
 
 
-def measure(states: Sequence[LayerState], blocks: Blocks) -> Measurement:
-    """What the blocks of layers say, beside their running statistics."""
+def measure(
+    states: Sequence[LayerState], blocks: Blocks, contrasts: CallContrasts | None = None, with_earlier: bool = True
+) -> Measurement:
+    """What the blocks of layers, and the contrasts of their calls, say beside their running statistics.
+
+    Args:
+        states: Where the layers stand.
+        blocks: What they have received.
+        contrasts: How their calls within a step differ.
+        with_earlier: Whether short windows are to be judged together with those before.
+    """
     eps = np.array([state.layer.module.eps for state in states])
     missing = torch.full((2, 1), torch.nan, dtype=torch.float64, device="cpu")
     running = _side_by_side([state.now.buffers for state in states], blocks, missing)
-    return Measurement(states, blocks, analyse(blocks, _running_stats(states, blocks, running), eps), running, eps)
+    stats, windows = _running_stats(states, blocks, running), np.ones(len(states))
+    if earlier := _needed_of_earlier(states, blocks) if with_earlier else {}:
+        since = _since_the_first(stats, ChannelLayout(blocks.widths), earlier)
+        judged = analyse(joined(blocks, earlier), since, eps)
+        analysis = of_the_last(judged, blocks, stats, eps)
+        for layer, its in earlier.items():
+            windows[layer] += len(its)
+    else:
+        judged = analysis = analyse(blocks, stats, eps)
+    return Measurement(states, blocks, analysis, judged, windows, running, eps, contrasts)
+
+
+def keep_short_windows(layers: Sequence[TrackedLayer], windows: Windows) -> None:
+    """Keep of windows that have ended, if they were too short to be judged alone, what the next ones need of them."""
+    called = [layer for layer in layers if layer.window is not None and 0 < layer.counts.updating < ENOUGH]
+    for layer in layers:
+        if layer.counts.updating >= ENOUGH:
+            layer.earlier = ()
+    if not called:
+        return
+    blocks = windows.blocks(called)
+    num_batches, layout = blocks.num_batches.sum(axis=1), ChannelLayout(blocks.widths)
+    samples = blocks.num_samples.sum(axis=1) / np.maximum(num_batches, 1)
+    for index, layer in enumerate(called):
+        start = layer.start.buffers
+        if not num_batches[index] or start is None:
+            continue
+        initial_weight, *noise = layer.start.history or _estimated_history(layer, samples[index])
+        window = kept_window(blocks, index, start.numpy(), initial_weight, noise)
+        is_usable = np.isfinite(window.value).all() and start.shape[1] == layout.widths[index]
+        layer.earlier = fewest([*layer.earlier, window], ENOUGH - 1) if is_usable else ()
 
 
 def endings_of(measured: Measurement) -> Iterator[Ending]:
@@ -87,7 +139,28 @@ def endings_of(measured: Measurement) -> Iterator[Ending]:
             start = state.layer.start
             is_same = start.buffers is None or start.has_same_buffers(state.now)
             updated = start.history if is_same else None
-        yield Ending(state, updated if state.circumstances.weights_known else None, ratio)
+        earlier = fewest(state.layer.earlier, ENOUGH - num_batches)
+        yield Ending(state, updated if state.circumstances.weights_known else None, ratio, earlier)
+
+
+def _needed_of_earlier(states: Sequence[LayerState], blocks: Blocks) -> dict[int, Sequence[KeptWindow]]:
+    """The earlier windows that those layers are judged by, too, whose present one is short; by their index."""
+    needed = {}
+    for index, (state, num) in enumerate(zip(states, blocks.num_batches.sum(axis=1).tolist(), strict=True)):
+        if 0 < num < ENOUGH and state.layer.earlier and state.circumstances.weights_known:
+            needed[index] = fewest(state.layer.earlier, ENOUGH - num)
+    return needed
+
+
+def _since_the_first(
+    stats: RunningStats, layout: ChannelLayout, earlier: Mapping[int, Sequence[KeptWindow]]
+) -> RunningStats:
+    """Running statistics from when the first of the earlier windows began."""
+    start, initial_weight, noise = stats.start.copy(), stats.initial_weight.copy(), stats.noise.copy()
+    for layer, (first, *_) in earlier.items():
+        start[:, layout.slices[layer]] = first.start
+        initial_weight[layer], noise[:, layer] = first.initial_weight, first.noise
+    return stats._replace(start=start, initial_weight=initial_weight, noise=noise)
 
 
 def _running_stats(states: Sequence[LayerState], blocks: Blocks, end: Tensor) -> RunningStats:
@@ -108,6 +181,10 @@ def _running_stats(states: Sequence[LayerState], blocks: Blocks, end: Tensor) ->
         noise=history[:, 1:].T,
         rounding=np.array([_rounding(layer) for layer in layers]),
         known=np.array([state.circumstances.weights_known for state in states], dtype=bool),
+        last=LastBatch(
+            np.array([layer.counts.last_num_samples or math.nan for layer in layers]),
+            np.array([layer.counts.momentum or math.nan for layer in layers]),
+        ),
     )
 
 
@@ -149,11 +226,25 @@ def _circumstances(layer: TrackedLayer, now: Snapshot) -> Circumstances:
         calls={**{path: counts.paths[path] for path in PATHS}, "skipped": layer.hook.skipped},
         training_calls=counts.training,
         updates_per_call=layer.updates_of_a_call(now),
-        assumed_updates=layer.assumed_updates,
+        updates_of_repeated=layer.updates_of_repeated(layer.updates_of_a_call(now)),
+        assumed_updates=layer.assumed_updates_of_a_call,
         checkpointed=layer.hook.checkpointed,
         written_outside=layer.written_outside,
+        has_frozen_weights=_has_frozen_weights(module),
+        own_forward=bool(layer.hook.own_forward),
         interrupted=layer.interrupted,
+        num_tracked=now.num_tracked,
+        call_shift_before=layer.call_shift,
+        calls_per_model_call=layer.calls_per_model_call,
+        calls_in_eval_mode=layer.hook.calls_in_eval_mode,
+        steps_in_eval_mode=layer.gate.steps_in_eval_mode,
+        has_initial_stats=now.buffers is not None and now.is_initial,
     )
+
+
+def _has_frozen_weights(module: BatchNorm) -> bool:
+    parameters = list(module.parameters(recurse=False))
+    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 
 
 def is_inexact(ending: Ending) -> bool:

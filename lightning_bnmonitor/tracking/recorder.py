@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,13 +16,15 @@ from lightning_bnmonitor.capture.layer_hook import Gate
 from lightning_bnmonitor.compat import BatchNorm, never_compiled
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.tracking import collectives
+from lightning_bnmonitor.tracking.affine import AffineWeights
 from lightning_bnmonitor.tracking.assessment import assess
 from lightning_bnmonitor.tracking.buffers import History, Snapshot, snapshots
-from lightning_bnmonitor.tracking.measurement import is_inexact
+from lightning_bnmonitor.tracking.measurement import is_inexact, keep_short_windows
+from lightning_bnmonitor.tracking.places import Places
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 from lightning_bnmonitor.tracking.windows import Windows
 
-STATE_VERSION = 6
+STATE_VERSION = 7
 
 _recorders: weakref.WeakSet[Recorder] = weakref.WeakSet()
 
@@ -38,8 +41,10 @@ class Recorder:
         self.gate = Gate(root)
         self.layers: list[TrackedLayer] = []  # in the order of the model's modules
         self.windows = Windows()
+        self.places = Places(self.gate)
         self.is_attached = False  # whether a tracker records a model with it
         self._by_pass = by_pass
+        self._affine: AffineWeights | None = None  # as the window has ended, while nothing waits to be merged
         _recorders.add(self)
 
     @property
@@ -60,6 +65,7 @@ class Recorder:
             self.drain()
             self.gate.is_full = False
             self.windows.merge(self.layers)
+            self._follow_places()
 
     # Where a graph breaks, what runs eagerly is compiled, too, function by function.
     @never_compiled
@@ -97,16 +103,37 @@ class Recorder:
         for ending in endings:
             layer, known, now = ending.state
             layer.end_window(now._replace(history=ending.history), known.updates_per_call)
+            layer.call_shift = report[layer.name].evidence.get("call_shift", math.nan)
+            layer.earlier = ending.earlier
             if layer.num_calls:
                 layer.hook.by_pass = self._by_pass or is_inexact(ending)
+        self.places.window_ended()
+        self._affine = AffineWeights([layer.module for layer in self.layers])
         self._stop_counting()
         return report
 
     def begin_window(self) -> None:
         """Begin the next window, after one has ended."""
+        keep_short_windows(self.layers, self.windows)
+        self._affine = None
+        self.gate.steps_in_eval_mode = 0
         self.windows.reset()
         self._begin(self.layers)
+        self.windows.make_room()
         self._reopen()
+
+    @torch.inference_mode(False)
+    def start_validation(self, loader: int) -> None:
+        """Look at what is called in eval mode from now on, as batches of that loader."""
+        seen = {loader for layer in self.layers for loader in layer.validation}
+        if not seen or loader in seen:  # it is the first one
+            changed = self._affine.changed() if self._affine is not None else set()
+            is_known = self._affine is not None and self._affine.is_known
+            for layer, now in _with_snapshots(self.layers):
+                layer.keep_for_validation(now, layer.module in changed, is_known and not changed)
+        for layer in self.layers:
+            layer.start_validation(loader)
+        self.gate.validating = True
 
     def rewritten(self, histories: Mapping[BatchNorm, History | None]) -> None:
         """Take note that we have just written the running statistics of these layers, and what they are made of.
@@ -124,7 +151,13 @@ class Recorder:
         """The window so far, as one CPU tensor and primitives."""
         self.flush()
         rows = self.windows.state(self.layers)
-        return {"version": STATE_VERSION, "rank": collectives.rank(), "closed": self.is_closed, **rows}
+        return {
+            "version": STATE_VERSION,
+            "rank": collectives.rank(),
+            "closed": self.is_closed,
+            "steps_in_eval_mode": self.gate.steps_in_eval_mode,
+            **rows,
+        }
 
     @torch.inference_mode(False)
     def restore(self, state: Mapping[str, Any]) -> list[str]:
@@ -136,6 +169,9 @@ class Recorder:
             What does not fit, in words: layers that were left out, and layers that the state does not know.
         """
         self.windows = Windows()
+        self.places.forget()
+        self._affine = None
+        self.gate.steps_in_eval_mode = state["steps_in_eval_mode"]
         self._reopen()
         for layer in self.layers:
             layer.forget()
@@ -145,6 +181,7 @@ class Recorder:
         self._begin(new)
         if state["rank"] != collectives.rank():
             self.windows.reset()
+            self.gate.steps_in_eval_mode = 0
             for layer, now in _with_snapshots(self.layers):
                 layer.restart(layer.end if state["closed"] and layer.end is not None else now)
         if state["closed"]:
@@ -154,6 +191,14 @@ class Recorder:
             "new": [layer.name for layer in new],
         }
         return [f"{what}: {', '.join(names)}" for what, names in differences.items() if names]
+
+    def _follow_places(self) -> None:
+        """Find out where layers stand that are called several times in a step; what is compiled is left alone."""
+        called_again = self.windows.call_sites.layers
+        if called_again and self.is_attached and not any(layer.counts.paths["traced"] for layer in self.layers):
+            self.places.follow(called_again)
+        for layer in called_again:
+            layer.calls_per_model_call = self.places.calls_per_model_call(layer)
 
     def _new_layer(self, name: str, module: BatchNorm) -> TrackedLayer:
         layer = TrackedLayer(name, module, self.gate, self.flush)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
@@ -13,13 +12,15 @@ import torch
 from torch import Tensor
 
 from lightning_bnmonitor.capture.batch_moments import PATHS, BatchMoments, Path
-from lightning_bnmonitor.capture.layer_hook import Call, Gate, LayerHook
+from lightning_bnmonitor.capture.layer_hook import Call, Gate, LayerHook, RepeatableCall
 from lightning_bnmonitor.compat import BatchNorm, is_capturing
+from lightning_bnmonitor.diagnosis.validation import Standing
+from lightning_bnmonitor.statistics.joined_windows import KeptWindow
 from lightning_bnmonitor.statistics.pooled_calls import PooledCalls
 from lightning_bnmonitor.statistics.window import Batches, Window, Write
 from lightning_bnmonitor.tracking.buffers import FRESH, History, Snapshot
 
-_SAVED_OF_HOOK = ("by_pass", "skipped", "checkpointed")
+_SAVED_OF_HOOK = ("by_pass", "skipped", "checkpointed", "own_forward", "calls_in_eval_mode")
 
 
 LeftBehind = tuple[BatchMoments, Callable[[BatchMoments], None]]
@@ -35,8 +36,12 @@ class CallCounts(NamedTuple):
     """Calls in the layer's training mode."""
     updating: int = 0
     """Calls that were to update the running statistics."""
+    repeated: int = 0
+    """Of these, calls that activation checkpointing makes again."""
     momentum: float | None = None
     """The effective one of the last of these, also of an earlier window."""
+    last_num_samples: int = 0
+    """Values per channel in the last of these in this window; 0 before the first."""
     last_step: int = -1
     """Training steps that had ended before the last call."""
     num_ranks: int = 1
@@ -51,7 +56,7 @@ class CallCounts(NamedTuple):
 
     def restarted(self) -> CallCounts:
         """Counts of a window that begins."""
-        return self._replace(paths=dict.fromkeys(PATHS, 0), training=0, updating=0)
+        return self._replace(paths=dict.fromkeys(PATHS, 0), training=0, updating=0, repeated=0, last_num_samples=0)
 
 
 class WaitingCalls(NamedTuple):
@@ -65,6 +70,8 @@ class WaitingCalls(NamedTuple):
     """Those that contribute nothing, as they are of another width."""
     num_calls: int
     """All of them."""
+    steps: tuple[int, ...] = ()
+    """Training steps that had ended before each of those that contribute."""
 
 
 class TrackedLayer:
@@ -85,6 +92,8 @@ class TrackedLayer:
         self.hook = LayerHook(gate, flush, self.receive_empty, self.validate)
         self.validation: dict[int, PooledCalls] = {}  # by the loader of the batches
         self._in_validation = PooledCalls()  # of the present loader
+        self.val_running: Tensor | None = None  # running statistics as validation began, if they have a part in it
+        self.val_standing = Standing.ABSENT  # what they were then
         self.window: Window | None = None  # where its channels are accumulated, from its first merge on
         self.index = -1
         self.width = 0  # channels of what is stashed and accumulated; 0 before the first call
@@ -97,16 +106,22 @@ class TrackedLayer:
         self.start = Snapshot()  # the running statistics when the window began,
         self.end: Snapshot | None = None  # when the last one ended,
         self.written: Snapshot | None = None  # and as we have written them since
+        self.earlier: Sequence[KeptWindow] = ()  # short windows that this one goes on from
+        self.call_shift = math.nan  # of the last window that had one
+        self.calls_per_model_call = math.nan
 
     def begin_window(self, now: Snapshot) -> None:
         """Count calls from 0, on the running statistics as they are now."""
         self.counts = self.counts.restarted()
         self.assumed_updates = self.next_assumed_updates
         self.hook.skipped, self.hook.checkpointed, self.hook.is_wide = 0, False, False
+        self.hook.calls_in_eval_mode = 0
         self.interrupted = False
         known = [old for old in (self.end, self.written) if old is not None and old.has_same_buffers(now)]
         has_ended = self.end is not None and self.end.buffers is not None
         self.written_outside = has_ended and not known
+        if self.end is None or self.end.history is None or not self.end.has_same_buffers(now):
+            self.earlier = ()
         self.start = now._replace(history=known[0].history if known else None)
         self.written = None
         self._assume_fresh_if_initial()
@@ -114,9 +129,9 @@ class TrackedLayer:
     def restart(self, now: Snapshot) -> None:
         """Count calls from 0 again in the same window, on these running statistics."""
         self.counts = self.counts.restarted()
-        self.hook.skipped, self.hook.checkpointed = 0, False
+        self.hook.skipped, self.hook.checkpointed, self.hook.calls_in_eval_mode = 0, False, 0
         self.interrupted = self.written_outside = False
-        self.start = now._replace(history=None)
+        self.start, self.earlier = now._replace(history=None), ()
         self._assume_fresh_if_initial()
 
     def rewritten(self, now: Snapshot, window_ended: bool) -> None:
@@ -124,7 +139,7 @@ class TrackedLayer:
         if window_ended:
             self.written = now if now.history is not None else None
             return
-        self.start = self.start._replace(buffers=now.buffers, history=now.history)
+        self.start, self.earlier = self.start._replace(buffers=now.buffers, history=now.history), ()
         self._assume_fresh_if_initial()
 
     def end_window(self, end: Snapshot, updates: float) -> None:
@@ -133,9 +148,10 @@ class TrackedLayer:
         A call is taken to update them repeatedly if it was recomputed and that is what they were updated by.
         """
         self.end = end
-        repeated = self.hook.checkpointed and updates >= 1 and float(updates).is_integer()
         if not math.isnan(updates):
-            self.next_assumed_updates = int(updates) if repeated else 1
+            of_repeated = self.updates_of_repeated(updates)
+            repeated = self.hook.checkpointed and of_repeated >= 1 and float(of_repeated).is_integer()
+            self.next_assumed_updates = int(of_repeated) if repeated else 1
 
     @property
     def num_calls(self) -> int:
@@ -152,16 +168,48 @@ class TrackedLayer:
         """Look at what is called in validation from now on, as batches of that loader."""
         self.validation[loader] = self._in_validation = PooledCalls()
 
+    def keep_for_validation(self, now: Snapshot, has_own_weights: bool, has_weights_of_training: bool) -> None:
+        """Keep the running statistics that a validation begins with.
+
+        Args:
+            now: These.
+            has_own_weights: Whether weight or bias are others than training has left.
+            has_weights_of_training: Whether those of no layer are, as far as is known.
+        """
+        self.val_running = now.buffers
+        self.val_standing = self._standing(now, has_own_weights, has_weights_of_training)
+
+    def end_validation(self) -> None:
+        """Drop what was seen in validation."""
+        self.validation, self.val_running, self.val_standing = {}, None, Standing.ABSENT
+
     def validate(self, moments: BatchMoments) -> None:
         """Take the moments of one call in validation."""
+        if self.module.training:  # it normalises by the batch there, too
+            self.val_running, self.val_standing = None, Standing.ABSENT
         with self.gate.lock:
             self._in_validation.add(moments.num_samples, moments.batch_size, moments.mean, moments.spread)
+
+    def _standing(self, now: Snapshot, has_own_weights: bool, has_weights_of_training: bool) -> Standing:
+        if now.buffers is None:
+            return Standing.ABSENT
+        if now.is_initial:
+            return Standing.INITIAL
+        if self.written is not None and self.written.has_same_buffers(now):
+            return Standing.REPAIRED
+        is_rewritten = self.gate.is_closed and self.end is not None and not self.end.has_same_buffers(now)
+        if has_own_weights or (is_rewritten and not has_weights_of_training):
+            return Standing.OTHER
+        return Standing.REWRITTEN if is_rewritten else Standing.TRAINED
 
     def left_behind(self) -> list[LeftBehind]:
         """What compiled graphs have left behind, if it counts, and what takes each. It is not there any more then."""
         gate, hook = self.gate, self.hook
-        if not (hook.traced or hook.traced_validation):
+        if not (hook.traced or hook.traced_validation or hook.traced_in_eval_mode):
             return []
+        in_eval_mode, hook.traced_in_eval_mode = hook.traced_in_eval_mode, ()
+        if not (gate.paused or gate.is_closed):
+            hook.calls_in_eval_mode += len(in_eval_mode)
         validated, hook.traced_validation = hook.traced_validation, ()
         traced, hook.traced = hook.traced, ()
         if is_capturing():  # a CUDA graph, whose replays write over them
@@ -194,17 +242,20 @@ class TrackedLayer:
         paths = dict(self.counts.paths)
         for kind in kinds:
             paths[kind.path] += times
-        updating = (weight for weight, kind in zip(reversed(momentum), reversed(kinds), strict=False) if kind.updating)
+        updating = (call for call in zip(reversed(momentum), reversed(kinds), strict=False) if call[1].updating)
+        last = next(updating, None)
         counts = CallCounts(
             paths=paths,
             training=self.counts.training + times * sum(kind.training for kind in kinds),
             updating=self.counts.updating + times * sum(kind.updating for kind in kinds),
-            momentum=next(updating, self.counts.momentum),
+            repeated=self.counts.repeated + times * sum(kind.updating and kind.intercepted for kind in kinds),
+            momentum=self.counts.momentum if last is None else last[0],
+            last_num_samples=self.counts.last_num_samples if last is None else last[1].num_samples,
             last_step=steps[-1],
             num_ranks=kinds[-1].num_ranks,
             serial=self.counts.serial or any(kind.serial for kind in kinds),
         )
-        return WaitingCalls(batches, counts, 0, num_calls)
+        return WaitingCalls(batches, counts, 0, num_calls, steps)
 
     def taken(self, waiting: WaitingCalls) -> list[Write]:
         """What is to be written when calls that waited, from the first on, are merged."""
@@ -231,12 +282,24 @@ class TrackedLayer:
             return float("nan")  # a `forward` of its own that counts none
         return updates / self.counts.updating
 
+    def updates_of_repeated(self, updates: float) -> float:
+        """Updates by a call that is made again, if all calls make so many on average and the others make one each."""
+        updating, repeated = self.counts.updating, self.counts.repeated
+        return 1 + (updates - 1) * updating / repeated if repeated else updates
+
+    @property
+    def assumed_updates_of_a_call(self) -> float:
+        """What the weights of the batches rest on, on average over all calls."""
+        updating, repeated = self.counts.updating, self.counts.repeated
+        return 1 + (self.assumed_updates - 1) * repeated / updating if repeated else self.assumed_updates
+
     def forget(self) -> None:
         """Drop what waits, the place in the window, and the windows before."""
         self.hook.stash.clear()
         self.hook.forget_last_call()
         self.window, self.index, self.width = None, -1, 0
-        self.hook.traced, self.end, self.written = (), None, None
+        self.hook.traced, self.end, self.written, self.earlier = (), None, None, ()
+        self.call_shift = math.nan
 
     def buffer_state(self, width: int) -> Tensor:
         """What :meth:`restore` needs per channel, ``(6, C)``: the buffers at the windows' ends, and written since."""
@@ -251,7 +314,9 @@ class TrackedLayer:
             "calls": dict(self.counts.paths),
             "training_calls": self.counts.training,
             "tracked_calls": self.counts.updating,
+            "repeated_calls": self.counts.repeated,
             "momentum": self.counts.momentum,
+            "last_num_samples": self.counts.last_num_samples,
             "serial": self.counts.serial,
             "num_ranks": self.counts.num_ranks,
             "within_step": self.is_within_step,
@@ -259,6 +324,7 @@ class TrackedLayer:
             "written_outside": self.written_outside,
             "updates_per_call": self.assumed_updates,
             "next_updates_per_call": self.next_assumed_updates,
+            "call_shift": self.call_shift,
             "tracked_before": self.start.num_tracked,
             "history": self.start.history and tuple(self.start.history),
             "has_start": self.start.buffers is not None,
@@ -277,13 +343,16 @@ class TrackedLayer:
             paths={path: state["calls"].get(path, 0) for path in PATHS},
             training=state["training_calls"],
             updating=state["tracked_calls"],
+            repeated=state["repeated_calls"],
             momentum=state["momentum"],
+            last_num_samples=state["last_num_samples"],
             num_ranks=state["num_ranks"],
             serial=state["serial"],
         )
         self.steps_before = self.gate.steps
         self.interrupted = state["interrupted"] or state["within_step"]
         self.written_outside = state["written_outside"]
+        self.call_shift = state["call_shift"]
         self.assumed_updates, self.next_assumed_updates = state["updates_per_call"], state["next_updates_per_call"]
         history, last_history = _history(state["history"]), _history(state["last_history"])
         self.start = Snapshot(start if state["has_start"] else None, state["tracked_before"], history)
@@ -298,27 +367,35 @@ class TrackedLayer:
         if self.start.history is None and self.start.is_initial:
             self.start = self.start._replace(history=FRESH)
 
-    def _effective_momenta(self, kinds: Sequence[Any], times: int) -> tuple[float, ...]:
-        """Weight of each call in the buffers right after it, if it updates them :attr:`assumed_updates` times.
+    def _effective_momenta(self, kinds: Sequence[RepeatableCall], times: int) -> tuple[float, ...]:
+        """Weight of each call in the buffers right after it; 0 for a call that updates nothing.
 
-        0 for a call that updates nothing. ``kinds`` are of the calls, or one, so many times, if they are alike.
+        It updates them :attr:`assumed_updates` times, or once if others are known to be made again and it is not.
+        ``kinds`` are of the calls, or one, so many times, if they are alike.
         """
-        if times > 1 and kinds[0].updating and kinds[0].momentum is not None:
-            return (self._effective_momentum(kinds[0].momentum, self.counts.updating),) * times
-        calls = [*kinds] * times
-        before = itertools.accumulate((call.updating for call in calls), initial=self.counts.updating)
-        return tuple(
-            self._effective_momentum(call.momentum, updating) if call.updating else 0.0
-            for call, updating in zip(calls, before, strict=False)
-        )
+        some_are = self.counts.repeated > 0 or any(kind.updating and kind.intercepted for kind in kinds)
+        updates = [
+            0 if not kind.updating else self.assumed_updates if kind.intercepted or not some_are else 1
+            for kind in kinds
+        ]
+        if times > 1 and updates[0] and kinds[0].momentum is not None:
+            return (_effective(kinds[0].momentum, updates[0]),) * times
+        before = self.counts.updating * (1 if some_are else self.assumed_updates)
+        before += self.counts.repeated * (self.assumed_updates - 1)
+        weights = []
+        for kind, number in zip([*kinds] * times, updates * times, strict=True):
+            before += number
+            if not number or (kind.momentum is None and self.start.num_tracked is None):
+                weights.append(0.0)  # without a counter of updates, BatchNorm makes none
+            elif kind.momentum is None:  # a cumulative average: its k-th update has weight 1/k
+                weights.append(number / ((self.start.num_tracked or 0) + before))
+            else:
+                weights.append(_effective(kind.momentum, number))
+        return tuple(weights)
 
-    def _effective_momentum(self, momentum: float | None, calls_before: int) -> float:
-        updates = self.assumed_updates
-        if momentum is None:  # a cumulative average: its k-th update has weight 1/k
-            if self.start.num_tracked is None:
-                return 0.0  # without a counter of updates, BatchNorm makes none
-            return updates / (self.start.num_tracked + (calls_before + 1) * updates)
-        return momentum if updates == 1 else 1 - (1 - momentum) ** updates
+
+def _effective(momentum: float, updates: int) -> float:
+    return momentum if updates == 1 else 1 - (1 - momentum) ** updates
 
 
 def _history(saved: Sequence[float] | None) -> History | None:

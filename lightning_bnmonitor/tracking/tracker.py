@@ -76,6 +76,7 @@ class BatchNormTracker:
         self._recorder = Recorder(model, by_pass=capture == "pass")
         self._attachment: Attachment | None = None
         self._closing: Report | None = None  # the report of a window that has ended, once it was asked for
+        self._validated: Report | None = None  # the same, with a validation after it
         self._pending: Mapping[str, Any] | None = None  # a state that waits for `attach`
 
     def __enter__(self) -> BatchNormTracker:
@@ -132,12 +133,14 @@ class BatchNormTracker:
             self._attachment.remove()
             self._attachment = None
             self._recorder.is_attached = False
+            self._recorder.places.forget()
 
     def step(self) -> None:
         """Tell that a training step has ended, one batch with all that belongs to it.
 
         A loop that does so is told when a window was resumed from a state saved in the middle of a step (flag
-        ``interrupted-batch``). It is a good time to merge what waits, too, as after the steps of ``torch.optim``
+        ``interrupted-batch``), and whether the calls of a layer within a step differ (flag ``calls-differ``). It is a
+        good time to merge what waits, too, as after the steps of ``torch.optim``
         optimizers, which are noticed without it.
         """
         self._recorder.gate.steps += 1
@@ -183,23 +186,22 @@ class BatchNormTracker:
         """
         self.close()
         self._recorder.begin_window()
-        self._closing = None
+        self._closing = self._validated = None
 
     def start_validation(self, loader: int = 0) -> None:
         """Look at what is called in eval mode from now on, by a pass over each input.
 
-        Calls are pooled as they come: until :meth:`validation_report`, this takes 32 bytes a channel and
-        loader. Calls within
-        :meth:`paused` are not looked at.
+        Calls are pooled as they come: until :meth:`validation_report`, this takes 64 bytes a channel and loader.
+        Calls within :meth:`paused` are not looked at. The running statistics are taken as they are now (16 bytes a
+        channel), with the first loader. Whether they, and weight and bias of a layer, are those that training has left
+        is known if the window has ended: call :meth:`close` before weights are swapped.
 
         Args:
             loader: The validation loader whose batches follow, counted from 0. What was seen of it before is dropped,
                 and what was seen of others is kept.
         """
         self.stop_validation()
-        for layer in self._recorder.layers:
-            layer.start_validation(loader)
-        self._recorder.gate.validating = True
+        self._recorder.start_validation(loader)
 
     def stop_validation(self) -> None:
         """Look at no more of it. Harmless when repeated."""
@@ -208,24 +210,26 @@ class BatchNormTracker:
 
     @torch.inference_mode(False)
     def validation_report(self, all_ranks: bool = False, num_loaders: int | None = None) -> Report:
-        """:meth:`report`, and how far from training is what was looked at since :meth:`start_validation`.
+        """:meth:`report`, and how far off is what was looked at since :meth:`start_validation`.
+
+        From the running statistics as they were then (``val_error``: on several ranks rank 0's), and from training.
 
         If the window has ended, it is the report from then on.
 
         Args:
             all_ranks: Whether all ranks call this, and tell of what they have seen together: a gather to rank 0 of 56
-                bytes a channel and loader, and a broadcast of 16. Of an open window, rank 0's part is compared.
+                bytes a channel and loader, and a broadcast of 32. Of an open window, rank 0's part is compared.
             num_loaders: How many validation loaders there are. All ranks have to tell of as many: give it where one may
                 have seen no batch of one of them. None: as many as were seen.
         """
         self.stop_validation()
         layers, together = self._recorder.layers, all_ranks and collectives.num_ranks() > 1
         seen = max((loader + 1 for layer in layers for loader in layer.validation), default=0)
-        report = with_validation(self.report(), layers, together, num_loaders or max(seen, 1))
+        report = with_validation(self._of_window(), layers, together, num_loaders or max(seen, 1))
         if self._recorder.is_closed:
-            self._closing = report
+            self._validated = report
         for layer in layers:
-            layer.validation = {}
+            layer.end_validation()
         return report
 
     @torch.inference_mode(False)
@@ -234,6 +238,9 @@ class BatchNormTracker:
 
         After :meth:`close`, where they stood then.
         """
+        return self._validated or self._of_window()
+
+    def _of_window(self) -> Report:
         if self._closing is not None:
             return self._closing
         self.flush()
@@ -270,7 +277,7 @@ class BatchNormTracker:
             self._pending = state_dict
 
     def _restore(self, state: Mapping[str, Any]) -> None:
-        self._pending = self._closing = None
+        self._pending = self._closing = self._validated = None
         if differences := self._recorder.restore(state):
             warnings.warn(
                 f"BatchNorm layers have changed since the state was saved; {'; '.join(differences)}.", stacklevel=3

@@ -1,9 +1,9 @@
-r"""What layers receive in validation beside training: are the running statistics bad, or the data different?
+r"""What layers receive in validation: against the running statistics with which it is normalised, and against training.
 
-A layer's *shift* is the RMS error of the normalised activation that normalising its validation inputs by the present
-statistics of training makes (:attr:`~lightning_bnmonitor.report.layer_values.LayerValues.val_shift`). Its noise floor
-is that of the means and variances of validation (:func:`~lightning_bnmonitor.statistics.pooling.error_of_sampling`) and
-that of the present statistics together. Whether it is a flag is decided in ``diagnosis/``.
+A layer's *error* is the RMS error of the normalised activation that the running statistics, as validation began, make
+on its validation inputs (:attr:`~lightning_bnmonitor.report.layer_values.LayerValues.val_error`); its *shift* is what
+the present statistics of training would make there (:attr:`~..report.layer_values.LayerValues.val_shift`). What chance
+makes of them is told by :mod:`~lightning_bnmonitor.statistics.evaluation`. What follows is decided in ``diagnosis/``.
 """
 
 from __future__ import annotations
@@ -17,32 +17,47 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lightning_bnmonitor.diagnosis.diagnosis import diagnose_validation
 from lightning_bnmonitor.diagnosis.evidence import Evidence
-from lightning_bnmonitor.diagnosis.flags import is_shifted
+from lightning_bnmonitor.diagnosis.rules import net_error, net_shift
+from lightning_bnmonitor.diagnosis.validation import Standing, Validated, diagnose_validation
+from lightning_bnmonitor.report.layer_report import LayerReport
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.statistics.blocks import PooledBatches
 from lightning_bnmonitor.statistics.channel_layout import ChannelLayout, FloatArray
+from lightning_bnmonitor.statistics.divergence import act_rmse
+from lightning_bnmonitor.statistics.evaluation import EvaluationNoise, TrainingNoise, evaluation_noise
 from lightning_bnmonitor.statistics.pooled_calls import PooledCalls
-from lightning_bnmonitor.statistics.pooling import PooledStatistics, error_of_sampling, pool
+from lightning_bnmonitor.statistics.pooling import PooledStatistics, pool
 from lightning_bnmonitor.statistics.scores import MEAN, VAR
 from lightning_bnmonitor.tracking import collectives
 from lightning_bnmonitor.tracking.exchange import answer_of_rank_zero
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 from lightning_bnmonitor.tracking.windows import layout_of
 
+_OF_LAYERS = 7  # fields of a comparison that have a value for each layer
+
 
 class Comparison(NamedTuple):
-    """What layers have received of one validation loader, against training; NaN where a layer was not called."""
+    """What layers have received of one validation loader, against the rest; NaN where a layer was not called."""
 
     num_batches: FloatArray
     """Calls that were looked at, ``(L,)``; 0 if there were none."""
+    error: FloatArray
+    """RMS over channels of the error, ``(L,)``."""
+    error_noise: FloatArray
+    """What chance makes of it, ``(L,)``."""
     shift: FloatArray
     """RMS over channels of the shift, ``(L,)``."""
-    noise: FloatArray
+    shift_noise: FloatArray
     """What chance makes of it, ``(L,)``."""
+    misfit: FloatArray
+    """RMS error that the running statistics, as validation began, make on what is received in training, ``(L,)``."""
+    standing: FloatArray
+    """What the running statistics were, ``(L,)``: of :class:`~lightning_bnmonitor.diagnosis.validation.Standing`."""
     population: FloatArray
     """Mean and unbiased variance, ``(2, C)``."""
+    running: FloatArray
+    """Running statistics as validation began, ``(2, C)``."""
 
     def packed(self) -> Tensor:
         """All of it as one tensor, of which the first number is not NaN."""
@@ -51,14 +66,13 @@ class Comparison(NamedTuple):
     @staticmethod
     def packed_size(layout: ChannelLayout) -> int:
         """Numbers in what is :meth:`packed`."""
-        return 3 * layout.num_layers + 2 * layout.num_channels
+        return _OF_LAYERS * layout.num_layers + 4 * layout.num_channels
 
     @classmethod
     def unpacked(cls, packed: Tensor, layout: ChannelLayout) -> Comparison:
         """What was :meth:`packed` of these layers."""
-        layers = layout.num_layers
-        num_batches, shift, noise, population = np.split(packed.numpy(), [layers, 2 * layers, 3 * layers])
-        return cls(num_batches, shift, noise, population.reshape(2, -1))
+        of_layers, of_channels = np.split(packed.numpy(), [_OF_LAYERS * layout.num_layers])
+        return cls(*of_layers.reshape(_OF_LAYERS, -1), *of_channels.reshape(2, 2, -1))
 
 
 def with_validation(report: Report, layers: Sequence[TrackedLayer], all_ranks: bool, num_loaders: int) -> Report:
@@ -82,18 +96,26 @@ def with_validation(report: Report, layers: Sequence[TrackedLayer], all_ranks: b
         comparisons = [_compared(report, layers, statistics, layout) for statistics in received]
     index = {layer.name: position for position, layer in enumerate(layers)}
     worst = {name: _worst(index[name], comparisons) if name in index else (None, {}) for name in report}
+    standings = {name: Standing(int(comparisons[0].standing[position])) for name, position in index.items()}
+    misfits = {name: float(comparisons[0].misfit[position]) for name, position in index.items()}
     diagnoses = diagnose_validation(
-        (layer.diagnosis, worst[name][1], layer.has_running_stats) for name, layer in report.items()
+        Validated(layer.diagnosis, worst[name][1], standings.get(name, Standing.ABSENT), misfits.get(name, math.nan))
+        for name, layer in report.items()
     )
     described = []
     for (name, layer), diagnosis in zip(report.items(), diagnoses, strict=True):
         loader, _ = worst[name]
-        validation = layer.validation
+        validated = replace(layer, diagnosis=diagnosis)
         if loader is not None:
-            own = comparisons[loader].population[:, layout.slices[index[name]]]
-            validation = torch.from_numpy(own.copy())
-        described.append(replace(layer, diagnosis=diagnosis, validation=validation))
+            validated = _with_values(validated, comparisons[loader], layout.slices[index[name]], standings[name])
+        described.append(validated)
     return Report(described, rank=report.rank)
+
+
+def _with_values(layer: LayerReport, comparison: Comparison, own: slice, standing: Standing) -> LayerReport:
+    """A layer's report with what came in validation, and the running statistics there if they had a part in it."""
+    received, running = (torch.from_numpy(part[:, own].copy()) for part in (comparison.population, comparison.running))
+    return replace(layer, validation=received, val_running=None if standing == Standing.ABSENT else running)
 
 
 def _worst(layer: int, comparisons: Sequence[Comparison]) -> tuple[int | None, Evidence]:
@@ -104,15 +126,22 @@ def _worst(layer: int, comparisons: Sequence[Comparison]) -> tuple[int | None, E
             continue
         known = {
             "val_batches": float(comparison.num_batches[layer]),
+            "val_error": float(comparison.error[layer]),
+            "val_error_noise": float(comparison.error_noise[layer]),
             "val_shift": float(comparison.shift[layer]),
-            "val_noise": float(comparison.noise[layer]),
+            "val_noise": float(comparison.shift_noise[layer]),
             "val_loader": float(loader) if len(comparisons) > 1 else math.nan,
         }
-        evidence = {name: value for name, value in known.items() if math.isfinite(value)}
-        severity = [(is_shifted(its), its.get("val_shift", 0.0)) for its in (evidence, worst[1])]
-        if worst[0] is None or severity[0] > severity[1]:
+        evidence = {name: value for name, value in known.items() if not math.isnan(value)}
+        if worst[0] is None or _severity(evidence) > _severity(worst[1]):
             worst = loader, evidence
     return worst
+
+
+def _severity(evidence: Evidence) -> tuple[float, float]:
+    """What certainly differs, whatever from, comes first."""
+    certain = max(net_error(evidence), net_shift(evidence))
+    return certain, max(evidence.get("val_error", 0.0), evidence.get("val_shift", 0.0))
 
 
 def _received(layers: Sequence[TrackedLayer], loader: int, layout: ChannelLayout) -> PooledStatistics:
@@ -139,7 +168,9 @@ def _received(layers: Sequence[TrackedLayer], loader: int, layout: ChannelLayout
 
     value, m2 = side_by_side([its.value for its in calls]), side_by_side([its.m2 for its in calls])
     none_bad = np.full(layout.num_channels, np.inf)
-    return PooledStatistics.of_batches(PooledBatches(counts[0], counts[1], counts[2], value, m2), none_bad, layout)
+    batches = PooledBatches(counts[0], counts[1], counts[2], value, m2)
+    received = PooledStatistics.of_batches(batches, none_bad, layout)
+    return received._replace(within=side_by_side([its.between_neighbours for its in calls]))
 
 
 def _of_all_ranks(
@@ -162,13 +193,61 @@ def _compared(
     report: Report, layers: Sequence[TrackedLayer], statistics: PooledStatistics, layout: ChannelLayout
 ) -> Comparison:
     """What layers have received of one loader against a report of training."""
-    eps = np.array([layer.module.eps for layer in layers])
-    population, noise = statistics.population(layout), error_of_sampling(statistics, layout, eps)
-    shift = np.full(layout.num_layers, np.nan)
+    population, running = statistics.population(layout), _running(layers, layout)
+    noise = _noise(report, layers, statistics, layout)
+    standing = np.zeros(layout.num_layers)
+    error, shift, misfit = (np.full(layout.num_layers, np.nan) for _ in range(3))
+    own_forward = {type(layer.module) for layer in layers if layer.hook.own_forward}
+    comparison = Comparison(
+        *(statistics.weight[MEAN] - statistics.weight[VAR], error, noise.of_error, shift, noise.of_shift),
+        *(misfit, standing, population, running),
+    )
     for index, (layer, own) in enumerate(zip(layers, layout.slices, strict=True)):
         if layer.name in report:
-            validated = replace(report[layer.name], validation=torch.from_numpy(population[:, own]))
-            shift[index] = float(validated.val_shift.square().nanmean().sqrt())
-            noise[index] = math.hypot(noise[index], validated.evidence.get("now_error", 0.0))
-    num_batches = statistics.weight[MEAN] - statistics.weight[VAR]
-    return Comparison(num_batches, shift, noise, population)
+            # What makes its output without a BatchNorm kernel may do anything with its running statistics.
+            standing[index] = Standing.ABSENT if type(layer.module) in own_forward else layer.val_standing
+            validated = _with_values(report[layer.name], comparison, own, Standing(int(standing[index])))
+            error[index], shift[index] = _rms(validated.val_error), _rms(validated.val_shift)
+            misfit[index] = _misfit(validated)
+    return comparison
+
+
+def _misfit(layer: LayerReport) -> float:
+    if layer.val_running is None:
+        return math.nan
+    mean, var = layer.val_running
+    return _rms(act_rmse(layer.now_mean, layer.now_var, mean, var, layer.eps))
+
+
+def _noise(
+    report: Report, layers: Sequence[TrackedLayer], received: PooledStatistics, layout: ChannelLayout
+) -> EvaluationNoise:
+    """What chance makes of it all, by what the report of training says of chance."""
+    evidence = [report[layer.name].evidence if layer.name in report else {} for layer in layers]
+
+    def of_training(name: str, otherwise: float = math.nan) -> FloatArray:
+        return np.array([its.get(name, otherwise) for its in evidence])
+
+    # Neither constants nor exact statistics have the noise of a running average.
+    is_average = np.array([layer.val_standing in (Standing.TRAINED, Standing.OTHER) for layer in layers], dtype=bool)
+    training = TrainingNoise(
+        jitter=of_training("jitter"),
+        samples_per_batch=of_training("samples_per_batch"),
+        num_batches=of_training("batches"),
+        noise_error=np.where(is_average, of_training("noise_error", 0.0), 0.0),
+        now_error=of_training("now_error", 0.0),
+    )
+    return evaluation_noise(training, received, layout, np.array([layer.module.eps for layer in layers]))
+
+
+def _running(layers: Sequence[TrackedLayer], layout: ChannelLayout) -> FloatArray:
+    """Running statistics as validation began, ``(2, C)``; NaN where there were none."""
+    parts = [np.full((2, width), np.nan) for width in layout.widths.tolist()]
+    for index, layer in enumerate(layers):
+        if layer.val_running is not None and layer.val_running.shape == parts[index].shape:
+            parts[index] = layer.val_running.numpy()
+    return np.concatenate(parts, axis=1)
+
+
+def _rms(channels: Tensor) -> float:
+    return float(channels.square().nanmean().sqrt())

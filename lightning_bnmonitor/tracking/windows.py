@@ -11,9 +11,11 @@ import torch
 
 from lightning_bnmonitor.capture.layer_hook import STASH_LIMIT
 from lightning_bnmonitor.statistics.blocks import Blocks, concatenated, empty_blocks, selected
-from lightning_bnmonitor.statistics.channel_layout import ChannelLayout
+from lightning_bnmonitor.statistics.channel_layout import ChannelLayout, FloatArray
+from lightning_bnmonitor.statistics.joined_windows import ENOUGH, KeptWindow
 from lightning_bnmonitor.statistics.window import Window, Write, commit
 from lightning_bnmonitor.tracking.buffers import device_of
+from lightning_bnmonitor.tracking.call_sites import CallSites
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 
 _BUFFER_ROWS = 6  # per channel: the running statistics when the window began, when the last one ended, and since
@@ -26,6 +28,7 @@ class Windows:
 
     def __init__(self) -> None:
         self.by_device: dict[torch.device, Window] = {}
+        self.call_sites = CallSites()
         self.layers: list[TrackedLayer] = []  # in the order of their first call; the model may have lost them since
 
     def merge(self, layers: Iterable[TrackedLayer]) -> None:
@@ -45,14 +48,17 @@ class Windows:
             }
             if batches:
                 writes += window.merged(batches)
+        writes += self.call_sites.merged(waiting)
         for layer, calls in waiting.items():
             writes += layer.taken(calls)
         commit(writes)
+        self._drop_earlier([layer for layer in waiting if layer.earlier])
 
     def reset(self) -> None:
         """Empty the windows. Layers keep their places."""
         for window in self.by_device.values():
             window.reset()
+        self.call_sites.reset()
 
     def in_order(self, layers: Collection[TrackedLayer]) -> list[TrackedLayer]:
         """These layers in the order of their first call, then those that were never called."""
@@ -81,7 +87,7 @@ class Windows:
         return blocks if is_whole else selected(blocks, order)
 
     def state(self, layers: Collection[TrackedLayer]) -> dict[str, Any]:
-        """What :meth:`restore` needs of these layers: one CPU tensor for those that have a place, and primitives."""
+        """What :meth:`restore` needs of these layers: CPU tensors for those that have a place, and primitives."""
         channels = {device: window.channel_state() for device, window in self.by_device.items()}
         parts, states = [torch.empty(Window.CHANNEL_ROWS + _BUFFER_ROWS, 0, dtype=torch.float64, device="cpu")], []
         present = set(layers)
@@ -91,7 +97,8 @@ class Windows:
             own = channels[layer.window.device][:, layer.window.channels(layer.index)]
             parts.append(torch.cat([own, layer.buffer_state(width)]))
             state = {**layer.window.layer_state(layer.index), **layer.state()}
-            states.append({"name": layer.name, "width": width, **state})
+            earlier = [window.num_batches for window in layer.earlier]
+            states.append({"name": layer.name, "width": width, "earlier": earlier, **state})
         not_called = [
             {
                 "name": layer.name,
@@ -102,7 +109,14 @@ class Windows:
             for layer in layers
             if layer.window is None
         ]
-        return {"channels": torch.cat(parts, dim=-1), "layers": states, "not_called": not_called}
+        kept = [window.packed() for layer in self.layers if layer in present for window in layer.earlier]
+        return {
+            "channels": torch.cat(parts, dim=-1),
+            "layers": states,
+            "not_called": not_called,
+            "earlier": torch.from_numpy(np.concatenate([np.zeros(0), *kept])),
+            "call_sites": self.call_sites.state(layers),
+        }
 
     def restore(self, state: Mapping[str, Any], layers: Mapping[str, TrackedLayer]) -> tuple[set[str], list[str]]:
         """Give layers (by name) that have no place those that were saved, and what lay there.
@@ -111,23 +125,27 @@ class Windows:
             Names that the state knows; names that were left out, as there is no such layer or it has another width.
         """
         fitting: dict[torch.device, list[tuple[TrackedLayer, int]]] = {}
-        start, left_out, restored = 0, [], []
+        start, left_out, restored, kept = 0, [], [], state["earlier"].cpu().numpy()
         for saved in state["layers"]:
             name, width = saved["name"], saved["width"]
             own = state["channels"][:, start : start + width]
             start += width
+            earlier, kept = _unpacked(kept, saved["earlier"], width)
             if name in layers and layers[name].module.num_features in (0, width):  # 0: lazy, and not called yet
                 layer = layers[name]
                 fitting.setdefault(device_of(layer.module), []).append((layer, width))
-                restored.append((layer, own, saved))
+                restored.append((layer, own, saved, earlier))
             else:
                 left_out.append(name)
         for device, here in fitting.items():
             self._place(device, here)
-        for layer, own, saved in restored:
+        for layer, own, saved, earlier in restored:
             assert layer.window is not None
             layer.window.restore(layer.index, own[:-_BUFFER_ROWS], saved)
             layer.restore(saved, own[-_BUFFER_ROWS:])
+            layer.earlier = earlier
+        self.make_room()
+        self.call_sites.restore(state["call_sites"], {layer.name: layer for layer, *_ in restored})
         known = {layer.name for layer, *_ in restored}
         for saved in state["not_called"]:
             name, width = saved["name"], saved["width"]
@@ -154,9 +172,21 @@ class Windows:
             partial(vars(layer).update, window=window, index=index, width=width) for (layer, width), index in places
         ]
         commit([*writes, partial(self.layers.extend, [layer for layer, _ in layers])])
-        room = _calls_that_may_wait(len(self.layers), sum(layer.width for layer in self.layers))
+        self.make_room()
+
+    def make_room(self) -> None:
+        """Let as many calls of each layer wait as there is room for beside the windows, the earlier ones included."""
+        kept = sum(window.nbytes for layer in self.layers for window in layer.earlier)
+        room = _calls_that_may_wait(len(self.layers), sum(layer.width for layer in self.layers), kept)
         for layer in self.layers:
             layer.hook.make_room(room)
+
+    def _drop_earlier(self, layers: Iterable[TrackedLayer]) -> None:
+        """Keep no earlier windows of those layers whose present one has become long enough to be judged by itself."""
+        if over := [layer for layer in layers if layer.counts.updating >= ENOUGH]:
+            for layer in over:
+                layer.earlier = ()
+            self.make_room()
 
 
 def layout_of(layers: Sequence[TrackedLayer]) -> ChannelLayout:
@@ -164,7 +194,17 @@ def layout_of(layers: Sequence[TrackedLayer]) -> ChannelLayout:
     return ChannelLayout(np.array([layer.width or layer.module.num_features for layer in layers], dtype=np.int64))
 
 
-def _calls_that_may_wait(num_layers: int, num_channels: int) -> int:
-    """So many of each layer that they and the windows take at most 1 KiB a channel + 64 KiB, but not few."""
-    room = (1024 - _CHANNEL_BYTES) * num_channels + 64 * 1024 - _LAYER_BYTES * num_layers
-    return min(max(room // (8 * max(num_channels, 1)), STASH_LIMIT // 2), STASH_LIMIT)
+def _unpacked(kept: FloatArray, num_batches: Sequence[int], width: int) -> tuple[list[KeptWindow], FloatArray]:
+    """A layer's earlier windows, of so many batches each, from what was packed; and what follows there."""
+    sizes = [KeptWindow.packed_size(num, width) for num in num_batches]
+    *parts, rest = np.split(kept, np.cumsum(sizes))
+    return [KeptWindow.unpacked(part, num, width) for part, num in zip(parts, num_batches, strict=True)], rest
+
+
+def _calls_that_may_wait(num_layers: int, num_channels: int, kept: int = 0) -> int:
+    """So many of each layer that they and the windows take at most 1 KiB a channel + 64 KiB, but not few.
+
+    ``kept`` are the bytes of earlier windows. As they are dropped after a few more calls, these suffice then.
+    """
+    room = (1024 - _CHANNEL_BYTES) * num_channels + 64 * 1024 - _LAYER_BYTES * num_layers - kept
+    return min(max(room // (8 * max(num_channels, 1)), ENOUGH if kept else STASH_LIMIT // 2), STASH_LIMIT)

@@ -233,7 +233,7 @@ def close(one, two):
     if isinstance(one, dict):
         assert one.keys() == two.keys()
         # How far validation is from training is as seen by the network that validates.
-        return all(close(one[key], two[key]) for key in one if not key.startswith("val_shift"))
+        return all(close(one[key], two[key]) for key in one if not key.startswith(("val_error", "val_shift")))
     if isinstance(one, (list, tuple)):
         return len(one) == len(two) and all(close(a, b) for a, b in zip(one, two, strict=True))
     if isinstance(one, float) and isinstance(two, float):

@@ -17,7 +17,7 @@ from tests.callbacks.expected_warnings import EXPECTED_WARNINGS
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 MOMENTA = {"stem": 0.02, "body_1": 0.1, "body_2": 0.1, "body_3": 0.1, "head": 0.02}
-METRICS = ("eval_error", "act_rmse", "mean_shift", "log_var_ratio", "val_shift")
+METRICS = ("eval_error", "act_rmse", "mean_shift", "log_var_ratio", "val_error", "val_shift")
 SUMMARY = (
     "act_rmse_max",
     "eval_error_max",

@@ -58,9 +58,50 @@ def test_event_file_has_one_point_a_window_of_each_documented_tag_with_exact_val
     for tag in SUMMARY_TAGS | LAYER_TAGS:
         assert steps_of(scalars[tag]) == epoch_end_steps, tag
     for tag in SUMMARY_TAGS - {JUDGED} | LAYER_TAGS:
-        expected = [recorder.expected((start, start + BATCHES))[tag] for start in (0, 6, 12)]
+        expected = [window[tag] for window in recorder.expected_of(windows_of(BATCHES, 18))]
         assert all(math.isfinite(value) for _, value in scalars[tag])
         assert [value for _, value in scalars[tag]] == close(expected), tag
+
+
+@pytest.mark.parametrize("per_layer", [True, False])
+def test_each_validation_has_a_point_of_the_error_that_the_running_statistics_made_there(tmp_path, per_layer):
+    model, monitor = Net(), BatchNormMonitor(per_layer=per_layer)
+    trainer = trainer_for(tmp_path, monitor, max_epochs=2, val_check_interval=3, logger=True)
+    trainer.fit(model, train_data(), val_data())
+    scalars, errors = events(tmp_path), {}
+    for name in LAYERS:  # the last validation saw the model as it is now
+        inputs, layer = [], model.get_submodule(name)
+        with torch.no_grad(), layer.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.append(args[0])):
+            for x, _ in val_data():
+                model.eval()(x)
+        x = np.concatenate([np.moveaxis(x.double().numpy(), 1, 0).reshape(layer.num_features, -1) for x in inputs], 1)
+        wrong = (x.T - layer.running_mean.numpy()) / np.sqrt(layer.running_var.numpy() + layer.eps)
+        right = (x.T - x.mean(axis=1)) / np.sqrt(x.var(axis=1) + layer.eps)
+        errors[name] = math.sqrt(np.square(wrong - right).mean())
+        assert errors[name] == pytest.approx(monitor.report()[name].evidence["val_error"], rel=1e-3)
+    expected = {"bn/val_error_max": max(errors.values())}
+    expected |= {f"bn.val_error/{name}": error for name, error in errors.items()} if per_layer else {}
+    assert {tag for tag in scalars if tag.startswith(("bn/val_error", "bn.val_error"))} == set(expected)
+    for tag, error in expected.items():
+        assert steps_of(scalars[tag]) == steps_of(scalars["val_loss"])
+        assert scalars[tag][-1][1] == pytest.approx(error, rel=1e-3)  # which counts variance by N
+    assert float(trainer.callback_metrics["bn/val_error_max"]) == pytest.approx(max(errors.values()), rel=1e-3)
+
+
+def test_where_the_calls_of_a_step_differ_the_largest_difference_is_logged_for_each_window(tmp_path):
+    class OfTwoKinds(Net):
+        def forward(self, x):
+            return super().forward(x) + super().forward(3 * x + 5) if self.training else super().forward(x)
+
+    monitor = BatchNormMonitor()
+    trainer = trainer_for(tmp_path, monitor, max_epochs=3, logger=True)
+    trainer.fit(OfTwoKinds(), train_data(20))
+    largest = max(layer.evidence["call_shift"] for layer in monitor.report().values())
+    assert largest > 0.5
+    points = events(tmp_path)["bn/call_shift_max"]
+    assert steps_of(points) == [19, 39, 59]
+    assert points[-1][1] == close(largest)
+    assert float(trainer.callback_metrics["bn/call_shift_max"]) == close(largest)
 
 
 def test_log_var_ratio_of_a_layer_is_a_mean_of_magnitudes(tmp_path):
@@ -87,7 +128,7 @@ def test_metrics_reach_every_logger_there_is(tmp_path, logger):
     judge = OnTrainBatchEnd(lambda count: judgements.append(len(monitor.report().unhealthy)) if count % 6 == 0 else 0)
     trainer = trainer_for(tmp_path, recorder, monitor, judge, max_epochs=2, logger=loggers)
     trainer.fit(Net(), train_data(), val_data())
-    windows = [recorder.expected((0, 6)), recorder.expected((6, 12))]
+    windows = recorder.expected_of(windows_of(6, 12))
     expected = {tag: [(5, close(windows[0][tag])), (11, close(windows[1][tag]))] for tag in windows[0]}
     expected[JUDGED] = list(zip([5, 11], judgements, strict=True))
     if logger == "both":
@@ -134,9 +175,9 @@ def test_model_checkpoint_sees_the_window_that_has_just_ended(tmp_path, argument
     trainer = trainer_for(tmp_path, recorder, checkpoint, BatchNormMonitor(**arguments), **options)
     trainer.fit(Net(), train_data(), val_data() if validates else None)
     seen = {Path(path).stem: float(value) for path, value in checkpoint.best_k_models.items()}
-    assert seen == {
-        f"epoch={epoch}": close(recorder.expected(window)["bn/eval_error_max"]) for epoch, window in saved.items()
-    }
+    size, total = saved[max(saved)][1] - saved[max(saved)][0], len(recorder.batches)
+    expected = dict(zip(windows_of(size, total), recorder.expected_of(windows_of(size, total)), strict=True))
+    assert seen == {f"epoch={epoch}": close(expected[window]["bn/eval_error_max"]) for epoch, window in saved.items()}
 
 
 def test_every_summary_tag_can_be_monitored_by_model_checkpoint_with_its_defaults(tmp_path):
@@ -144,7 +185,7 @@ def test_every_summary_tag_can_be_monitored_by_model_checkpoint_with_its_default
     recorder, checkpoints = Recorder(), [ModelCheckpoint(dirpath=tmp_path / tag, monitor=tag) for tag in tags]
     trainer = trainer_for(tmp_path, recorder, BatchNormMonitor(), *checkpoints, max_epochs=3)
     trainer.fit(Net(), train_data(), val_data())
-    windows = [recorder.expected(window) for window in windows_of(6, 18)]
+    windows = recorder.expected_of(windows_of(6, 18))
     assert [float(checkpoint.best_model_score) for checkpoint in checkpoints] == [
         close(min(window[tag] for window in windows)) for tag in tags
     ]
@@ -169,7 +210,7 @@ def settling_errors(tmp_path_factory):
     """The errors of its first epochs."""
     recorder = Recorder()
     trainer_for(tmp_path_factory.mktemp("settling"), recorder, max_epochs=4).fit(Settling(), train_data())
-    errors = [recorder.expected(window)["bn/eval_error_max"] for window in windows_of(6, 24)]
+    errors = [window["bn/eval_error_max"] for window in recorder.expected_of(windows_of(6, 24))]
     assert all(later < 0.95 * earlier for earlier, later in pairwise(errors))
     return errors
 
@@ -234,7 +275,7 @@ def test_a_layer_without_running_statistics_and_an_unused_one_are_reported_as_na
     assert spare.population_mean.isnan().all()
     scalars = events(tmp_path)
     assert ours(scalars) == SUMMARY_TAGS | LAYER_TAGS
-    for tag, value in recorder.expected((6, 12)).items():
+    for tag, value in recorder.expected((6, 12), earlier=[(0, 6)]).items():
         assert scalars[tag][-1] == (11, close(value)), tag
 
 
@@ -259,14 +300,16 @@ def test_a_running_statistic_that_is_not_finite_makes_the_largest_eval_error_inf
         def on_train_start(self):
             getattr(self.body.wide, buffer)[0] = poison
 
-    recorder = Recorder()
-    trainer = trainer_for(tmp_path, recorder, BatchNormMonitor(), logger=True)
+    recorder, monitor = Recorder(), BatchNormMonitor()
+    trainer = trainer_for(tmp_path, recorder, monitor, logger=True)
     trainer.fit(Poisoned(), train_data())
     scalars = events(tmp_path)
     assert scalars["bn/eval_error_max"] == [(5, math.inf)]
     assert scalars["bn.eval_error/body.wide"] == [(5, math.inf)]
     assert math.isinf(trainer.callback_metrics["bn/eval_error_max"])
-    assert trainer.callback_metrics[JUDGED] == 1
+    causes = {name: layer.diagnosis.cause for name, layer in monitor.report().items()}
+    assert causes == {"body.wide": "non-finite", "body.narrow": "warming-up"}
+    assert trainer.callback_metrics[JUDGED] == 2
     untouched = recorder.layer_values((0, BATCHES), "body.narrow")
     assert scalars["bn.eval_error/body.narrow"] == [(5, close(untouched["eval_error"]))]
     assert all(math.isfinite(scalars[f"bn.{name}/body.wide"][0][1]) for name in ("act_rmse", "mean_shift"))
@@ -293,7 +336,7 @@ def test_it_works_in_a_trainer_of_pytorch_lightning(tmp_path):
     )
     trainer.fit(model, train_data(), val_data())
     scalars = events(tmp_path)
-    windows = [recorder.expected(window) for window in windows_of(6, 12)]
+    windows = recorder.expected_of(windows_of(6, 12))
     assert {tag: scalars[tag] for tag in ours(scalars) - {JUDGED}} == {
         tag: [(5, close(windows[0][tag])), (11, close(windows[1][tag]))] for tag in windows[0]
     }

@@ -46,7 +46,7 @@ def test_stochastic_weight_averaging(tmp_path):
 
     for ran in fit_in_both_orders(tmp_path, others=others, max_epochs=4):
         ran.check(10, 20, 30, 40, 50)  # the last epoch computes the averaged weights' statistics afresh
-        assert [ran.flags(i)["net.a"] for i in range(5)] == [(), (), (), (), ("written-outside",)]
+        assert [ran.flags_of_training(i)["net.a"] for i in range(5)] == [(), (), (), (), ("written-outside",)]
         assert ran.verdicts() == dict.fromkeys(("net.a", "net.b"), "healthy")
         for report in ran.reports[:4]:
             assert (report["net.a"].momentum, report["net.a"].evidence["updates_per_call"]) == (MOMENTUM, 1)
@@ -63,7 +63,7 @@ def test_weight_averaging_swaps_weights_in_validation_and_the_report_is_of_those
         return [averaging(name)(use_buffers=use_buffers)]
 
     for ran in fit_in_both_orders(tmp_path, others=others, val_check_interval=0.5):
-        ran.check(10, 20).check_healthy()
+        ran.check(10, 20).check_healthy("other-weights")
 
 
 class Unfreezes(BaseFinetuning):
@@ -90,9 +90,10 @@ def test_finetuning_that_freezes_batch_norm_is_stale_until_it_is_unfrozen(tmp_pa
         ran.check(10, 20, 30, 40, 50)
         assert [ran.verdicts(i)["net.a"] for i in (0, 1, 3, 4)] == ["stale", "stale", "healthy", "healthy"]
         assert ran.verdicts(2)["net.a"] in ("warming-up", "healthy")
-        assert [ran.flags(i)["net.a"] for i in range(5)] == [("not-updating",), ("not-updating",), (), (), ()]
+        flags = [ran.flags_of_training(i)["net.a"] for i in range(5)]
+        assert flags == [("not-updating",), ("not-updating",), (), (), ()]
         assert ran.reports[0]["net.a"].needs_attention
-        assert {ran.flags(i)["net.b"] for i in range(5)} == {()}
+        assert {ran.flags_of_training(i)["net.b"] for i in range(5)} == {()}
         assert ran.reports[2]["net.a"].evidence["initial_weight"] == pytest.approx((1 - MOMENTUM) ** 10)
 
 
@@ -185,7 +186,7 @@ def test_what_a_finder_tries_before_training_does_not_count(tmp_path, finder):
         batches = ran.trainer.num_training_batches
         assert batches == (40 if finder is finds_learning_rate else 10 if LIGHTNING >= (2, 6) else 5)
         ran.check(batches, 2 * batches)
-        assert set(ran.flags(0).values()) == set(ran.flags(1).values()) == {()}
+        assert {flags for window in (0, 1) for flags in ran.flags_of_training(window).values()} == {()}
         for report in ran.reports:
             assert {layer.evidence["updates_per_call"] for layer in report.values()} == {1}
         weights = [layer.evidence["initial_weight"] for layer in ran.reports[0].values()]
@@ -211,6 +212,6 @@ def test_what_a_finder_tries_between_epochs_does_not_count(tmp_path):
         monitor, options = BatchNormMonitor(**window), {"data": None, "max_epochs": 2, "twin": twin}
         ran = fit(tmp_path / str(number), OwnData, others, monitor, monitor_first, **options).check(*ends)
         twin = ran.twin
-        for report in ran.reports:
-            assert {layer.flags for layer in report.values()} == {()}
+        for window, report in enumerate(ran.reports):
+            assert set(ran.flags_of_training(window).values()) == {()}
             assert {layer.evidence["updates_per_call"] for layer in report.values()} == {1}

@@ -217,7 +217,7 @@ def test_validate_test_and_predict_leave_everything_as_it_is(tmp_path):
 @pytest.mark.parametrize(
     ("name", "value"),
     [(name, value) for name in ("num_batches", "every_n_epochs") for value in (0, -1, 1.5, True, "2")]
-    + [("num_batches", None), ("restore", 1), ("restore", None)],
+    + [("num_batches", None), ("restore", 1), ("restore", None), ("frozen", 1), ("frozen", None)],
 )
 def test_bad_arguments(name, value):
     with pytest.raises(ValueError, match=f"`{name}` must be .*, got {value!r}"):

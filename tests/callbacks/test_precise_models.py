@@ -103,6 +103,7 @@ class EvalInTraining(Callback):
         pl_module.net.a.eval()
 
 
+@pytest.mark.filterwarnings("ignore:PreciseBatchNorm has left layers alone")
 @pytest.mark.parametrize("restore", [False, True])
 def test_layers_in_eval_mode_in_training_are_left_alone(tmp_path, restore):
     precise = PreciseBatchNorm(ALL, restore=restore)
@@ -115,6 +116,7 @@ def test_layers_in_eval_mode_in_training_are_left_alone(tmp_path, restore):
     assert not model.net.a.training
 
 
+@pytest.mark.filterwarnings("ignore:PreciseBatchNorm has left layers alone")
 def test_frozen_layers_are_left_alone_until_they_are_unfrozen(tmp_path):
     class Half(Net):
         def configure_optimizers(self):

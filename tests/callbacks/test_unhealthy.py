@@ -83,8 +83,15 @@ class SideBySide(nn.Module):
 
 def fit(tmp_path, monitor, *callbacks, model=None, num_batches=20, **options):
     trainer = trainer_for(tmp_path, *callbacks, monitor, **options)
-    trainer.fit(AtRest() if model is None else model, train_data(num_batches), val_data())
+    trainer.fit(AtRest() if model is None else model, train_data(num_batches), train_data(num_batches))
     return trainer
+
+
+def settled(num_batches=20) -> AtRest:
+    """A model whose running statistics are right."""
+    model = AtRest()
+    torch.optim.swa_utils.update_bn(train_data(num_batches), model)
+    return model
 
 
 @pytest.mark.slow
@@ -143,14 +150,14 @@ def test_many_layers_are_warned_of_in_one_line_the_first_five_by_name(tmp_path):
 
 @pytest.mark.parametrize("window", ["healthy", "too short to tell"])
 def test_where_no_layer_needs_attention_there_is_no_warning_and_nothing_is_raised(tmp_path, window):
-    model, monitor = AtRest(), BatchNormMonitor(on_unhealthy="warn")
+    num_batches, max_epochs, verdict = (20, 2, "healthy") if window == "healthy" else (6, 1, "insufficient-data")
+    model, monitor = settled(num_batches), BatchNormMonitor(on_unhealthy="warn")
+    model.body.narrow.momentum = 0.05
     raises = BatchNormMonitor(on_unhealthy="raise", log_key_prefix="raises")
-    if window == "healthy":
-        model.body.narrow.momentum = 0.05
-        torch.optim.swa_utils.update_bn(train_data(20), model)
-    num_batches = 20 if window == "healthy" else 6
-    assert warned(lambda: fit(tmp_path, monitor, raises, model=model, num_batches=num_batches, max_epochs=2)) == []
-    verdict = "healthy" if window == "healthy" else "insufficient-data"
+    assert (
+        warned(lambda: fit(tmp_path, monitor, raises, model=model, num_batches=num_batches, max_epochs=max_epochs))
+        == []
+    )
     for report in (monitor.report(), raises.report()):
         assert [layer.verdict for layer in report.values()] == [verdict] * 2
 
@@ -160,6 +167,56 @@ def test_to_ignore_is_silent_and_still_counts(tmp_path):
     assert warned(lambda: fit(tmp_path, monitor, max_epochs=2, logger=True)) == []
     assert events(tmp_path)[JUDGED] == [(19, 1.0), (39, 1.0)]
     assert [layer.name for layer in monitor.report().unhealthy] == ["body.narrow"]
+
+
+def test_what_only_validation_shows_is_warned_of_when_it_ends(tmp_path):
+    model, seen = settled(), []
+
+    class Look(Callback):
+        def on_train_epoch_end(self, trainer, pl_module):
+            seen.append("epoch ends")
+
+        def on_validation_start(self, trainer, pl_module):
+            seen.append([str(warning.message) for warning in caught if "BatchNorm" in str(warning.message)])
+
+        on_validation_end = on_validation_start
+
+    model.body.narrow.momentum = 0.05
+    monitor = BatchNormMonitor()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer_for(tmp_path, monitor, Look(), max_epochs=2).fit(model, train_data(20), val_data())
+    before, (message,), *_ = seen
+    assert before == []
+    assert [f" {name} (domain-shift, val_error " in message for name in LAYERS] == [True, True]
+    assert seen == [[], [message], "epoch ends", [message], [message], "epoch ends"]  # of each layer and cause once
+    assert [layer.diagnosis.cause for layer in monitor.report().values()] == ["domain-shift"] * 2
+
+
+def test_what_is_seen_in_mid_window_raises_no_alarm(tmp_path):
+    monitor, seen = BatchNormMonitor(), []
+
+    class Look(Callback):
+        def on_validation_end(self, trainer, pl_module):
+            messages = [str(warning.message) for warning in caught]
+            seen.append(sum("layers need attention" in message for message in messages))
+
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        trainer = trainer_for(tmp_path, monitor, Look(), val_check_interval=5)
+        trainer.fit(AtRest(), train_data(20), val_data())
+    assert seen == [0, 0, 0, 2]  # when the window has ended, and what its validation adds
+
+
+def test_what_only_validation_shows_is_raised_when_it_ends(tmp_path):
+    model, monitor = settled(), BatchNormMonitor(on_unhealthy="raise")
+    model.body.narrow.momentum = 0.05
+    with pytest.raises(UnhealthyBatchNormError, match="2 domain-shift") as raised:
+        trainer_for(tmp_path, monitor, max_epochs=3).fit(model, train_data(20), val_data())
+    assert raised.value.report is monitor.report()
+    assert [layer.verdict for layer in monitor.report().values()] == ["healthy"] * 2
+    assert num_batches(monitor.report()) == dict.fromkeys(LAYERS, 20)
+    assert hooks_of(model) == 0
 
 
 @pytest.mark.slow
@@ -188,7 +245,7 @@ def test_to_raise_ends_the_fit_after_the_window_is_logged_and_leaves_nothing_on_
     spoil = OnTrainEpochStart({epoch: poison("wide")})
     trainer = trainer_for(tmp_path, recorder, spoil, Look(), monitor, max_epochs=4, logger=True)
     with pytest.raises(UnhealthyBatchNormError) as raised:
-        trainer.fit(model, train_data(20), val_data())
+        trainer.fit(model, train_data(20), train_data(20))
     recorder.teardown(None, None, "fit")
     assert (hooks_of(model), optimizer_hooks()) == before
     assert len(recorder.batches) == num_batches
@@ -212,7 +269,7 @@ def test_the_monitor_that_raised_can_be_used_for_another_fit(tmp_path):
     monitor = BatchNormMonitor(on_unhealthy="raise")
     with pytest.raises(UnhealthyBatchNormError):
         fit(tmp_path, monitor)
-    model = AtRest()
+    model = settled(6)
     fit(tmp_path, monitor, model=model, num_batches=6)
     assert num_batches(monitor.report()) == dict.fromkeys(LAYERS, 6)
     assert hooks_of(model) == 0

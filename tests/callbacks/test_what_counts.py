@@ -65,7 +65,7 @@ def test_validation_counts_nothing(tmp_path):
     assert counts[1::2] == expected  # and after it
 
 
-def test_evaluation_outside_of_fit_counts_nothing_and_puts_no_hook_on_the_model(tmp_path):
+def test_evaluation_outside_of_fit_leaves_the_report_of_a_fit_and_no_hook_on_the_model(tmp_path):
     model, monitor, hooks = Net(), BatchNormMonitor(), []
 
     class Looks(Callback):
@@ -78,12 +78,14 @@ def test_evaluation_outside_of_fit_counts_nothing_and_puts_no_hook_on_the_model(
     for evaluate in (trainer.validate, trainer.test, trainer.predict):
         evaluate(model, val_data())
         assert len(monitor.report()) == 0
+        assert hooks_of(model) == 0
     trainer.fit(model, train_data())
     before = monitor.report().to_dict()
     for evaluate in (trainer.validate, trainer.test, trainer.predict):
         evaluate(model, val_data())
         assert monitor.report().to_dict() == before
-    assert hooks == [0] * 18
+        assert hooks_of(model) == 0
+    assert hooks == [len(LAYERS)] * 6 + [0] * 3 + [len(LAYERS)] * 6 + [0] * 3  # none to predict
 
 
 def test_a_frozen_layer_inside_a_training_model_is_counted_and_its_inputs_are_the_population(tmp_path):
@@ -103,7 +105,7 @@ def test_a_frozen_layer_inside_a_training_model_is_counted_and_its_inputs_are_th
     np.testing.assert_allclose(report["body.wide"].population_mean, values.mean(axis=1), rtol=1e-5, atol=1e-6)
     np.testing.assert_allclose(report["body.wide"].population_var, values.var(axis=1, ddof=1), rtol=1e-5)
     scalars = events(tmp_path)
-    for tag, value in recorder.expected((6, 12)).items():
+    for tag, value in recorder.expected((6, 12), earlier=[(0, 6)]).items():
         assert scalars[tag][-1] == (11, close(value)), tag
 
 

@@ -20,9 +20,12 @@ CALLED = Circumstances(
     calls={"saved": 100, "traced": 0, "pass": 0, "skipped": 0},
     training_calls=100,
     updates_per_call=1.0,
+    updates_of_repeated=1.0,
     assumed_updates=1,
     checkpointed=False,
     written_outside=False,
+    has_frozen_weights=False,
+    own_forward=False,
     interrupted=False,
 )
 NEVER_CALLED = {"saved": 0, "traced": 0, "pass": 0, "skipped": 0}
@@ -42,6 +45,11 @@ OBSERVED = {
     "max_score": 2.5,
     "drift_per_batch": 0.0,
     "jitter": 0.2,
+    "batch_jitter": 0.19,
+    "independent_values": 31.0,
+    "last_batch_samples": 32.0,
+    "last_batch_share": 0.1,
+    "noise_without_last_batch": 0.049,
     "ordering_ratio": 1.1,
     "ordering_limit": 2.5,
     "ordering_share": 0.001,
@@ -58,8 +66,13 @@ METRICS = {"eval_error": 0.07, "act_rmse": 0.08, "mean_shift": 0.03, "log_var_ra
 # What makes a verdict: circumstances, observations and metrics that differ from those of a healthy layer.
 SYMPTOMS: dict[str, dict] = {
     "non-finite": {"non_finite_channels": 2.0, "first_bad_batch": 7.0, "first_bad_channel": 3.0},
+    "trained-in-eval": {
+        **{"calls": NEVER_CALLED, "training_calls": 0, "batches": 0.0, "effective_momentum": None},
+        **{"calls_in_eval_mode": 20, "steps_in_eval_mode": 10},
+    },
     "unused": {"calls": NEVER_CALLED, "training_calls": 0, "batches": 0.0, "effective_momentum": None},
     "no-running-stats": {"has_running_stats": False, "batches": 0.0, "effective_momentum": None},
+    "own-forward": {"own_forward": True},
     "stale": {"batches": 0.0, "effective_momentum": None, "eval_error": 0.5},
     "frozen": {"batches": 0.0, "effective_momentum": None, "training_calls": 0, "eval_error": 0.5},
     "insufficient-data": {"batches": 7.0, "degrees_of_freedom": 3.0},
@@ -77,6 +90,9 @@ SYMPTOMS: dict[str, dict] = {
 def diagnosed(*symptoms: dict) -> Diagnosis:
     """The diagnosis of a healthy layer with these symptoms; what the first of them say holds."""
     changed = ChainMap(*symptoms)
+    if "updates_per_call" in changed:
+        changed = changed.new_child()
+        changed.setdefault("updates_of_repeated", changed["updates_per_call"])
     layer = CALLED._replace(**{field: changed[field] for field in CALLED._fields if field in changed})
     metrics = {metric: changed.get(metric, value) for metric, value in METRICS.items()}
     known = {*CALLED._fields, *METRICS}
@@ -89,7 +105,7 @@ def beside(threshold: float, towards: float) -> float:
 
 
 NUMBER = re.compile(r"(?<![\w^.])-?(?:\d+(?:\.\d+)?(?:e[+-]?\d+)?|inf|nan)(?![\w])")
-FORMULAS = ("(1-m)^batches", "m^3 = d^2/V (1-m) (2-m)^2", "m/(2-m)", "(1 - (1 - m)^(1/updates))")
+FORMULAS = ("(1 - (1 - m)^(1/updates))",)
 
 
 def numbers(text: str) -> list[str]:

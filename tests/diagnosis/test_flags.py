@@ -25,6 +25,13 @@ from tests.diagnosis.symptoms import (
     words_are_sound,
 )
 
+NOISY_AT_LAST = {
+    "last_batch_samples": 16.0,
+    "last_batch_share": beside(0.5, ABOVE),
+    "noise_error": 0.09,
+    "noise_without_last_batch": math.sqrt(0.09**2 - 0.081**2),
+}
+
 
 def test_a_layer_as_it_should_be_has_no_flag():
     assert diagnosed({}).flags == ()
@@ -44,12 +51,21 @@ def test_a_layer_as_it_should_be_has_no_flag():
         ({"updates_per_call": 1.0, "assumed_updates": 2}, ()),
         ({"rank_error": beside(0.1, ABOVE), "ranks": 2.0}, ("rank-0-only",)),
         ({"rank_error": 0.1, "ranks": 2.0}, ()),
-        ({"updates_per_call": beside(1, ABOVE)}, ("missed-calls",)),
+        ({"updates_per_call": 1.001}, ("missed-calls",)),
         ({"updates_per_call": 0.5}, ("not-updating",)),
         ({"updates_per_call": 0.0}, ("not-updating",)),
         ({"batches": 60.0}, ("not-updating",)),
         ({"batches": 99.0}, ("not-updating",)),
         ({"updates_per_call": NAN}, ()),
+        ({"has_frozen_weights": True}, ("half-frozen",)),
+        (SYMPTOMS["frozen"] | {"has_frozen_weights": True}, ()),
+        ({"last_batch_samples": 4.0}, ("small-last-batch",)),
+        ({"last_batch_samples": 5.0}, ()),
+        ({"last_batch_samples": 4.0, "samples_per_batch": 4.0}, ()),
+        (NOISY_AT_LAST, ("small-last-batch",)),
+        (NOISY_AT_LAST | {"last_batch_samples": beside(16.0, ABOVE)}, ()),
+        (NOISY_AT_LAST | {"last_batch_share": 0.5}, ()),
+        (NOISY_AT_LAST | {"noise_without_last_batch": math.sqrt(0.09**2 - 0.079**2)}, ()),
         ({"written_outside": True}, ("written-outside",)),
         ({"interrupted": True}, ("interrupted-batch",)),
         (
@@ -67,6 +83,19 @@ def test_a_layer_as_it_should_be_has_no_flag():
 )
 def test_flags(symptoms, flags):
     assert diagnosed(symptoms).flags == flags
+
+
+def test_a_last_batch_of_few_values_needs_attention_whatever_the_noise():
+    assert diagnosed({"last_batch_samples": 4.0}).needs_attention
+    assert not diagnosed(NOISY_AT_LAST).needs_attention
+
+
+def test_noise_of_a_small_last_batch_is_no_matter_of_the_momentum():
+    noisy = NOISY_AT_LAST | {"noise_error": 0.2, "noise_without_last_batch": 0.05}
+    assert diagnosed(noisy).verdict == "noisy"
+    assert "drop_last=True" in diagnosed(noisy).remedy
+    assert "momentum" not in diagnosed(noisy).remedy
+    assert "momentum" in diagnosed(noisy | {"noise_without_last_batch": 0.11}).remedy
 
 
 @pytest.mark.parametrize("verdict", VERDICTS)
@@ -198,6 +227,34 @@ def test_activation_checkpointing_is_flagged_and_accounted_for_from_the_second_w
     report = one.window(samples(64, 64, 200, seed=4), checkpointed(layer, reentrant))
     assert report.evidence["effective_momentum"] == pytest.approx(0.1)
     assert report.evidence["noise_error"] == pytest.approx(math.sqrt(1.5 / 64 * 0.1 / 1.9), rel=0.05)
+
+
+@pytest.mark.parametrize("momentum", [0.1, None])
+def test_of_calls_that_update_unequally_often_each_has_its_weight(monitored, momentum):
+    layer = norm(200, momentum=momentum)
+    one, repeated = monitored(layer), checkpointed(layer, False)
+
+    def step(x):
+        with torch.no_grad():
+            layer(x[:32])
+        repeated(x[32:])
+
+    report = one.window(samples(40, 64, 200), step)
+    assert report.verdict == "insufficient-data"  # what a call updates is known when the first window has ended
+    report = one.window(samples(40, 64, 200, seed=1), step)
+    assert layer.num_batches_tracked == 240
+    assert (report.verdict, report.flags, report.num_batches) == ("healthy", ("double-update",), 80)
+    assert report.evidence["updates_per_call"] == 1.5
+    assert report.evidence["updates_of_repeated"] == 2
+    assert "2 times, and others once" in report.explanation
+    for z in (report.z_mean, report.z_var):  # which they are if all weights are right
+        assert z.square().mean().sqrt().item() == pytest.approx(1, abs=0.15)
+    if momentum is not None:
+        weights = [0.1 * 0.9**k for k in range(400)]
+        pairs = [(weights[3 * k] + weights[3 * k + 1], weights[3 * k + 2]) for k in range(130)]
+        noise = sum(a**2 + b**2 for a, b in pairs) * 1.5 / 32
+        assert report.evidence["noise_error"] == pytest.approx(math.sqrt(noise), rel=0.06)
+    words_are_sound(report.diagnosis)
 
 
 def test_checkpointing_that_ends_claims_nothing_of_weights_in_one_window(monitored):

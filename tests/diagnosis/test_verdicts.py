@@ -68,12 +68,26 @@ def test_the_verdict_is_the_first_that_holds(earlier, later, both):
     assert diagnosed(both).verdict == earlier
 
 
+IMAGES = {"batch_size": 4.0, "samples_per_batch": 400.0}
+ONE_IMAGE = {"batch_size": 1.0, "samples_per_batch": 400.0, "independent_values": 50.0}
 THRESHOLDS = [
     # what decides, the threshold, the verdict below it, at it, and above it, and what else holds
     ("non_finite_channels", 0.0, None, "healthy", "non-finite", {}),
     ("batches", 8.0, "insufficient-data", "healthy", "healthy", {}),
     ("degrees_of_freedom", 4.0, "insufficient-data", "healthy", "healthy", {}),
     ("samples_per_batch", 4.0, "tiny-batch", "tiny-batch", "healthy", {}),
+    (
+        "independent_values",
+        10.0,
+        "tiny-batch",
+        "tiny-batch",
+        "healthy",
+        {"batch_size": 4.0, "samples_per_batch": 400.0},
+    ),
+    ("batch_size", 4.0, "tiny-batch", "tiny-batch", "healthy", {**IMAGES, "independent_values": 2.0}),
+    ("samples_per_batch", 8.0, "healthy", "tiny-batch", "tiny-batch", {"batch_size": 4.0, "independent_values": 2.0}),
+    ("batch_jitter", math.sqrt(1.5 / 8), "healthy", "tiny-batch", "tiny-batch", ONE_IMAGE),
+    ("batch_size", 2.0, "tiny-batch", "healthy", "healthy", {**ONE_IMAGE, "batch_jitter": 0.9}),
     ("ordering_ratio", 2.5, "healthy", "healthy", "ordered-batches", {"ordering_share": 0.3}),
     ("ordering_share", 0.02, "healthy", "healthy", "ordered-batches", {"ordering_ratio": 3.0}),
     ("trend_share", 0.5, "ordered-batches", "healthy", "healthy", {"ordering_ratio": 3.0, "ordering_share": 0.3}),
@@ -297,4 +311,6 @@ def test_who_needs_attention_is_told_what_to_do(verdict):
     diagnosis = diagnosed(SYMPTOMS[verdict])
     if diagnosis.needs_attention:
         assert diagnosis.remedy
-    assert (diagnosis.remedy == "") == (verdict in ("healthy", "unused"))  # some of the others may want to know, too
+    assert (diagnosis.remedy == "") == (
+        verdict in ("healthy", "unused", "own-forward")
+    )  # some of the others may want to know, too

@@ -31,12 +31,15 @@ def fresh_compiler() -> Iterator[None]:
 
 
 class Net(nn.Module):
-    def __init__(self, reentrant: bool | None = None, dropout: float = 0.0) -> None:
+    """Three BatchNorm layers; a short one, which Inductor compiles in less time, has only the first and the third."""
+
+    def __init__(self, reentrant: bool | None = None, dropout: float = 0.0, is_short: bool = False) -> None:
         super().__init__()
         self.reentrant = reentrant
         self.first = nn.Sequential(nn.Conv2d(3, 8, 3), nn.BatchNorm2d(8), nn.ReLU())
-        self.second = nn.Sequential(nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6), nn.ReLU(), nn.Dropout(dropout))
-        self.third = nn.Sequential(nn.Linear(6, 5), nn.BatchNorm1d(5), nn.Linear(5, 1))
+        second = () if is_short else (nn.Conv2d(8, 6, 3), nn.BatchNorm2d(6), nn.ReLU())
+        self.second = nn.Sequential(*second, nn.Dropout(dropout))
+        self.third = nn.Sequential(nn.Linear(8 if is_short else 6, 5), nn.BatchNorm1d(5), nn.Linear(5, 1))
 
     def forward(self, x: Tensor) -> Tensor:
         x = self.first(x) if self.reentrant is None else checkpoint(self.first, x, use_reentrant=self.reentrant)
@@ -421,27 +424,31 @@ def assert_bit_identical(model: nn.Module, backend: str, **kwargs: object) -> Re
 def test_training_is_bit_identical_with_and_without_the_monitor_also_under_activation_checkpointing(
     reentrant: bool | None, backend: str
 ) -> None:
-    report = assert_bit_identical(Net(reentrant, dropout=0.1), backend)
-    assert [entry["calls_traced"] for entry in calls(report, "")] == [6, 6, 6]
+    is_short = backend == "inductor"
+    report = assert_bit_identical(Net(reentrant, dropout=0.1, is_short=is_short), backend)
     # Compiled checkpointing recomputes the data, not the update of the buffers.
-    assert [report[name].evidence["updates_per_call"] for name in LAYERS] == [1, 1, 1]
+    expected = {name: (6, 1) for name in LAYERS if not (is_short and name == "second.1")}
+    counted = {
+        name: (layer.evidence["calls_traced"], layer.evidence["updates_per_call"]) for name, layer in report.items()
+    }
+    assert counted == expected
 
 
 @pytest.mark.slow
 @needs_compiler
 @pytest.mark.parametrize(
-    "kwargs",
+    ("layers", "kwargs"),
     [
-        {},
-        {"memory_format": torch.channels_last},
-        {"autocast": True},
-        {"dtype": torch.bfloat16},
+        (3, {}),
+        (2, {"memory_format": torch.channels_last}),
+        (2, {"autocast": True}),
+        (2, {"dtype": torch.bfloat16}),
     ],
     ids=["default", "channels-last", "bf16-autocast", "bf16"],
 )
-def test_inductor_trains_bit_identically_with_and_without_the_monitor(kwargs: dict[str, object]) -> None:
-    report = assert_bit_identical(Net(dropout=0.1), "inductor", **kwargs)
-    assert [entry["calls_traced"] for entry in calls(report, "")] == [6, 6, 6]
+def test_inductor_trains_bit_identically_with_and_without_the_monitor(layers: int, kwargs: dict[str, object]) -> None:
+    report = assert_bit_identical(Net(dropout=0.1, is_short=layers == 2), "inductor", **kwargs)
+    assert [layer.evidence["calls_traced"] for layer in report.values()] == [6] * layers
 
 
 @pytest.mark.slow
@@ -472,7 +479,7 @@ def test_with_all_options_of_the_compilers_modes_every_call_is_recorded() -> Non
     mode, options = "max-autotune", torch._inductor.list_mode_options()
     for other in ("reduce-overhead", "max-autotune-no-cudagraphs"):
         assert options[other].items() <= options[mode].items()
-    net = Net()
+    net = Net(is_short=True)
     compiled, batches = torch.compile(net, mode=mode), []
     with BatchNormTracker(compiled) as tracker:
         for step in range(8):
@@ -480,7 +487,7 @@ def test_with_all_options_of_the_compilers_modes_every_call_is_recorded() -> Non
             compiled(batches[-1]).square().mean().backward()
     received = net.first[0](torch.cat(batches)).detach().double()
     reported = tracker.report()["first.1"]
-    assert [layer.evidence["calls_traced"] for layer in tracker.report().values()] == [8, 8, 8]
+    assert [layer.evidence["calls_traced"] for layer in tracker.report().values()] == [8, 8]
     assert reported.num_samples == received[:, 0].numel()
     error = (reported.population_mean - received.mean(dim=(0, 2, 3))).abs() / received.std(dim=(0, 2, 3))
     assert (error < 1e-5).all()

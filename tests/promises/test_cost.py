@@ -231,6 +231,39 @@ def test_the_tracker_never_holds_more_than_a_kibibyte_a_channel_and_64_more(
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
+    ("num", "width", "capture", "dtype"),
+    [
+        (6, 512, "auto", torch.float32),
+        (6, 512, "auto", torch.float64),
+        (6, 512, "pass", torch.float32),
+        (20, 32, "auto", torch.float32),
+        (1, 1, "pass", torch.float64),
+    ],
+)
+@pytest.mark.parametrize("lengths", [[6, 7, 7, 30, 5], [7] * 4, [1] * 12, [6, 7, 80]])
+def test_short_windows_that_are_kept_fit_into_that(
+    lengths: list[int], num: int, width: int, capture: str, dtype: torch.dtype
+) -> None:
+    model = Skipping(num, width, 0.0).to(dtype)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    most = kept = 0
+    with BatchNormTracker(model, capture=capture) as tracker:
+        for length in lengths:
+            tracker.reset()
+            kept = max(kept, sum(w.nbytes for layer in tracker._recorder.layers for w in layer.earlier))
+            for _ in range(length):
+                model(torch.randn(2, width, requires_grad=True, dtype=dtype)).sum().backward()
+                most = max(most, bytes_held(tracker))
+                optimizer.step()
+            tracker.close()
+            most = max(most, bytes_held(tracker))
+    print(f"{kept / (num * width):.0f} bytes a channel of earlier windows, {most / (num * width):.0f} in all")
+    assert 100 * num * width < kept
+    assert most <= 1024 * num * width + 64 * 1024
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
     ("widths", "dtype", "expected"),
     [
         ([8], torch.float32, STASH_LIMIT),

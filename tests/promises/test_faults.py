@@ -137,8 +137,9 @@ def test_a_fit_of_a_model_that_an_exception_in_validation_left_in_eval_mode_says
     trainer_for(tmp_path, monitor, max_epochs=1).fit(model, data(), data(1))
     assert not model.training  # as it was found: Lightning trains in that mode, where nothing counts
     for layer in monitor.report().values():
-        assert layer.verdict == "unused"
-        assert "not called in this window while the model was in training mode" in layer.explanation
+        assert layer.verdict == "trained-in-eval"
+        assert layer.needs_attention
+        assert "model.train()" in layer.remedy
 
 
 def test_where_lightning_does_not_tell_of_an_exception_the_next_fit_still_counts_once(tmp_path):

@@ -33,7 +33,7 @@ pytestmark = MARKS
 
 
 @pytest.mark.filterwarnings("ignore:Memory did not log")
-@pytest.mark.parametrize("options", [{}, {"on_unhealthy": "raise"}, {"every_n_train_batches": BATCHES}])
+@pytest.mark.parametrize("options", [{}, {"on_unhealthy": "ignore"}, {"every_n_train_batches": BATCHES}])
 def test_a_logger_that_fails_costs_its_own_metrics_alone(tmp_path, options):
     monitor, model, reports = BatchNormMonitor(**options), Net(), []
 
@@ -150,6 +150,7 @@ def test_where_warnings_are_errors_the_run_ends_by_its_warning_and_the_report_is
             warnings.simplefilter("error")
 
     monitor, model, logger = BatchNormMonitor(), Net(), Memory()
+    model.b.momentum = None  # of few batches the average is right
     before = hooks_of(model), optimizer_hooks()
     trainer = trainer_for(tmp_path, Strict(), monitor, logger=logger)
     with warnings.catch_warnings(), pytest.raises(UserWarning, match="BatchNorm layers need attention"):

@@ -140,16 +140,17 @@ def attribute(model, batches, loss=per_sample, **kwargs):
 
 
 def assert_plain(found):
-    for name in ("eval_loss", "exact_loss", "batch_loss", "train_loss", "gap", "gap_stderr"):
+    losses = [name for name in vars(found) if name.endswith("_loss")]
+    assert len(losses) == 7
+    for name in (*losses, "gap", "gap_stderr"):
         assert type(getattr(found, name)) is float, name
     assert type(found.contributions) is tuple
     for part in (*found.contributions, *([found.rest] if found.rest else [])):
         assert type(part.name) is str
         assert [type(value) for value in part[1:]] == [float] * 3
     assert type(found.is_significant) is bool
+    assert [type(value) for part in found.remaining for value in part[1:]] == [float] * 2 * len(found.remaining)
 
 
 def numbers(found):
-    return repr(
-        (found.eval_loss, found.exact_loss, found.batch_loss, found.train_loss, found.contributions, found.rest)
-    )
+    return repr(found)

@@ -187,7 +187,7 @@ def test_a_shuffling_loader_gives_the_same_batches_in_each_pass_and_its_generato
     everything = Everything(model, *generators)
     found = attribute(model, loader, forward=forward)
     everything.assert_same()
-    assert len(seen) == 4 * (4 + len(found.contributions) - (found.rest is None))
+    assert len(seen) == 4 * (5 + len(found.contributions) - (found.rest is None))
     passes = [torch.stack(seen[start : start + 4]) for start in range(0, len(seen), 4)]
     assert all(torch.equal(one, passes[0]) for one in passes)
     assert len(set(passes[0][:, :, 0].flatten().tolist())) == 32

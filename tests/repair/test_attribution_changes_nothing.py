@@ -72,7 +72,7 @@ def test_all_is_as_before_whenever_something_is_raised(error, where, call):
         count("loss")
         return per_sample(output, batch)
 
-    total = 3 * 6  # blocks.1.norm is frozen, the last of the others needs no pass
+    total = 3 * 7  # blocks.1.norm is frozen, the last of the others needs no pass
     if call >= total:
         attribute(model, Batches(), loss, forward=forward)
         assert calls[where] == total
@@ -139,15 +139,17 @@ def test_layers_that_are_shared_unused_stateless_or_never_updated():
         spoil_mean(model.unused)
         model.unused.running_var.fill_(NAN)
         model.linear.weight.normal_()
-        received = []
+        received = {"shared": [], "still": []}
         by_batch = copy.deepcopy(model).eval()
-        by_batch.shared.train()
-        by_batch.shared.register_forward_pre_hook(lambda _, args: received.append(args[0]))
+        for name, inputs_of in received.items():
+            layer = getattr(by_batch, name).train()
+            layer.register_forward_pre_hook(lambda _, args, inputs_of=inputs_of: inputs_of.append(args[0]))
         for x in inputs:
             by_batch(x)
+        for name, inputs_of in received.items():
+            getattr(model, name).running_mean.copy_(torch.cat(inputs_of).double().mean(0))
+            getattr(model, name).running_var.copy_(torch.cat(inputs_of).double().var(0))
         exact = copy.deepcopy(model).eval()
-        exact.shared.running_mean.copy_(torch.cat(received).double().mean(0))
-        exact.shared.running_var.copy_(torch.cat(received).double().var(0))
         batches = [(x, exact(x)) for x in inputs]
         model.shared.running_mean += 2
         model.shared.running_var *= 20
@@ -155,7 +157,7 @@ def test_layers_that_are_shared_unused_stateless_or_never_updated():
     found = attribute(model, batches)
     everything.assert_same()
     assert [part.name for part in found.contributions] == ["shared"]
-    assert found.rest is None
+    assert found.rest.name == "1 other layer"
     assert found.exact_loss == pytest.approx(0, abs=1e-9)
     assert found.eval_loss > 0.01
 
@@ -172,9 +174,9 @@ def test_a_model_without_batchnorm_warns_and_has_nothing_to_explain(others):
     assert found.eval_loss == found.exact_loss == found.batch_loss == pytest.approx(by_hand)
     assert (found.gap, found.contributions, found.rest, found.worst) == (0, (), None, None)
     assert found.gap_stderr < 2e-7 * found.eval_loss  # rounding
-    remaining = dict(found._remaining)
-    assert remaining["normalising by the batch"] == 0
-    assert remaining["other modules in training mode"] == found.eval_loss - found.train_loss
+    by_batch, others = (part.reduction for part in found.remaining)
+    assert by_batch == 0
+    assert others == pytest.approx(found.eval_loss - found.train_loss)
     assert str(found).startswith("Nothing to explain")
     found.plot()[0].canvas.draw()
 

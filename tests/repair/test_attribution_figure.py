@@ -3,7 +3,7 @@
 import pytest
 from matplotlib import pyplot as plt
 
-from lightning_bnmonitor.repair.attribution import Contribution
+from lightning_bnmonitor.repair.eval_gap import Contribution
 from tests.drawing import without_warnings
 from tests.repair.gap_results import CASES, attribution
 from tests.repair.spoiled_models import INF, NAN
@@ -32,7 +32,7 @@ def test_the_figure_leads_from_eval_mode_to_training_mode():
     names, texts, bars = drawn(ax)
     assert names == [
         *("eval mode as it is", "a.norm", "b.norm", "7 other layers", "exact statistics"),
-        *("normalising by the batch", "other modules in training mode", "training mode"),
+        *("normalising by the batch", "dropout, other modules in training mode", "training mode"),
     ]
     assert texts == ["2.5", "-0.75", "-0.2475", "-0.0025", "1.5", "-0.25", "-0.125", "1.125"]
     assert points(ax) == pytest.approx({0: 2.5, 4: 1.5, 7: 1.125})
@@ -53,7 +53,7 @@ def test_any_result_is_drawn_without_a_warning_and_within_the_axes(case):
     assert texts[0] == f"{found.eval_loss:.4g}"
     assert texts[-1] == f"{found.train_loss:.4g}"
     assert not any("+nan" in text or "-nan" in text for text in texts)
-    assert len(names) == 5 + len(found._layers)
+    assert len(names) == (9 if found.has_evaluation else 5) + len(found._layers)
     low, high = ax.get_xlim()
     for value in (*points(ax).values(), *(end for ends in bars.values() for end in ends)):
         assert low < value < high

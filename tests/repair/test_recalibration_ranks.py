@@ -6,6 +6,7 @@ import copy
 import datetime
 import math
 import pickle
+import warnings
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -19,7 +20,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from lightning_bnmonitor import recalibrate
 from tests import processes
-from tests.repair.exact_population import C, assert_written
+from tests.repair.exact_population import C, assert_written, error_in_eval
 from tests.repair.unchanged import Everything, buffers_of
 
 pytestmark = pytest.mark.slow
@@ -49,6 +50,9 @@ FAILURES = {
     "nan on rank 1": [[8, 8], [8, 8, 8]],
     "no layer is called, nothing on rank 1": [[8], []],
 }
+
+
+LEFT_ALONE = {scenario: UNEVEN[scenario] for scenario in ("uneven", "nothing on rank 1", "nothing on rank 0")}
 
 
 WRAPPED = [name for name in UNEVEN if name.startswith("wrapped")]
@@ -122,6 +126,16 @@ def synchronised(rank: int) -> dict[str, Any]:
     return {"error": str(caught.value), "unchanged": buffers_of(model) == before}
 
 
+def left_alone(rank: int, sizes: list[int]) -> dict[str, Any]:
+    """A stale layer, what is said of it, and by whom."""
+    model = ranked(0)
+    model[0].momentum = 0.0
+    with warnings.catch_warnings(record=True) as warned:
+        warnings.simplefilter("always")
+        result = recalibrate(model, share(rank, sizes))
+    return {"misfits": result.misfits, "warnings": len(warned)}
+
+
 def run_rank(rank: int, folder: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group(
@@ -135,6 +149,7 @@ def run_rank(rank: int, folder: str) -> None:
     results = {scenario: calibrated(scenario, rank, sizes[rank]) for scenario, sizes in shares.items()}
     results["synchronised"] = synchronised(rank)
     results["noise"] = noise_of(ranked(0), equal_batches()[rank::2])
+    results["left alone"] = {scenario: left_alone(rank, sizes[rank]) for scenario, sizes in LEFT_ALONE.items()}
     Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(results))
     dist.barrier()
     dist.destroy_process_group()
@@ -178,6 +193,17 @@ def test_ranks_end_with_the_same_buffers_those_of_the_union_of_their_data(
     one, other = (result[scenario] for result in both_ranks)
     assert one["written"] == other["written"]
     assert one["after"] == other["after"]
+
+
+@pytest.mark.parametrize("scenario", LEFT_ALONE)
+def test_what_is_left_alone_is_compared_with_the_data_of_all_ranks_and_rank_0_warns(
+    both_ranks: list[dict[str, Any]], scenario: str
+) -> None:
+    union = [x for rank in range(2) for x in share(rank, LEFT_ALONE[scenario][rank])]
+    expected = {"0": error_in_eval(ranked(0)[0], union)}
+    for rank, result in enumerate(both_ranks):
+        assert result["left alone"][scenario]["misfits"] == pytest.approx(expected, rel=0.02)
+        assert result["left alone"][scenario]["warnings"] == (rank == 0)
 
 
 def test_each_rank_alone_if_asked(both_ranks: list[dict[str, Any]]) -> None:

@@ -86,10 +86,11 @@ def test_reports_can_be_copied_and_pickled() -> None:
 def test_printed_it_is_a_table_of_before_and_after() -> None:
     model = trained(Net())
     model.c.eval()
-    result = recalibrate(model, data())
+    with pytest.warns(UserWarning, match="has left layers alone"):
+        result = recalibrate(model, data())
     text = str(result)
     assert text.startswith("2 BatchNorm layers recalibrated on 10 batches.")
-    assert text.endswith("Left alone: c (frozen).")
+    assert text.endswith(f"Left alone: c (frozen, eval_error {result.misfits['c']:.4f}).")
     rows = {line.split()[0]: line.split() for line in text.splitlines() if line[:2] in ("a ", "b ")}
     for name in "ab":
         assert float(rows[name][2]) == pytest.approx(result.before[name].summary()["eval_error"], abs=1e-4)

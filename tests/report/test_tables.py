@@ -63,11 +63,54 @@ def test_the_column_noise_is_the_floor_of_the_evidence():
     assert {row[0]: row[3] for row in text_rows(str(report))} == {"known": "0.0625", "unknown": "-"}
 
 
+def test_what_validation_shows_has_columns_of_its_own_where_it_is_known():
+    report = Report([layer("a", evidence={"val_error": 0.375, "val_shift": 0.5}), layer("b")])
+    header = [*COLUMNS[:4], "val_error", "val_shift", *COLUMNS[4:]]
+    assert str(report).split("\n\n")[1].splitlines()[0].split() == header
+    rows = [dict(zip(header, row, strict=True)) for row in text_rows(str(report))]
+    assert [(row["layer"], row["val_error"], row["val_shift"]) for row in rows] == [
+        ("a", "0.3750", "0.5000"),
+        ("b", "-", "-"),
+    ]
+    assert markdown_rows(report.to_markdown())[0] == header[:6]
+    only_error = Report([layer("a", evidence={"val_error": 0.375})])
+    assert markdown_rows(only_error.to_markdown())[0] == [*MARKDOWN_COLUMNS, "val_error"]
+
+
 @pytest.mark.parametrize(
     ("layers", "headline"),
     [
         ([layer("a")], "None of 1 BatchNorm layer needs attention."),
-        ([layer("a"), unused("b")], "None of 2 BatchNorm layers needs attention."),
+        (
+            [layer("a"), unused("b")],
+            "1 of 2 BatchNorm layers could be judged, and none of these needs attention; the others are 1 unused.",
+        ),
+        (
+            [layer("a"), unused("b"), layer("c", verdict="insufficient-data"), unused("d")],
+            "1 of 4 BatchNorm layers could be judged, and none of these needs attention; "
+            "the others are 2 unused, 1 insufficient-data.",
+        ),
+        (
+            [layer("a", verdict="insufficient-data"), unused("b")],
+            "2 BatchNorm layers could not be judged: 1 insufficient-data, 1 unused.",
+        ),
+        ([layer("a", verdict="insufficient-data")], "1 BatchNorm layer could not be judged: 1 insufficient-data."),
+        (
+            [layer("a", verdict="insufficient-data", evidence={"val_error": 0.01})],  # but by validation
+            "None of 1 BatchNorm layer needs attention.",
+        ),
+        (
+            [layer("a", verdict="noisy"), unused("b"), layer("c")],
+            "1 of 3 BatchNorm layers needs attention: 1 noisy. 1 could not be judged: 1 unused.",
+        ),
+        (
+            [layer("a", verdict="insufficient-data", flags=("never-updated",), needs_attention=True), layer("b")],
+            "1 of 2 BatchNorm layers needs attention: 1 never-updated.",
+        ),
+        (
+            [layer("a", verdict="noisy", flags=("never-updated",)), layer("b")],
+            "1 of 2 BatchNorm layers needs attention: 1 noisy.",
+        ),
         ([layer("a", verdict="noisy")], "1 of 1 BatchNorm layer needs attention: 1 noisy."),
         ([layer("a", verdict="noisy"), layer("b")], "1 of 2 BatchNorm layers needs attention: 1 noisy."),
         (
@@ -77,7 +120,7 @@ def test_the_column_noise_is_the_floor_of_the_evidence():
                 with_error("c", 0.5, verdict="lagging"),
                 layer("d", verdict="noisy"),
             ],
-            "3 of 4 BatchNorm layers need attention: 1 lagging, 2 noisy.",
+            "3 of 4 BatchNorm layers need attention: 2 noisy, 1 lagging.",
         ),
         ([], "No BatchNorm layer was monitored."),
     ],
@@ -91,24 +134,76 @@ def test_every_form_begins_with_one_sentence_on_the_model(layers, headline):
     assert report.brief(0) == headline
 
 
+CAUSES = {"a": "lagging", "b": "noisy", "c": "lagging", "d": "non-finite", "e": "stale"}
+
+
 def sick_report() -> Report:
-    """Six layers, five of which need attention; in the order of their errors a, b, c, d, e."""
+    """Six layers, five of which need attention for four causes; in the order of their errors a, b, c, d, e."""
     sick = [
-        with_error(name, 0.9 - index / 10, verdict="lagging", evidence={"eval_error": 0.9 - index / 10})
-        for index, name in enumerate("abcde")
+        with_error(name, error := 0.9 - index / 10, verdict=cause, needs_attention=True, evidence={"eval_error": error})
+        for index, (name, cause) in enumerate(CAUSES.items())
     ]
     return Report([with_error("fine", 2.0, evidence={"eval_error": 2.0, "now_error": 0.1}), *sick[::-1]])
 
 
-def test_a_printed_report_is_a_headline_a_table_and_the_three_worst_layers_explained():
+SICK = "5 of 6 BatchNorm layers need attention: 1 stale, 1 non-finite, 2 lagging, 1 noisy."
+EXPLAINED = {"a": "a, c", "b": "b", "d": "d"}
+"""The worst layer of each cause that is explained, and the names of all that have it."""
+
+
+def test_a_printed_report_is_a_headline_a_table_and_the_first_three_causes_explained():
     report = sick_report()
     headline, _, *texts = str(report).split("\n\n")
-    assert headline == "5 of 6 BatchNorm layers need attention: 5 lagging."
+    assert headline == SICK
     assert [row[0] for row in text_rows(str(report))] == ["a", "b", "c", "d", "e", "fine"]
-    assert [" ".join(text.split()) for text in texts] == [
-        f"{report[name].explanation} {report[name].remedy}" for name in "abc"
+    told = {name: f"{report[name].diagnosis.explanation} {report[name].remedy}" for name in EXPLAINED}
+    assert [text.split() for text in texts] == [
+        f"{names}: {CAUSES[name]}. {told[name]}".split() for name, names in EXPLAINED.items()
     ]
     assert max(len(line) for text in texts for line in text.splitlines()) <= 120
+
+
+def test_a_cause_is_explained_once_with_the_numbers_of_the_worst_and_the_names_of_five():
+    evidence = {"eval_error": 0.0, "lag_error": 0.5, "now_error": 0.25}
+    layers = [
+        with_error(f"layer{index}", 0.5, verdict="lagging", evidence=evidence | {"eval_error": 0.3 + index / 100})
+        for index in range(7)
+    ]
+    (text,) = Report(layers).brief().split("\n\n")[2:]
+    assert text.startswith("layer6, layer5, layer4, layer3, layer2 and 2 more: lagging. ")
+    assert " ".join(text.split()).endswith(f"{layers[-1].diagnosis.explanation} {layers[-1].remedy}")
+    assert "0.36" in text
+    assert "0.35" not in text
+
+
+def test_layers_whose_flags_differ_are_explained_each():
+    layers = [layer("a", verdict="noisy"), layer("b", verdict="noisy", flags=("half-frozen",))]
+    texts = Report(layers).brief().split("\n\n")[2:]
+    assert [text.split(". ")[0] for text in texts] == ["a: noisy", "b: noisy, half-frozen"]
+
+
+def test_what_the_flags_of_layers_that_need_no_attention_say_comes_last_and_once():
+    flags = [("half-frozen",), ("written-outside",), ("half-frozen",), ("interrupted-batch",), ("not-updating",)]
+    numbers = {"calls_not_updating": 3.0}
+    layers = [layer(f"{index}", flags=its, evidence=numbers) for index, its in enumerate(flags)]
+    report = Report([*layers, layer("sick", verdict="noisy")])
+    texts = [" ".join(text.split()) for text in report.brief(1).split("\n\n")[2:]]
+    assert [text.split(". ")[0] for text in texts] == [
+        "sick: noisy",
+        "0, 2: half-frozen",
+        "1: written-outside",
+        "3: interrupted-batch",
+    ]
+    assert texts[1].endswith(report["0"].diagnosis.notes)
+    assert report["0"].diagnosis.notes.startswith("Its weights do not train")
+    assert report["0"].diagnosis.notes.endswith("call `layer.eval()` after every `model.train()`.")
+    items = [line for line in report.to_markdown(1).splitlines() if line.startswith("- **")]
+    assert [as_shown(item).split(". ")[0] for item in items] == [
+        "- **sick**: noisy",
+        "- **0, 2**: half-frozen",
+        "- **1**: written-outside",
+        "- **3**: interrupted-batch",
+    ]
 
 
 def test_a_report_without_sick_layers_explains_none():
@@ -118,15 +213,19 @@ def test_a_report_without_sick_layers_explains_none():
     assert "li" not in Cells(report._repr_html_()).tags
 
 
-@pytest.mark.parametrize("n", [0, 1, 2, 4, 6, 9])
-def test_a_brief_report_has_the_n_worst_layers(n):
+@pytest.mark.parametrize("n", [1, 2, 4, 6, 9])
+def test_a_brief_report_has_the_n_worst_layers_and_explains_the_causes_of_all(n):
     report = sick_report()
-    headline, *parts = report.brief(n).split("\n\n")
-    assert headline == "5 of 6 BatchNorm layers need attention: 5 lagging."
-    assert len(parts) == (1 + min(n, 3) if n else 0)
-    if n:
-        assert [row[0] for row in text_rows(report.brief(n))] == ["a", "b", "c", "d", "e", "fine"][:n]
-        assert [text.split(":")[0] for text in parts[1:]] == ["a", "b", "c"][:n]
+    headline, _, *texts = report.brief(n).split("\n\n")
+    assert headline == SICK
+    assert [row[0] for row in text_rows(report.brief(n))] == ["a", "b", "c", "d", "e", "fine"][:n]
+    assert [text.split(":")[0] for text in texts] == list(EXPLAINED.values())
+
+
+def test_a_report_of_no_layers_is_its_headline():
+    report = sick_report()
+    assert report.brief(0) == SICK
+    assert report.to_markdown(0) == f"**{SICK}**"
 
 
 def test_a_brief_report_has_ten_layers_if_not_told_otherwise():
@@ -136,14 +235,15 @@ def test_a_brief_report_has_ten_layers_if_not_told_otherwise():
     assert report.brief(None) == str(report)
 
 
-def test_markdown_and_html_explain_the_three_worst_layers():
+def test_markdown_and_html_explain_the_first_three_causes():
     report = sick_report()
+    told = {name: f"{report[name].diagnosis.explanation} {report[name].remedy}".rstrip() for name in EXPLAINED}
     items = [line for line in report.to_markdown().splitlines() if line.startswith("- ")]
     assert [as_shown(item) for item in items] == [
-        f"- **{name}**: lagging. {report[name].diagnosis.explanation} {report[name].remedy}" for name in "abc"
+        f"- **{names}**: {CAUSES[name]}. {told[name]}" for name, names in EXPLAINED.items()
     ]
     html_report = Cells(report._repr_html_())
-    assert html_report.texts[1:] == [f"{report[name].explanation} {report[name].remedy}" for name in "abc"]
+    assert html_report.texts[1:] == [f"{names}: {CAUSES[name]}. {told[name]}" for name, names in EXPLAINED.items()]
 
 
 ODD_NAMES = [
@@ -219,11 +319,11 @@ def test_markdown_keeps_a_layer_name_in_its_cell_and_item_and_lets_none_become_a
 
 def test_markdown_lists_what_has_changed_since_an_earlier_window_before_the_table():
     report = sick_report()
-    before = {"fine": "healthy", "a": "noisy", "b": "lagging", "d": "healthy", "gone": "noisy"}
+    before = {"fine": "healthy", "a": "noisy", "b": "noisy", "d": "healthy", "gone": "noisy"}
     headline, introduction, changes, table, _ = report.to_markdown(since=before).split("\n\n")
-    assert headline == "**5 of 6 BatchNorm layers need attention: 5 lagging.**"
+    assert headline == f"**{SICK}**"
     assert introduction == "Changed since the last window:"
-    assert changes.splitlines() == ["- a: noisy → lagging", "- d: healthy → lagging"]
+    assert changes.splitlines() == ["- a: noisy → lagging", "- d: healthy → non-finite"]
     assert table.startswith("| layer")
 
 
@@ -238,11 +338,11 @@ def test_markdown_lists_no_changes_if_there_are_none(since):
     assert sick_report().to_markdown(since=since) == sick_report().to_markdown()
 
 
-@pytest.mark.parametrize("n", [0, 1, 4, 9])
-def test_markdown_has_the_n_worst_layers(n):
+@pytest.mark.parametrize("n", [1, 4, 9])
+def test_markdown_has_the_n_worst_layers_and_explains_the_causes_of_all(n):
     source = sick_report().to_markdown(n)
     assert [row[0] for row in markdown_rows(source)[2:]] == ["a", "b", "c", "d", "e", "fine"][:n]
-    assert sum(line.startswith("- **") for line in source.splitlines()) == min(n, 3)
+    assert sum(line.startswith("- **") for line in source.splitlines()) == 3
 
 
 def test_an_empty_report_has_every_form():

@@ -10,7 +10,7 @@ import numpy as np
 import torch
 
 from lightning_bnmonitor.statistics.analysis import Analysis, analyse
-from lightning_bnmonitor.statistics.noise import RunningStats
+from lightning_bnmonitor.statistics.noise import LastBatch, RunningStats
 from lightning_bnmonitor.statistics.window import Window
 from tests.statistics.window_reference import Batch, update
 
@@ -299,6 +299,9 @@ def expected_analysis(layer, index):
     batch_size = np.mean([call.batch_size for call in calls])
     base = s / batch_size
     among_blocks = np.float64(num_blocks - 1)
+    of_mean, of_var = noise_scale / np.stack([n_batch * s, max(n_batch - 1, 1) * s**2])
+    of_last = calls[-1].momentum ** 2 / calls[-1].g
+    without = rms(relative * ((noise - of_last) / (1 - calls[-1].momentum) ** 2)[:, None])
     ss_trend = trend[0] ** 2 / c2_trend[0]
     return {
         "num_batches": num_batches,
@@ -320,6 +323,8 @@ def expected_analysis(layer, index):
         "max_score": np.fmax.reduce(np.abs(scores), axis=None),
         "slope": net(trend / c2_trend[:, None], 1 / c2_trend, moving),
         "jitter": rms(relative * (num_batches / g.sum(axis=1))[:, None]),
+        "reference_error": reference_error(rms(relative / g.sum(axis=1)[:, None]), dof, batch_size * num_batches),
+        "initial_distance": rms(((INITIAL - ref_window) / unit) ** 2),
         "ordering_ratio": (ssb / s)[fine].mean() / among_blocks / (noise_scale[0] / s)[fine].mean(),
         "ordering_limit": 1 + 4 * np.sqrt(2 / among_blocks + 2 / dof),
         "ordering_share": slow / (len(values) * fine.sum()),
@@ -327,9 +332,27 @@ def expected_analysis(layer, index):
         "grouping_ratio": (noise_scale[0] / n_batch / base)[fine].mean(),
         "grouping_limit": 1 + 4 * np.sqrt(2 / dof),
         "grouping_share": ((noise_scale[0] / n_batch - base) / s)[fine].mean(),
+        "batch_jitter": np.sqrt(np.mean((of_mean + 2 - 2 * (1 + of_var) ** -0.125)[fine])),
+        "independent_values": 1 / of_mean[fine].mean(),
+        "last_batch_num_samples": calls[-1].g[0],
+        "last_batch_share": rms(relative * of_last[:, None]) ** 2 / rms(relative * noise[:, None]) ** 2,
+        "last_batch_without": without if calls[-1].momentum < 1 else np.nan,
         "first_bad": first_bad,
         "fine": fine,
     }
+
+
+def reference_error(observed, dof, num_samples):
+    return max(observed, np.sqrt(1.75 / num_samples)) if dof else np.sqrt(3.5 / num_samples)
+
+
+def last_of(layers, index):
+    """The last batch of each layer in a window, as it is told."""
+    calls = [updating([layer.windows[index]])[-1:] for layer in layers]
+    return LastBatch(
+        np.array([its[0].g[0] if its else np.nan for its in calls]),
+        np.array([its[0].momentum if its else np.nan for its in calls]),
+    )
 
 
 # What the package says
@@ -353,6 +376,7 @@ def analyses(layers, step=32):
             noise=noise,
             rounding=np.array([layer.rounding for layer in layers]),
             known=np.array([layer.known for layer in layers]),
+            last=last_of(layers, index),
         )
         analysis = analyse(window.blocks(), buffers, np.array([layer.eps for layer in layers]))
         yield analysis
@@ -367,8 +391,9 @@ def part_of(analysis, layers, index):
     """One layer's part of a analysis, by name."""
     first = sum(layer.width for layer in layers[:index])
     own = slice(first, first + layers[index].width)
-    names = Analysis.__dataclass_fields__.keys() - {*OF_ALL_VALUES}
-    values = {name: getattr(analysis, name) for name in names}
+    names = Analysis.__dataclass_fields__.keys() - {*OF_ALL_VALUES, "batching", "last_batch"}
+    values = {name: getattr(analysis, name) for name in names} | analysis.batching._asdict()
+    values |= {f"last_batch_{name}": value for name, value in analysis.last_batch._asdict().items()}
     return {name: value[..., own] if name in PER_CHANNEL else value[..., index] for name, value in values.items()}
 
 

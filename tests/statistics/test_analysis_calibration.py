@@ -56,9 +56,9 @@ def test_correlated_positions_leave_scores_and_grouping_as_they_are(momentum):
     for analysis in windows:
         assert analysis.batch_size == 8
         assert analysis.samples_per_batch == 64
-        np.testing.assert_allclose(analysis.grouping_ratio, [1], atol=0.1)
-        np.testing.assert_allclose(analysis.grouping_share, [0], atol=0.02)
-        np.testing.assert_allclose(analysis.ordering_ratio, [1], atol=0.15)
+        np.testing.assert_allclose(analysis.batching.grouping_ratio, [1], atol=0.1)
+        np.testing.assert_allclose(analysis.batching.grouping_share, [0], atol=0.02)
+        np.testing.assert_allclose(analysis.batching.ordering_ratio, [1], atol=0.15)
 
 
 @pytest.mark.slow
@@ -119,8 +119,8 @@ def test_a_steady_drift_is_measured():
     np.testing.assert_allclose(analysis.lag_error, [delta * (1 - m) / m / unit], rtol=0.1)
     np.testing.assert_allclose(analysis.drift_error, [delta * length / 2 / unit], rtol=0.02)
     np.testing.assert_allclose(analysis.slope, [delta / unit], rtol=0.02)
-    assert analysis.trend_share > 0.98
-    assert analysis.ordering_ratio > analysis.ordering_limit
+    assert analysis.batching.trend_share > 0.98
+    assert analysis.batching.ordering_ratio > analysis.batching.ordering_limit
 
 
 @pytest.mark.slow
@@ -183,20 +183,20 @@ def test_ordered_data_lie_between_blocks_and_not_on_a_line():
     windows = [[Call(rng.normal(centers[t // 25], 1.0, (16, 16)), 0.1) for t in range(100)]]
     layer = Layer(16, windows=windows)
     (analysis,) = assert_as_defined([layer])
-    assert analysis.ordering_ratio > analysis.ordering_limit
+    assert analysis.batching.ordering_ratio > analysis.batching.ordering_limit
     variance = centers.var(axis=0)
     # Each block is of one center, but for the two that the blocks of 8 batches share.
-    np.testing.assert_allclose(analysis.ordering_share, [(variance / (1 + variance)).mean()], rtol=0.15)
-    assert analysis.trend_share < 0.6
-    assert analysis.grouping_ratio < analysis.grouping_limit + 1
+    np.testing.assert_allclose(analysis.batching.ordering_share, [(variance / (1 + variance)).mean()], rtol=0.15)
+    assert analysis.batching.trend_share < 0.6
+    assert analysis.batching.grouping_ratio < analysis.batching.grouping_limit + 1
 
 
 def test_batches_of_kinds_are_grouped_and_their_variance_counts_now():
     rng = np.random.default_rng(20)
     layer = Layer(64, windows=[[Call(rng.normal(rng.normal(size=64), 1.0, (16, 64)), 0.1) for _ in range(200)]])
     (analysis,) = assert_as_defined([layer])
-    assert analysis.grouping_ratio > analysis.grouping_limit
-    np.testing.assert_allclose(analysis.grouping_ratio, [(1 + 1 / 16) / (2 / 16)], rtol=0.1)
-    np.testing.assert_allclose(analysis.grouping_share, [(1 + 1 / 16) / 2 - 1 / 16], rtol=0.1)
+    assert analysis.batching.grouping_ratio > analysis.batching.grouping_limit
+    np.testing.assert_allclose(analysis.batching.grouping_ratio, [(1 + 1 / 16) / (2 / 16)], rtol=0.1)
+    np.testing.assert_allclose(analysis.batching.grouping_share, [(1 + 1 / 16) / 2 - 1 / 16], rtol=0.1)
     np.testing.assert_allclose(analysis.now[1].mean(), 2.0, rtol=0.05)
-    assert analysis.ordering_ratio < analysis.ordering_limit
+    assert analysis.batching.ordering_ratio < analysis.batching.ordering_limit

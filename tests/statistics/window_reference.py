@@ -12,7 +12,7 @@ from hypothesis import settings
 
 from lightning_bnmonitor.statistics.analysis import analyse
 from lightning_bnmonitor.statistics.blocks import MAX_BLOCKS, Blocks
-from lightning_bnmonitor.statistics.noise import RunningStats
+from lightning_bnmonitor.statistics.noise import LastBatch, RunningStats
 from lightning_bnmonitor.statistics.window import Batches, Window, commit
 
 LAW = settings(max_examples=50, deadline=None)
@@ -133,9 +133,8 @@ def population_of(window):
     """Exact moments over all that a window holds: values per channel of the layers, mean and variance of channels."""
     blocks = window.blocks()
     layers, nothing = len(blocks.widths), np.zeros((2, sum(blocks.widths)))
-    buffers = RunningStats(
-        nothing, nothing, np.zeros(layers), np.zeros((2, layers)), np.zeros(layers), np.zeros(layers, dtype=bool)
-    )
+    none, unknown = np.zeros(layers), np.zeros(layers, dtype=bool)
+    buffers = RunningStats(nothing, nothing, none, np.zeros((2, layers)), none, unknown, LastBatch(none, none))
     analysis = analyse(blocks, buffers, np.full(layers, 1e-5))
     return Population(analysis.num_samples, *torch.from_numpy(analysis.population))
 

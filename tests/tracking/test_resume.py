@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bnmonitor import BatchNormMonitor
+from lightning_bnmonitor.diagnosis.flags import FLAGS
 from tests.processes import run_script
 from tests.tracking.small_models import assert_alike
 
@@ -82,11 +83,12 @@ class Windows(Callback):
 def before_validation(report):
     """A report without what validation adds, which is not repeated by a run that is resumed after it."""
     values = report.to_dict()
-    values["summary"].pop("val_shift_max", None)
+    for name in ("val_error_max", "val_shift_max", "unhealthy_layers"):
+        values["summary"].pop(name, None)
     for layer in values["layers"].values():
-        for name in ("val_shift", "explanation", "remedy"):
+        for name in ("val_error", "val_shift", "explanation", "remedy", "needs_attention"):
             del layer[name]
-        layer["flags"] = [flag for flag in layer["flags"] if flag != "domain-shift"]
+        layer["flags"] = [flag for flag in layer["flags"] if FLAGS[flag].rule is not None]
         layer["evidence"] = {name: value for name, value in layer["evidence"].items() if not name.startswith("val_")}
     return values
 

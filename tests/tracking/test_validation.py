@@ -86,7 +86,7 @@ def test_the_shift_is_the_error_that_the_present_statistics_of_training_make_in_
     is_other = (shift, scale) != (0.0, 1.0)
     assert ("domain-shift" in layer.flags) is is_other
     assert ("Validation differs from training" in str(report)) is is_other
-    assert not layer.needs_attention
+    assert layer.needs_attention is is_other
 
 
 @pytest.mark.slow
@@ -120,9 +120,9 @@ def test_dropout_before_a_layer_is_a_shift_of_that_layer_alone():
 
 
 @pytest.mark.parametrize("num", [0, 1, 3])
-def test_of_few_batches_nothing_is_claimed(num):
+def test_one_batch_is_enough_where_chance_in_training_does_not_explain_it(num):
     _, report = trained(network(), data(64, 1), data(num, 2, shift=9.0))
-    assert [layer.flags for layer in report.values()] == [(), ()]
+    assert ("domain-shift" in report["0"].flags) is (num > 0)
     assert ("val_shift" in report["0"].evidence) is (num > 0)
     assert report["0"].evidence.get("val_batches", 0) == num
 
@@ -390,7 +390,7 @@ def test_neither_training_nor_what_is_said_of_it_depends_on_it(tmp_path):
         layers = monitor.report().to_dict()["layers"]
         for layer in layers.values():
             layer["evidence"] = {name: value for name, value in layer["evidence"].items() if name[:4] != "val_"}
-            for name in ("val_shift", "flags", "explanation", "remedy"):
+            for name in ("val_error", "val_shift", "flags", "explanation", "remedy", "needs_attention"):
                 del layer[name]
         outcomes.append((layers, model.state_dict(), torch.get_rng_state()))
     (one, weights, state), (other, other_weights, other_state) = outcomes

@@ -1,0 +1,214 @@
+"""What is said of a layer with a verdict where that depends on its numbers: explanations and remedies."""
+
+from __future__ import annotations
+
+from lightning_bnmonitor.diagnosis.evidence import WARNING, Evidence
+from lightning_bnmonitor.diagnosis.rules import is_noisy_at_last, is_of_few_samples
+from lightning_bnmonitor.diagnosis.sentences import RECALIBRATE, RECALIBRATE_FROZEN
+
+
+def explain_non_finite(evidence: Evidence) -> list[str]:
+    """Explain ``non-finite``."""
+    sentences = []
+    if "first_bad_batch" in evidence:
+        sentences.append(
+            "It received NaN or Inf, or values whose variance overflows: first in batch {first_bad_batch} of this "
+            "window, channel {first_bad_channel}."
+        )
+    if evidence.get("non_finite_running_stats"):
+        sentences.append(
+            "The running statistics of {non_finite_running_stats} of {num_features} channels are not finite: eval() "
+            "returns NaN or a constant there, and stays so until they are reset."
+        )
+    return sentences
+
+
+def cure_non_finite(evidence: Evidence) -> list[str]:
+    """What to do about ``non-finite``."""
+    sentences = []
+    if "first_bad_batch" in evidence:
+        sentences.append(
+            "Find what made the values (`torch.autograd.detect_anomaly`; often the learning rate, half precision "
+            "without loss scaling, or the data)."
+        )
+    if evidence.get("non_finite_running_stats"):
+        is_updated = evidence.get("batches", 1.0) and evidence.get("updates_per_call", 1.0)
+        remedy = (
+            f"Call `layer.reset_running_stats()` and {RECALIBRATE}" if is_updated else _as_sentence(RECALIBRATE_FROZEN)
+        )
+        sentences.append(f"{remedy}: no later batch repairs them.")
+    return sentences
+
+
+def explain_insufficient(evidence: Evidence) -> list[str]:
+    """Explain ``insufficient-data``."""
+    if "assumed_updates_per_call" not in evidence:
+        return [
+            "With {batches} batches that updated the running statistics, chance and trouble cannot be told apart.",
+            "They are {act_rmse} off this window's statistics.",
+        ]
+    unknown = (
+        "Calls updated the running statistics {updates_per_call} times each, where {assumed_updates_per_call} was "
+        "assumed: how much each batch weighs in them is not known in this window."
+    )
+    if "updates_per_call" not in evidence:
+        unknown = (
+            "The running statistics were reset within this window: how much each batch weighs in them is not known."
+        )
+    return [unknown, "They are {eval_error} off the present statistics."]
+
+
+def cure_insufficient(evidence: Evidence) -> list[str]:
+    """What to do about ``insufficient-data``."""
+    if "assumed_updates_per_call" in evidence:
+        return []
+    return ["Train on: short windows are judged together, as soon as they have enough batches."]
+
+
+def explain_unused(evidence: Evidence) -> list[str]:
+    """Explain ``unused``."""
+    if evidence.get("calls_skipped"):
+        return ["No call of it was counted in this window."]
+    return ["It was not called in this window while the model was in training mode."]
+
+
+def explain_trained_in_eval(evidence: Evidence) -> list[str]:
+    """Explain ``trained-in-eval``."""
+    return [
+        "It was trained in eval mode: of this window's calls {calls_in_eval_mode} came with gradients while the whole "
+        "model was in eval mode, with {steps_in_eval_mode} optimizer steps, and none in training mode. It normalised "
+        "by its running statistics, and these learned nothing.",
+        *_still_initial(evidence),
+        "They are {val_error} off what it receives in validation.",
+    ]
+
+
+def cure_trained_in_eval(evidence: Evidence) -> list[str]:
+    """What to do about ``trained-in-eval``."""
+    call = "Call `model.train()` after the code that calls `model.eval()` (often a hook that predicts or draws)"
+    if _still_initial(evidence):
+        return [f"{call}, and train anew: better running statistics afterwards do not help."]
+    return [f"{call}, unless it is meant to keep its running statistics."]
+
+
+def explain_frozen(evidence: Evidence) -> list[str]:
+    """Explain ``frozen``."""
+    return [
+        "It is in eval mode in training, too: it normalises by its running statistics, which stay as they are.",
+        *_still_initial(evidence),
+        "Against the statistics of what it receives, that is an error of {eval_error}. Training and eval() agree; "
+        "what the next layer receives is not normalised by that much.",
+    ]
+
+
+def explain_tiny(evidence: Evidence) -> list[str]:
+    """Explain ``tiny-batch``."""
+    if is_of_few_samples(evidence):
+        alone = evidence["batch_size"] == 1
+        who = "each sample" if alone else "batches of {batch_size} samples"
+        return [
+            f"Training normalises {who} alone, which takes out what the values of {'it' if alone else 'them'} have in "
+            "common, such as brightness and contrast. The network comes to rely on that, and eval() does not do it: "
+            "activations differ by {batch_jitter} standard deviations. Better running statistics do not repair that."
+        ]
+    return [
+        "A batch has {samples_per_batch} values per channel. Their statistics jump from batch to batch (by "
+        "{batch_jitter} standard deviations), and training normalises by them: the network learns under a noise that "
+        "eval() does not have.",
+        "The running statistics are {noise_error} off by chance alone; better ones would not repair the rest.",
+    ]
+
+
+def cure_tiny(evidence: Evidence) -> list[str]:
+    """What to do about ``tiny-batch``."""
+    if is_of_few_samples(evidence) and evidence["batch_size"] == 1:
+        return [
+            "Train with `nn.InstanceNorm2d(channels, affine=True)` in its place, which does in eval() what this layer "
+            "does in training (its weight and bias fit), or with `nn.GroupNorm`, or put more samples in a batch; for "
+            "fine-tuning, freeze it (`layer.eval()` after every `model.train()`)."
+        ]
+    return [
+        "Put more samples in a batch: at least sixteen values per channel. Where memory forbids that: "
+        "`nn.SyncBatchNorm` over several devices, or `nn.GroupNorm`, which does not depend on the batch; for "
+        "fine-tuning, freeze it (`layer.eval()` after every `model.train()`)."
+    ]
+
+
+def explain_noisy(evidence: Evidence) -> list[str]:
+    """Explain ``noisy``."""
+    if is_noisy_at_last(evidence):  # and the flag says the rest
+        return ["Sampling noise alone is an error of {noise_error}."]
+    if "momentum" not in evidence:
+        return [
+            "The running statistics are the plain average of batches with {samples_per_batch} values per channel, of "
+            "too few yet: sampling noise is an error of {noise_error}, which falls as training goes on."
+        ]
+    return [
+        "The running statistics follow the last batches too closely: with an effective momentum of "
+        "{effective_momentum} and {samples_per_batch} values per channel in a batch, sampling noise alone is an error "
+        "of {noise_error}, however long one trains."
+    ]
+
+
+def cure_noisy(evidence: Evidence) -> list[str]:
+    """What to do about ``noisy``."""
+    if is_noisy_at_last(evidence) and not evidence["noise_without_last_batch"] > WARNING:
+        return []
+    larger = f"{RECALIBRATE} before you evaluate."
+    if "recommended_batch_size" in evidence:
+        larger = f"use a batch size of {{recommended_batch_size}}, or {larger}"
+    if "momentum" not in evidence:
+        return [f"Train on, or {larger}"]
+    momentum = "set `momentum={recommended_momentum}` (predicted error {recommended_error}), or "
+    return _with_momentum(momentum, larger, evidence)
+
+
+def explain_warming_up(evidence: Evidence) -> list[str]:
+    """Explain ``warming-up``."""
+    return [
+        "The initial zeros and ones still have a weight of {initial_weight} in the running statistics: eval() is off "
+        f"by {{eval_error}}{_where_noise_explains(evidence)}."
+    ]
+
+
+def explain_lagging(evidence: Evidence) -> list[str]:
+    """Explain ``lagging``."""
+    return [
+        "The running statistics are those of earlier batches, from which the layer's inputs have moved away: eval() is "
+        f"off by {{eval_error}}{_where_noise_explains(evidence)}. Whether the weights or the data have moved, or the "
+        "running statistics came from other data, the inputs alone do not tell."
+    ]
+
+
+def _where_noise_explains(evidence: Evidence) -> str:
+    if "noise_error" in evidence:
+        return ", where sampling noise explains {noise_error}"
+    return " ({least_error} at least, where chance in the few batches seen explains {reference_error})"
+
+
+def cure_warming_up(evidence: Evidence) -> list[str]:
+    """What to do about ``warming-up``."""
+    momentum = "set `momentum={recommended_momentum}` (predicted error {recommended_error}), or "
+    others = f"train on for {{batches_to_go}} batches, or {RECALIBRATE} before you evaluate."
+    return _with_momentum(momentum, others, evidence)
+
+
+def cure_lagging(evidence: Evidence) -> list[str]:
+    """What to do about ``lagging``."""
+    momentum = "set `momentum={recommended_momentum}` (predicted error {recommended_error}), or "
+    return _with_momentum(momentum, f"{RECALIBRATE} before you evaluate.", evidence)
+
+
+def _with_momentum(momentum: str, others: str, evidence: Evidence) -> list[str]:
+    remedy = momentum + others if "recommended_momentum" in evidence else others
+    return [_as_sentence(remedy)]
+
+
+def _as_sentence(text: str) -> str:
+    return text[0].upper() + text[1:]
+
+
+def _still_initial(evidence: Evidence) -> list[str]:
+    if evidence.get("batches") or evidence.get("initial_weight") != 1:
+        return []
+    return ["They are still the initial zeros and ones: it has never normalised anything."]

@@ -1,0 +1,74 @@
+"""The flag of calls that differ: its thresholds and its words."""
+
+from __future__ import annotations
+
+import pytest
+
+from lightning_bnmonitor.diagnosis.evidence import EVIDENCE
+from tests.diagnosis.symptoms import ABOVE, BELOW, beside, diagnosed, numbers, words_are_sound
+
+TWO = {"call_shift": 0.2, "call_shift_index": 1.0, "calls_per_step": 2.0}
+
+
+@pytest.mark.parametrize(
+    ("symptoms", "flags", "attention"),
+    [
+        ({"call_shift": 0.0}, (), False),
+        ({"call_shift": beside(0.05, BELOW)}, (), False),
+        ({"call_shift": 0.05}, ("calls-differ",), False),
+        ({"call_shift": beside(0.1, BELOW)}, ("calls-differ",), False),
+        ({"call_shift": 0.1}, ("calls-differ",), True),
+        ({"calls_per_model_call": 1.25}, ("calls-differ",), True),
+        ({"calls_per_model_call": beside(1.25, ABOVE)}, ("calls-differ",), False),
+        ({"own_forward": True}, (), False),
+    ],
+    ids=str,
+)
+def test_it_stands_from_a_twentieth_on_and_needs_attention_from_a_tenth_on(symptoms, flags, attention):
+    diagnosis = diagnosed(symptoms, TWO)
+    assert diagnosis.flags == flags
+    assert diagnosis.needs_attention is attention
+    assert diagnosis.evidence.keys() <= set(EVIDENCE)
+
+
+@pytest.mark.parametrize(
+    "symptoms",
+    [{"training_calls": 0, "batches": 0.0}, {"has_running_stats": False, "batches": 0.0}],
+    ids=["frozen", "without running statistics"],
+)
+def test_it_does_not_stand_where_eval_mode_does_what_training_does(symptoms):
+    assert "calls-differ" not in diagnosed(symptoms, TWO).flags
+
+
+@pytest.mark.parametrize(
+    ("symptoms", "words", "expected"),
+    [
+        ({}, "each is 0.2", ["2", "0.2"]),
+        ({"calls_per_step": 2.5}, "the first is 0.2", ["2.5", "0.2"]),
+        ({"calls_per_step": 3.0, "call_shift_index": 2.0}, "the second is 0.2", ["3", "0.2"]),
+        ({"calls_per_step": 3.0, "call_shift_index": 3.0}, "the third is 0.2", ["3", "0.2"]),
+        ({"calls_per_step": 8.0, "call_shift_index": 4.0}, "those from the fourth on are 0.2", ["8", "0.2"]),
+        ({"call_shift_before": 0.15}, "In the window before it was 0.15.", ["2", "0.2", "0.15"]),
+    ],
+)
+def test_it_says_which_call_differs_and_by_how_much(symptoms, words, expected):
+    diagnosis = diagnosed(symptoms, TWO)
+    said = diagnosis.explanation.partition("The calls of a training step differ")[2]
+    assert words in said
+    assert numbers(said) == expected
+    words_are_sound(diagnosis)
+
+
+def test_the_remedy_is_one_call_for_all_or_statistics_of_their_own():
+    remedy = diagnosed(TWO).remedy
+    assert "`model(torch.cat([a, b]))`" in remedy
+    assert "BatchNorm layer of its own" in remedy
+    assert "recalibrate(model, loader)" in remedy
+
+
+def test_of_one_layer_at_several_places_that_is_said():
+    diagnosis = diagnosed({"calls_per_model_call": 2.0}, TWO)
+    words_are_sound(diagnosis)
+    assert "at several places" in diagnosis.explanation
+    assert "Give each place a BatchNorm layer of its own" in diagnosis.remedy
+    assert "torch.cat" not in diagnosis.remedy
