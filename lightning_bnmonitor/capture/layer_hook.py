@@ -7,17 +7,15 @@ import threading
 import warnings
 import weakref
 from collections.abc import Callable
-from typing import Any, NamedTuple, TypeGuard
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor, nn
 
-from lightning_bnmonitor.capture.batch_moments import BatchMoments, Path, pass_moments, traced_moments
+from lightning_bnmonitor.capture.batch_moments import BatchMoments, pass_moments, traced_moments
+from lightning_bnmonitor.capture.calls import Call, RepeatableCall, call_of, repeatable
 from lightning_bnmonitor.capture.saved import (
-    Kernel,
-    Way,
     at_end_of,
-    enters_no_context,
     is_intercepted,
     is_made_without_kernel,
     kernel_behind,
@@ -29,7 +27,6 @@ from lightning_bnmonitor.compat import (
     SAVED_INVSTD,
     SAVED_MEAN,
     BatchNorm,
-    batch_norm_kernel,
     current_backward,
     functorch_is_active,
     is_compiling,
@@ -38,7 +35,6 @@ from lightning_bnmonitor.compat import (
     is_fake,
     is_stream_capturing,
     never_compiled,
-    shape_of_output,
     top_saved_tensor_hooks,
     tracing_state,
     uncompiled,
@@ -47,7 +43,6 @@ from lightning_bnmonitor.compat import (
 
 STASH_LIMIT = 72
 """Most calls of a layer that may wait for the next update."""
-_ASKED_FOR = {"eps", "momentum", "training"}  # of a module's ``__dict__``, where a property would not be seen
 _call_counter = itertools.count()
 
 
@@ -66,55 +61,6 @@ class Gate:
         self.is_traced = False  # whether compiled graphs may have left anything behind
         # Replicas of a model may be called in several threads. They need no lock to append to a list.
         self.lock = threading.RLock()
-
-
-class RepeatableCall(NamedTuple):
-    """All of a call but its moments. As a rule the next call of the layer is the same in all of it.
-
-    What tells that comes first. ``shape`` and what follows up to ``plain_class`` are None if no other call is taken to
-    be the same, as its moments were not read off the kernel's node.
-    """
-
-    eps: float | None
-    """The layer's ``eps`` if the kernel gave (var + eps)^-1/2, None if the moments have the variance itself."""
-    momentum: float | None
-    """The layer's."""
-    training: bool
-    """Whether the layer was in training mode."""
-    updating: bool
-    """Whether BatchNorm counted the call in ``num_batches_tracked``."""
-    nbytes: int
-    """Bytes of each of the moments: it tells when there are none, or in another precision."""
-    shape: torch.Size | None
-    """Of the output."""
-    node_type: type | None
-    """Of the output's autograd node."""
-    contiguous: bool | None
-    """Whether the input was; None also if that tells nothing."""
-    plain_class: type | None
-    """The layer's class if it has PyTorch's own ``forward``, within which nothing intercepts what autograd saves, and
-    the output is the kernel's."""
-    way: Way
-    """From the output's node to the kernel's."""
-    path: Path
-    """How the moments were obtained."""
-    num_samples: int
-    """Values per channel."""
-    batch_size: int
-    """Samples."""
-    serial: bool
-    """Whether the kernel sums value by value in float32, so that what it saves is less exact."""
-    num_ranks: int
-    """Over how many ranks SyncBatchNorm has taken the moments."""
-    width: int
-    """Channels."""
-    intercepted: bool
-    """Whether what autograd saves was intercepted, as by activation checkpointing, which makes the call again."""
-
-
-Call = tuple[Tensor, Tensor, int, RepeatableCall]
-"""One call of a layer that waits to be merged: the batch's mean, ``(C,)``, its variance or (var + eps)^-1/2, ``(C,)``,
-training steps that had ended before, and all else."""
 
 
 class Hook:
@@ -289,14 +235,14 @@ class LayerHook(Hook):
             self._warn_of(module, error)
             self.skipped += 1
             return
-        repeatable = None
+        last = None
         if moments is None:
             self.receive_empty(updating)
         else:
-            call = _call_of(moments, module, module.training, updating, intercepted)
-            repeatable = None if kernel is None else _repeatable(call, module, x, output, kernel)
-            self._keep(moments, repeatable or call)
-        self.last_call = repeatable
+            call = call_of(moments, module, module.training, updating, intercepted)
+            last = None if kernel is None else repeatable(call, module, x, output, kernel)
+            self._keep(moments, last or call)
+        self.last_call = last
 
     def _count_in_eval_mode(self) -> None:
         if is_dynamo_compiling():
@@ -347,7 +293,7 @@ class LayerHook(Hook):
         last = self.last_traced  # as a rule, the next one is the same in all of it
         asked = training, updating, module.momentum, moments.num_samples, moments.batch_size, moments.mean.nbytes
         if last is None or asked != last[0]:
-            self.last_traced = last = asked, _call_of(moments, module, training, updating)
+            self.last_traced = last = asked, call_of(moments, module, training, updating)
         self._keep(moments, last[1])
 
     def _keep(self, moments: BatchMoments, call: RepeatableCall) -> None:
@@ -360,49 +306,6 @@ class LayerHook(Hook):
         self.stash.append((moments.mean, moments.spread, self.gate.steps, call))
         if len(self.stash) >= self.limit:
             self.gate.is_full = True
-
-
-def _call_of(
-    moments: BatchMoments, module: BatchNorm, training: bool, updating: bool, intercepted: bool = False
-) -> RepeatableCall:
-    """The call of ``module`` that these are the moments of."""
-    mean = moments.mean
-    return RepeatableCall(
-        eps=moments.eps,
-        momentum=module.momentum,
-        training=training,
-        updating=updating,
-        nbytes=mean.nbytes,
-        shape=None,
-        node_type=None,
-        contiguous=None,
-        plain_class=None,
-        way=Way(),
-        path=moments.path,
-        num_samples=moments.num_samples,
-        batch_size=moments.batch_size,
-        serial=moments.serial,
-        num_ranks=moments.num_ranks,
-        width=mean.numel(),
-        intercepted=intercepted,
-    )
-
-
-def _repeatable(
-    call: RepeatableCall, module: BatchNorm, x: Tensor, output: Any, kernel: Kernel
-) -> RepeatableCall | None:
-    """The call with what tells that another is the same; None if one can have all of that and be different."""
-    is_plain = batch_norm_kernel(kernel.node.__class__) == "plain"
-    is_same = call.path == "saved" and call.eps == module.eps and output.shape == shape_of_output(kernel.node)
-    if not is_plain or not is_same or not vars(module).keys() >= _ASKED_FOR:
-        return None
-    return call._replace(
-        shape=output.shape,
-        node_type=type(output.grad_fn),
-        contiguous=x.is_contiguous() if call.num_samples != call.batch_size else None,
-        plain_class=type(module) if not kernel.way.steps and enters_no_context(module) else None,
-        way=kernel.way,
-    )
 
 
 def _by_keyword(kwargs: dict[str, Any]) -> Any:

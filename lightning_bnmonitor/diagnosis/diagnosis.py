@@ -21,6 +21,8 @@ _UNSEEN = Statement(
     ),
 )
 
+_LARGE_MOMENTUM = 0.9  # from which on it may have been meant as Keras means it
+
 
 @dataclass(frozen=True)
 class Diagnosis:
@@ -103,6 +105,8 @@ def _of_calls(layer: Circumstances, evidence: Evidence) -> dict[str, float]:
     numbers["num_features"] = float(layer.num_features)
     if layer.momentum is not None:
         numbers["momentum"] = layer.momentum
+        if layer.momentum >= _LARGE_MOMENTUM:
+            numbers["keras_momentum"] = 1 - layer.momentum
     if effective is not None:
         numbers["effective_momentum"] = effective
     if updates >= 0:

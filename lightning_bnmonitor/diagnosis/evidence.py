@@ -33,6 +33,7 @@ EVIDENCE: Mapping[str, str] = {
     "calls_not_updating": "calls in training mode that left the running statistics as they were",
     "num_features": "channels",
     "momentum": "the module's momentum",
+    "keras_momentum": "1 less the module's momentum, where that may have been meant in the convention of Keras",
     "effective_momentum": "the momentum of the last call, all its updates together",
     "updates_per_call": "updates of the running statistics for each call that was to update them (1; 2 under "
     "activation checkpointing)",

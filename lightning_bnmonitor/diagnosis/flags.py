@@ -118,7 +118,7 @@ def _explain_repeats(evidence: Evidence) -> list[str]:
 def _compensate(evidence: Evidence) -> list[str]:
     if "recommended_momentum" in evidence or "updates_of_repeated" in evidence:
         return []  # it takes the updates into account; there is no momentum for calls that update unequally often
-    return ["Set `momentum={compensated_momentum}` to get the effect of {momentum} (1 - (1 - m)^(1/updates))."]
+    return ["Set `momentum={compensated_momentum}` to get the effect of {momentum}."]
 
 
 def _explain_calls(evidence: Evidence) -> list[str]:

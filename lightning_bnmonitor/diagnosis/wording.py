@@ -146,7 +146,9 @@ def explain_noisy(evidence: Evidence) -> list[str]:
     return [
         "The running statistics follow the last batches too closely: with an effective momentum of "
         "{effective_momentum} and {samples_per_batch} values per channel in a batch, sampling noise alone is an error "
-        "of {noise_error}, however long one trains."
+        "of {noise_error}, however long one trains.",
+        "In Keras and TensorFlow `momentum` is the weight of the old average: their {momentum} is {keras_momentum} "
+        "here.",
     ]
 
 

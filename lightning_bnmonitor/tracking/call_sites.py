@@ -20,7 +20,8 @@ from torch import Tensor
 from lightning_bnmonitor.statistics.call_contrasts import ROWS, SAVED, CallContrasts, Progress, with_steps
 from lightning_bnmonitor.statistics.side_by_side import joined, on_device, rows_of, to_unbiased_variances
 from lightning_bnmonitor.statistics.window import Batches, Write
-from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer, WaitingCalls
+from lightning_bnmonitor.tracking.call_counts import WaitingCalls
+from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 
 
 class _Site(NamedTuple):

@@ -6,72 +6,27 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from operator import delitem, setitem
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from lightning_bnmonitor.capture.batch_moments import PATHS, BatchMoments, Path
-from lightning_bnmonitor.capture.layer_hook import Call, Gate, LayerHook, RepeatableCall
+from lightning_bnmonitor.capture.batch_moments import PATHS, BatchMoments
+from lightning_bnmonitor.capture.calls import Call, RepeatableCall
+from lightning_bnmonitor.capture.layer_hook import Gate, LayerHook
 from lightning_bnmonitor.compat import BatchNorm, is_capturing
 from lightning_bnmonitor.diagnosis.validation import Standing
 from lightning_bnmonitor.statistics.joined_windows import KeptWindow
 from lightning_bnmonitor.statistics.pooled_calls import PooledCalls
 from lightning_bnmonitor.statistics.window import Batches, Window, Write
 from lightning_bnmonitor.tracking.buffers import FRESH, History, Snapshot
+from lightning_bnmonitor.tracking.call_counts import CallCounts, WaitingCalls
 
 _SAVED_OF_HOOK = ("by_pass", "skipped", "checkpointed", "own_forward", "calls_in_eval_mode")
 
 
 LeftBehind = tuple[BatchMoments, Callable[[BatchMoments], None]]
 """The moments of one call in compiled code, in memory that may be the compiler's own, and what takes them."""
-
-
-class CallCounts(NamedTuple):
-    """How a layer has been called in a window: of the calls that have been merged."""
-
-    paths: Mapping[Path, int]
-    """Calls by the way in which their moments were obtained."""
-    training: int = 0
-    """Calls in the layer's training mode."""
-    updating: int = 0
-    """Calls that were to update the running statistics."""
-    repeated: int = 0
-    """Of these, calls that activation checkpointing makes again."""
-    momentum: float | None = None
-    """The effective one of the last of these, also of an earlier window."""
-    last_num_samples: int = 0
-    """Values per channel in the last of these in this window; 0 before the first."""
-    last_step: int = -1
-    """Training steps that had ended before the last call."""
-    num_ranks: int = 1
-    """Over how many ranks SyncBatchNorm takes the moments."""
-    serial: bool = False
-    """Whether moments came from a kernel that sums value by value."""
-
-    @property
-    def total(self) -> int:
-        """All of them."""
-        return sum(self.paths.values())
-
-    def restarted(self) -> CallCounts:
-        """Counts of a window that begins."""
-        return self._replace(paths=dict.fromkeys(PATHS, 0), training=0, updating=0, repeated=0, last_num_samples=0)
-
-
-class WaitingCalls(NamedTuple):
-    """Calls of a layer that wait to be merged, and how it has been called when they are."""
-
-    batches: Batches | None
-    """What they contribute; None if nothing."""
-    counts: CallCounts
-    """How the layer has been called, they included."""
-    skipped: int
-    """Those that contribute nothing, as they are of another width."""
-    num_calls: int
-    """All of them."""
-    steps: tuple[int, ...] = ()
-    """Training steps that had ended before each of those that contribute."""
 
 
 class TrackedLayer:

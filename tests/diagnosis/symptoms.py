@@ -105,13 +105,10 @@ def beside(threshold: float, towards: float) -> float:
 
 
 NUMBER = re.compile(r"(?<![\w^.])-?(?:\d+(?:\.\d+)?(?:e[+-]?\d+)?|inf|nan)(?![\w])")
-FORMULAS = ("(1 - (1 - m)^(1/updates))",)
 
 
 def numbers(text: str) -> list[str]:
     """The numbers in a text, as they are printed."""
-    for formula in FORMULAS:
-        text = text.replace(formula, "")
     return NUMBER.findall(text)
 
 

@@ -211,3 +211,13 @@ def test_huge_errors_are_readable():
 def test_one_is_singular(diagnosis):
     text = f"{diagnosis.explanation} {diagnosis.remedy}"
     assert not re.search(r"-?\b1 (batches|calls|times|channels)\b|\b1 of \d+ channels are", text), text
+
+
+@pytest.mark.parametrize(("momentum", "is_said"), [(0.89, False), (0.9, True), (0.99, True), (0.1, False)])
+def test_a_large_momentum_may_be_meant_as_keras_means_it(momentum, is_said):
+    diagnosis = diagnosed({"noise_error": 0.3, "momentum": momentum, "effective_momentum": momentum})
+    assert diagnosis.verdict == "noisy"
+    assert ("Keras" in diagnosis.explanation) == is_said
+    if is_said:
+        assert printed(1 - momentum) in numbers(diagnosis.explanation)
+    words_are_sound(diagnosis)

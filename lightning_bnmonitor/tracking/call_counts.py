@@ -1,0 +1,56 @@
+"""How a layer has been called in a window, and the calls of it that wait to be merged."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import NamedTuple
+
+from lightning_bnmonitor.capture.batch_moments import PATHS, Path
+from lightning_bnmonitor.statistics.window import Batches
+
+
+class CallCounts(NamedTuple):
+    """How a layer has been called in a window: of the calls that have been merged."""
+
+    paths: Mapping[Path, int]
+    """Calls by the way in which their moments were obtained."""
+    training: int = 0
+    """Calls in the layer's training mode."""
+    updating: int = 0
+    """Calls that were to update the running statistics."""
+    repeated: int = 0
+    """Of these, calls that activation checkpointing makes again."""
+    momentum: float | None = None
+    """The effective one of the last of these, also of an earlier window."""
+    last_num_samples: int = 0
+    """Values per channel in the last of these in this window; 0 before the first."""
+    last_step: int = -1
+    """Training steps that had ended before the last call."""
+    num_ranks: int = 1
+    """Over how many ranks SyncBatchNorm takes the moments."""
+    serial: bool = False
+    """Whether moments came from a kernel that sums value by value."""
+
+    @property
+    def total(self) -> int:
+        """All of them."""
+        return sum(self.paths.values())
+
+    def restarted(self) -> CallCounts:
+        """Counts of a window that begins."""
+        return self._replace(paths=dict.fromkeys(PATHS, 0), training=0, updating=0, repeated=0, last_num_samples=0)
+
+
+class WaitingCalls(NamedTuple):
+    """Calls of a layer that wait to be merged, and how it has been called when they are."""
+
+    batches: Batches | None
+    """What they contribute; None if nothing."""
+    counts: CallCounts
+    """How the layer has been called, they included."""
+    skipped: int
+    """Those that contribute nothing, as they are of another width."""
+    num_calls: int
+    """All of them."""
+    steps: tuple[int, ...] = ()
+    """Training steps that had ended before each of those that contribute."""
