@@ -82,6 +82,27 @@ class Bypassed(Net):
         return self.classifier(x)
 
 
+class Dividing(nn.BatchNorm1d):
+    """Divides by the standard deviation and subtracts no mean, without a kernel of BatchNorm's."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Scaled features, (N, F)."""
+        var = self.running_var
+        if self.training:
+            var = x.var(0)
+            self.running_var.lerp_(var.detach(), self.momentum)
+            self.num_batches_tracked += 1
+        return x * self.weight / (var + self.eps).sqrt() + self.bias
+
+
+class WithoutMean(Net):
+    """The same, with another kind of normalisation in the first place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm1 = Dividing(32)
+
+
 @dataclass
 class Data:
     """Classified features."""
@@ -201,6 +222,16 @@ def pretrained_elsewhere(net: Net, epoch: int) -> None:
         net.norm1.num_batches_tracked.fill_(10_000)
 
 
+def stay_in_eval_mode(net: Net, epoch: int) -> None:
+    """A hook that draws predictions and forgets to switch back."""
+    net.eval()
+
+
+def freeze_weights_alone(net: Net, epoch: int) -> None:
+    """What freezes a pretrained layer by half."""
+    net.norm1.requires_grad_(False)
+
+
 def write_between_epochs(net: Net, epoch: int) -> None:
     """What stochastic weight averaging does before it recomputes statistics."""
     if epoch == 3:
@@ -230,6 +261,18 @@ def second_pass_in_eval(net: Net, x: Tensor, tracker: BatchNormTracker) -> Tenso
     net(x + torch.randn_like(x))
     net.train()
     return net(x)
+
+
+def halves_in_calls_of_their_own(net: Net, x: Tensor, tracker: BatchNormTracker) -> Tensor:
+    """Two kinds of inputs, each normalised by itself."""
+    half = len(x) // 2
+    return torch.cat([net(x[:half]), net(2 * x[half:])])
+
+
+def halves_in_one_call(net: Net, x: Tensor, tracker: BatchNormTracker) -> Tensor:
+    """The same inputs together."""
+    half = len(x) // 2
+    return net(torch.cat([x[:half], 2 * x[half:]]))
 
 
 def functional(net: Net, x: Tensor, tracker: BatchNormTracker) -> Tensor:
@@ -334,6 +377,16 @@ CASES = (
         *("a quarter of the units switched off", "dead-channels", Training(net=Pruned)),
         *("keep them", lambda training, layer: replace(training, net=Net)),
     ),
+    Case(
+        *("the whole model in eval mode", "trained-in-eval", Training(each_epoch=stay_in_eval_mode)),
+        *("model.train()", lambda training, layer: replace(training, each_epoch=Training().each_epoch)),
+    ),
+    Case(
+        *("two kinds of inputs, a call for each", "calls-differ", Training(step=halves_in_calls_of_their_own)),
+        *("one call for both", lambda training, layer: replace(training, step=halves_in_one_call)),
+    ),
+    Case("requires_grad=False", "half-frozen", Training(each_epoch=freeze_weights_alone)),
+    Case("another kind of normalisation", "own-forward", Training(net=WithoutMean)),
 )
 
 
