@@ -32,7 +32,6 @@ LAYER_TAGS = {f"bn.{name}/{layer}" for name in PER_LAYER for layer in LAYERS}
 JUDGED = "bn/unhealthy_layers"  # the one that rests on verdicts, which are tested elsewhere
 BATCHES = 6  # training batches in an epoch, unless limited
 BATCH_SIZE = 8
-ENOUGH = 8  # updates from which on a window is judged by itself
 
 
 # ------------------------------------------------------------------------------------------------------ models and data
@@ -171,26 +170,8 @@ class Recorder(Callback):
         """What a layer received in them, (C, values) float64."""
         return np.concatenate([call.values for call in self.calls_in(window, layer)], axis=1)
 
-    def judged_with(self, window: tuple[int, int], layer: str, earlier: Sequence[tuple[int, int]] = ()) -> list[Call]:
-        """A layer's calls in a window and, if fewer than 8 of them updated it, in as few short ones before as suffice.
-
-        Args:
-            window: The training batches from the first to before the last.
-            layer: Its name.
-            earlier: The windows before it.
-        """
-        calls = self.calls_in(window, layer)
-        for before in reversed(earlier):
-            kept = self.calls_in(before, layer)
-            if not (0 < num_updates(calls) < ENOUGH and num_updates(kept) < ENOUGH):
-                break
-            calls = kept + calls
-        return calls
-
-    def layer_values(
-        self, window: tuple[int, int], layer: str, earlier: Sequence[tuple[int, int]] = ()
-    ) -> dict[str, float]:
-        """The four numbers of a layer, from every value by itself; after these windows."""
+    def layer_values(self, window: tuple[int, int], layer: str) -> dict[str, float]:
+        """The four numbers of a layer, from every value by itself."""
         x, eps = self.population(window, layer), self.layers[layer].eps
         running_mean, running_var = self.batches[window[1] - 1].buffers[layer]
         mean, std = x.mean(axis=1), np.sqrt(x.var(axis=1, ddof=1) + eps)
@@ -198,7 +179,7 @@ class Recorder(Callback):
         in_eval = (x - running_mean[:, None]) / running_std[:, None]
         error = in_eval - (x - mean[:, None]) / std[:, None]
         mean_square = error.var(axis=1, ddof=1) + error.mean(axis=1) ** 2
-        now_mean, now_var = moments_now(self.judged_with(window, layer, earlier), eps)
+        now_mean, now_var = moments_now(self.calls_in(window, layer), eps)
         gain = 1 / running_std - 1 / np.sqrt(now_var + eps)
         mean_square_now = gain**2 * now_var + ((running_mean - now_mean) / running_std) ** 2
         return {
@@ -209,14 +190,12 @@ class Recorder(Callback):
         }
 
     def expected_of(self, windows: Sequence[tuple[int, int]]) -> list[dict[str, float]]:
-        """What is to be :meth:`expected` of windows that follow each other."""
-        return [self.expected(window, earlier=windows[:index]) for index, window in enumerate(windows)]
+        """What is to be :meth:`expected` of each of these windows."""
+        return [self.expected(window) for window in windows]
 
-    def expected(
-        self, window: tuple[int, int], layers=LAYERS, earlier: Sequence[tuple[int, int]] = ()
-    ) -> dict[str, float]:
-        """All that is to be logged for a window after these, but :data:`JUDGED`."""
-        values = {layer: self.layer_values(window, layer, earlier) for layer in layers}
+    def expected(self, window: tuple[int, int], layers=LAYERS) -> dict[str, float]:
+        """All that is to be logged for a window, but :data:`JUDGED`."""
+        values = {layer: self.layer_values(window, layer) for layer in layers}
         errors = sorted(value["eval_error"] for value in values.values())
         summary = {
             "bn/eval_error_max": errors[-1],
@@ -228,10 +207,6 @@ class Recorder(Callback):
         return summary | {
             f"bn.{name}/{layer}": value for layer, metrics in values.items() for name, value in metrics.items()
         }
-
-
-def num_updates(calls: Sequence[Call]) -> int:
-    return sum(call.updates for call in calls)
 
 
 def moments_now(calls: list[Call], eps: float) -> tuple[np.ndarray, np.ndarray]:

@@ -23,7 +23,6 @@ from tests.callbacks.recorded_fits import (
     train_data,
     trainer_for,
     val_data,
-    windows_of,
 )
 
 pytestmark = EXPECTED_WARNINGS
@@ -45,7 +44,7 @@ def test_the_report_tells_of_the_window_so_far_until_the_first_has_ended_and_the
     for report, window in zip([*reports, monitor.report()], [*told_of, (12, 18)], strict=True):
         assert num_batches(report) == dict.fromkeys(LAYERS, window[1] - window[0])
         for name in LAYERS:
-            expected = recorder.layer_values(window, name, earlier=windows_of(6, window[0]))
+            expected = recorder.layer_values(window, name)
             assert report[name].summary() == {metric: close(value) for metric, value in expected.items()}
 
 
@@ -82,7 +81,7 @@ def test_a_second_fit_starts_with_fresh_statistics_and_single_hooks(tmp_path):
     trainer_for(tmp_path, recorder, monitor, look, max_epochs=2).fit(model, train_data(4), val_data())
     assert during == [dict.fromkeys(LAYERS, count) for count in (1, 2, 3, 4, 4, 4, 4, 4)]
     for name in LAYERS:
-        expected = recorder.layer_values((4, 8), name, earlier=[(0, 4)])
+        expected = recorder.layer_values((4, 8), name)
         assert monitor.report()[name].summary() == {metric: close(value) for metric, value in expected.items()}
     assert (hooks_of(model), optimizer_hooks()) == before
 

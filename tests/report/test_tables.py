@@ -237,7 +237,7 @@ def test_a_brief_report_has_ten_layers_if_not_told_otherwise():
 
 def test_markdown_and_html_explain_the_first_three_causes():
     report = sick_report()
-    told = {name: f"{report[name].diagnosis.explanation} {report[name].remedy}".rstrip() for name in EXPLAINED}
+    told = {name: f"{report[name].diagnosis.explanation} {report[name].remedy}".strip() for name in EXPLAINED}
     items = [line for line in report.to_markdown().splitlines() if line.startswith("- ")]
     assert [as_shown(item) for item in items] == [
         f"- **{names}**: {CAUSES[name]}. {told[name]}" for name, names in EXPLAINED.items()
