@@ -70,8 +70,6 @@ EVIDENCE: Mapping[str, str] = {
     "last_batch_samples": "values per channel in the last batch of the window",
     "last_batch_share": "share of the last batch in the squared noise_error",
     "noise_without_last_batch": "what noise_error would be without the last batch",
-    "order_score": "by how many standard errors the inputs of the model come in an order; above 2 they do",
-    "group_score": "by how many standard errors the inputs of a batch resemble each other; above 2 they do",
     "call_shift": "RMS distance of the call of a step that differs most from all calls of that step",
     "call_shift_index": "which call of a step that is, counted from 1; 4 for all from the fourth on",
     "call_shift_before": "call_shift of the window before",
