@@ -203,6 +203,12 @@ def is_fake(tensor: object) -> bool:
     return any(base.__name__ == "FakeTensor" for base in type(tensor).__mro__)
 
 
+def is_abstract(x: object) -> bool:
+    """Whether ``x`` has no values of its own: within a transform of ``torch.func``, while tracing, or if it is fake."""
+    is_transformed = functorch_is_active() or tracing_state() is not None
+    return is_transformed or is_fake(x) or (isinstance(x, Tensor) and x.is_meta)
+
+
 # ----------------------------------------------------------------------------------------------------- torch: compiler
 #
 # is_compiling, is_dynamo_compiling: public; Dynamo knows them as constants, by which it leaves a branch out.

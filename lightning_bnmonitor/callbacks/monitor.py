@@ -191,10 +191,11 @@ class BatchNormMonitor(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         # Not earlier: at an epoch's start other callbacks may still write the buffers (SWA), or call the model.
+        assert self._tracker is not None
         if self._schedule.is_due:
-            assert self._tracker is not None
             self._tracker.reset()
             self._schedule.window_begins()
+        self._tracker.see_inputs(batch)
 
     @override
     def on_train_batch_end(

@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_bnmonitor.capture.layer_hook import Gate, Hook, LayerHook
+from lightning_bnmonitor.capture.model_inputs import InputHook
 from lightning_bnmonitor.compat import (
     COMPILER_SETTINGS,
     COMPILES_CHECKPOINTS,
@@ -38,6 +39,7 @@ class Attachment:
         model: The root.
         gate: Counts the steps.
         hooks: The BatchNorm layers and their hooks.
+        see: Told of what ``model`` is given, before each call.
         drain: Called after each call of a compiled module in ``model``.
         after_step: Called after a step of one of the model's optimizers if there is more to do than to count it.
 
@@ -51,6 +53,7 @@ class Attachment:
         model: nn.Module,
         gate: Gate,
         hooks: Mapping[BatchNorm, LayerHook],
+        see: Callable[[object], None],
         drain: Callable[[], None],
         after_step: Callable[[], None],
     ) -> None:
@@ -61,11 +64,13 @@ class Attachment:
         forget_compiled_code()  # of this model or another of the same class, as it does not look for our hooks
         for layer, hook in hooks.items():
             self._handles.append(layer.register_forward_hook(hook, with_kwargs=True))
+        if compiled_call(model) is None:
+            self._handles.append(model.register_forward_pre_hook(InputHook(see), with_kwargs=True))
         for module in model.modules():
             if has_compiled_forward(module):
                 self._handles.append(module.register_forward_hook(_DrainHook(drain)))
             if (compiled := compiled_call(module)) is not None:
-                call = _DrainedCall(compiled, drain)
+                call = _DrainedCall(compiled, see if module is model else None, drain)
                 set_compiled_call(module, call)
                 self._drained.append((weakref.ref(module), call))
         # These are not the model's, and would outlive it and a tracker that is dropped while attached.
@@ -118,11 +123,16 @@ class _DrainHook(Hook):
 class _DrainedCall:
     """The same for ``module.compile()``, which compiles the module's hooks too."""
 
-    def __init__(self, compiled: Callable[..., Any], drain: Callable[[], None]) -> None:
+    def __init__(
+        self, compiled: Callable[..., Any], see: Callable[[object], None] | None, drain: Callable[[], None]
+    ) -> None:
         self.compiled = compiled
+        self.see = see
         self.drain = drain
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.see is not None and not is_dynamo_compiling():
+            self.see((args, kwargs))
         try:
             return self.compiled(*args, **kwargs)
         finally:

@@ -29,10 +29,10 @@ from lightning_bnmonitor.compat import (
     BatchNorm,
     current_backward,
     functorch_is_active,
+    is_abstract,
     is_compiling,
     is_dynamo_compiling,
     is_exporting,
-    is_fake,
     is_stream_capturing,
     never_compiled,
     top_saved_tensor_hooks,
@@ -215,7 +215,7 @@ class LayerHook(Hook):
         """A call that is not like the last one."""
         if self.gate.paused or self.gate.is_closed or is_exporting():
             return
-        if _is_abstract(x) or not _has_channels(x, module):
+        if is_abstract(x) or not _has_channels(x, module):
             self.skipped += 1
             return
         if x.is_cuda and is_stream_capturing():
@@ -261,7 +261,7 @@ class LayerHook(Hook):
 
     @never_compiled
     def _take_in_validation(self, module: BatchNorm, x: object) -> None:
-        if not _is_abstract(x) and _has_channels(x, module) and x.numel() and not (x.is_cuda and is_stream_capturing()):
+        if not is_abstract(x) and _has_channels(x, module) and x.numel() and not (x.is_cuda and is_stream_capturing()):
             try:
                 moments = pass_moments(x)
             except Exception as error:
@@ -319,9 +319,3 @@ def _by_keyword(kwargs: dict[str, Any]) -> Any:
 def _has_channels(x: object, module: BatchNorm) -> TypeGuard[Tensor]:
     """Whether ``x`` is ``(N, C, *)``: a subclass may take anything else, and rearrange it for the kernel."""
     return isinstance(x, Tensor) and x.ndim >= 2 and x.shape[1] == module.num_features
-
-
-def _is_abstract(x: object) -> bool:
-    """Whether ``x`` has no values of its own: within a transform of ``torch.func``, while tracing, or if it is fake."""
-    is_transformed = functorch_is_active() or tracing_state() is not None
-    return is_transformed or is_fake(x) or (isinstance(x, Tensor) and x.is_meta)

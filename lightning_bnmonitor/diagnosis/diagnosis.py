@@ -10,6 +10,7 @@ from lightning_bnmonitor.diagnosis.advice import advice
 from lightning_bnmonitor.diagnosis.circumstances import Circumstances
 from lightning_bnmonitor.diagnosis.evidence import Evidence
 from lightning_bnmonitor.diagnosis.flags import FLAGS
+from lightning_bnmonitor.diagnosis.rules import moves_with_weights
 from lightning_bnmonitor.diagnosis.sentences import Statement
 from lightning_bnmonitor.diagnosis.verdicts import VERDICTS, verdict_on
 
@@ -18,6 +19,14 @@ _UNSEEN = Statement(
     explanation=(
         "{calls_skipped} calls could not be looked at (within transforms of torch.func, while tracing or "
         "capturing a CUDA graph, or of other shapes than (N, C, *)).",
+    ),
+)
+
+_WITH_WEIGHTS = Statement(
+    name="moves with the weights",
+    explanation=(
+        "Its inputs move with the weights: what the model is given is in random order ({order_score} and {group_score} "
+        "standard errors from it, where chance explains two).",
     ),
 )
 
@@ -59,8 +68,9 @@ class Diagnosis:
     @property
     def explanation(self) -> str:
         """What was found and what it means, with this layer's numbers, all of which are in :attr:`evidence`."""
-        unseen = [_UNSEEN] if self.evidence.get("calls_skipped") else []
-        statements = [VERDICTS[self.verdict], *unseen, *(FLAGS[flag] for flag in self.flags)]
+        added = [_UNSEEN] if self.evidence.get("calls_skipped") else []
+        added += [_WITH_WEIGHTS] if moves_with_weights(self.evidence) else []
+        statements = [VERDICTS[self.verdict], *added, *(FLAGS[flag] for flag in self.flags)]
         text = _joined(statement.explain(self.evidence) for statement in statements)
         windows = self.evidence.get("windows", 1)
         return f"Over the last {windows:.0f} windows: {text[0].lower()}{text[1:]}" if windows > 1 else text

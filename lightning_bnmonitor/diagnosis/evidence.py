@@ -13,6 +13,7 @@ from lightning_bnmonitor.statistics import divergence
 from lightning_bnmonitor.statistics.analysis import Analysis
 from lightning_bnmonitor.statistics.call_contrasts import CallContrasts, call_shifts
 from lightning_bnmonitor.statistics.channel_layout import BoolArray, ChannelLayout, FloatArray
+from lightning_bnmonitor.statistics.probe import Scores
 
 Evidence = Mapping[str, float]
 """Numbers by name, as in :data:`EVIDENCE`; what could not be told is absent."""
@@ -86,10 +87,13 @@ EVIDENCE: Mapping[str, str] = {
     "ordering_ratio": "variance between parts of the window over that expected from neighbouring batches",
     "ordering_limit": "up to where chance explains ordering_ratio",
     "ordering_share": "share of the variance that lies between parts of the window",
-    "trend_share": "the part of ordering_share that is a steady movement",
+    "smooth_share": "the part of ordering_share that is a smooth movement, as weights make it: a cubic in time",
     "grouping_ratio": "variance of batch means over that of as many independent samples",
     "grouping_limit": "up to where chance explains grouping_ratio",
     "grouping_share": "share of the variance by which batches differ more than by chance",
+    "order_score": "by how many standard errors parts of the window differ in random projections of what the model was "
+    "given: chance explains up to 2",
+    "group_score": "by how many standard errors batches differ in them more than batches of independent samples do",
     "dead_channels": "channels whose variance is at most a thousandth of eps",
     "non_finite_channels": "channels with a value or a running statistic that is not finite",
     "non_finite_running_stats": "channels with a running statistic that is not finite",
@@ -234,6 +238,13 @@ def observations(
         if not known["batches"]:
             known = {name: value for name, value in known.items() if name in _WITHOUT_BATCHES}
         yield known
+
+
+def order_of_inputs(scores: Scores | None) -> dict[str, float]:
+    """What is known of the order of what the model was given: a part of each layer's evidence; nothing if that is."""
+    if scores is None or not all(math.isfinite(score) for score in scores):  # of equal batches it is not
+        return {}
+    return {"order_score": scores.order, "group_score": scores.group}
 
 
 def calls_apart(contrasts: CallContrasts | None, scaled: Tensor, layout: ChannelLayout) -> list[dict[str, float]]:

@@ -10,6 +10,7 @@ import math
 
 from lightning_bnmonitor.diagnosis.circumstances import Circumstances
 from lightning_bnmonitor.diagnosis.evidence import WARNING, Evidence
+from lightning_bnmonitor.statistics.probe import LIMIT
 
 SERIOUS = 0.2
 """An error in validation from which on it needs attention, whatever the reason."""
@@ -24,6 +25,7 @@ _WORTH_DROPPING = 0.08  # of the noise that a small last batch adds
 _CALL_SHIFT = 0.05  # from which on it is said
 _SEVERAL = 1.25  # calls of a layer for each of its model's
 _SHARE = 0.02  # of a channel's variance, that the order or the making of batches must explain to count
+_SMOOTH = 0.6  # share of a movement from which on it may be that of the weights
 
 
 def has_few_batches(layer: Circumstances, evidence: Evidence) -> bool:
@@ -87,25 +89,57 @@ def net_shift(evidence: Evidence) -> float:
 
 
 def is_ordered(_: Circumstances, evidence: Evidence) -> bool:
-    """Whether parts of the window differ."""
-    # Of batches that repeat each other exactly there is no ratio, and in one block no order.
-    above = evidence.get("ordering_ratio", math.inf) > evidence.get("ordering_limit", math.inf)
-    above &= _is_of_one_window(evidence)
-    return above and evidence.get("ordering_share", 0.0) > _SHARE and evidence["trend_share"] < 0.5
+    """Whether parts of the window differ, because the data come in an order."""
+    if "order_score" in evidence:
+        return _batches_vary(evidence) and evidence["order_score"] > LIMIT
+    return _parts_differ(evidence) and evidence["smooth_share"] < _SMOOTH
 
 
 def is_grouped(_: Circumstances, evidence: Evidence) -> bool:
-    """Whether the samples of a batch resemble each other."""
+    """Whether the samples of a batch resemble each other, because that is how batches are made."""
+    if "group_score" in evidence:
+        return _batches_vary(evidence) and evidence["group_score"] > LIMIT
+    return _batches_differ(evidence)
+
+
+def moves_with_weights(evidence: Evidence) -> bool:
+    """Whether batches vary more than by chance while the data are known to come in random order."""
+    scores = evidence.get("order_score", math.inf), evidence.get("group_score", math.inf)
+    return max(scores) <= LIMIT and _batches_vary(evidence)
+
+
+def _batches_vary(evidence: Evidence) -> bool:
+    """Whether batch means vary more than by chance, in whatever way."""
+    return _parts_differ(evidence) or _batches_differ(evidence)
+
+
+def _parts_differ(evidence: Evidence) -> bool:
+    # Of batches that repeat each other exactly there is no ratio, and in one block no order.
+    above = evidence.get("ordering_ratio", math.inf) > evidence.get("ordering_limit", math.inf)
+    return above and _is_of_one_window(evidence) and evidence.get("ordering_share", 0.0) > _SHARE
+
+
+def _batches_differ(evidence: Evidence) -> bool:
     above = _is_of_one_window(evidence) and evidence.get("grouping_ratio", 0) > evidence["grouping_limit"]
     return above and evidence["grouping_share"] > _SHARE
 
 
 def is_behind(layer: Circumstances, evidence: Evidence) -> bool:
     """Whether what the running statistics have of earlier values is more than a warning, and than their noise."""
-    largest = max(evidence.get("warmup_error", 0.0), evidence.get("lag_error", 0.0))
-    is_large = largest > max(WARNING, evidence.get("noise_error", 0.0))
+    earlier, noise = _part_of_earlier(evidence), evidence.get("noise_error", 0.0)
     # Both are linear in the buffers and overestimate what is large: the error itself has to be worth a warning, too.
-    return layer.weights_known and is_large and _error(evidence, math.inf) > WARNING
+    is_large = earlier > max(WARNING, noise) and _error(evidence, math.inf) > WARNING
+    return layer.weights_known and (is_large or (_is_off(evidence) and earlier >= noise))
+
+
+def _part_of_earlier(evidence: Evidence) -> float:
+    return max(evidence.get("warmup_error", 0.0), evidence.get("lag_error", 0.0))
+
+
+def _is_off(evidence: Evidence) -> bool:
+    """Whether the error is worth a warning and no chance, though its parts are small: these are linear, it is not."""
+    chance = math.hypot(evidence.get("noise_error", math.inf), evidence.get("now_error", math.inf))
+    return _error(evidence, 0.0) > math.hypot(chance, max(WARNING, chance))
 
 
 def is_warming_up(layer: Circumstances, evidence: Evidence) -> bool:
@@ -116,8 +150,10 @@ def is_warming_up(layer: Circumstances, evidence: Evidence) -> bool:
 
 
 def is_noisy(layer: Circumstances, evidence: Evidence) -> bool:
-    """Whether sampling noise alone is worth a warning."""
-    return layer.weights_known and evidence.get("noise_error", 0.0) > WARNING
+    """Whether sampling noise is worth a warning: what it is expected to be, or what it happens to be."""
+    noise = evidence.get("noise_error", 0.0)
+    happens = _is_off(evidence) and noise > max(WARNING / 2, _part_of_earlier(evidence))
+    return layer.weights_known and (noise > WARNING or happens)
 
 
 def is_moving(layer: Circumstances, evidence: Evidence) -> bool:

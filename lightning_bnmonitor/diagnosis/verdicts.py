@@ -4,8 +4,8 @@ To add one, add an object to the table below; its rule lives in :mod:`.rules`, w
 :mod:`.wording`. By simulation, 0 of 1500 stationary layers get a verdict that needs attention (below 0.2 %), and
 clear-cut cases of each kind all get theirs.
 
-*Not established:* whether ``ordered-batches`` comes from sorted data or from weights that move back and forth, and
-whether ``grouped-batches`` comes from the data: the explanations say so.
+*Not established:* where nothing is known of what the model is given, whether ``ordered-batches`` comes from sorted data
+or from weights that move back and forth, and whether ``grouped-batches`` comes from the data: the explanations say so.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Literal
 from lightning_bnmonitor.diagnosis import rules, wording
 from lightning_bnmonitor.diagnosis.circumstances import Circumstances
 from lightning_bnmonitor.diagnosis.evidence import WARNING, Evidence
-from lightning_bnmonitor.diagnosis.sentences import RECALIBRATE, RECALIBRATE_FROZEN, Statement
+from lightning_bnmonitor.diagnosis.sentences import RECALIBRATE_FROZEN, Statement
 
 Attention = Literal["always", "if wrong", "never"]
 """Whether a verdict needs attention: "if wrong" where ``eval_error`` exceeds 0.1."""
@@ -147,17 +147,8 @@ _TABLE = (
         color="#117733",
         attention="always",
         rule=rules.is_ordered,
-        explanation=(
-            "The batch means of different parts of the window differ {ordering_ratio} times as much as neighbouring "
-            "batches do (chance explains up to {ordering_limit}), which is {ordering_share} of the variance, and a "
-            "steady movement explains but {trend_share} of that.",
-            "Either the data come sorted, and the running statistics are those of the last part; or the weights have "
-            "moved back and forth, as after a restart of the learning rate: the inputs alone do not tell.",
-        ),
-        remedy=(
-            "Shuffle the data (`DataLoader(shuffle=True)`; for iterable data sets a buffer that spans the sources). "
-            f"If they are shuffled, wait until the weights settle, or {RECALIBRATE} before you evaluate.",
-        ),
+        explanation=wording.explain_ordered,
+        remedy=wording.cure_order,
     ),
     Verdict(
         name="grouped-batches",
@@ -165,17 +156,8 @@ _TABLE = (
         color="#999933",
         attention="always",
         rule=rules.is_grouped,
-        explanation=(
-            "Batch means vary {grouping_ratio} times as much as those of {batch_size} independent samples would "
-            "(chance explains up to {grouping_limit}), by {grouping_share} of the variance. The samples of a batch "
-            "resemble each other (from one video, patient, class or augmentation), and normalising by the batch "
-            "removes what they have in common, which eval() does not. Whether it is the data or something random that "
-            "a whole batch shares in the network, the inputs alone do not tell.",
-        ),
-        remedy=(
-            "Mix the sources within each batch: shuffle samples rather than groups, and draw random augmentations per "
-            "sample. If a batch must come from one source: `nn.GroupNorm`, or freeze the layer (`layer.eval()`).",
-        ),
+        explanation=wording.explain_grouped,
+        remedy=wording.cure_order,
     ),
     Verdict(
         name="warming-up",

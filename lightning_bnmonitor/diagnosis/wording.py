@@ -134,6 +134,58 @@ def cure_tiny(evidence: Evidence) -> list[str]:
     ]
 
 
+def explain_ordered(evidence: Evidence) -> list[str]:
+    """Explain ``ordered-batches``."""
+    differ = (
+        "its batch means differ {ordering_ratio} times as much between parts of the window as between neighbouring "
+        "batches (chance explains up to {ordering_limit}), by {ordering_share} of the variance"
+    )
+    if "order_score" in evidence:
+        return [
+            f"The data come in an order, and the running statistics are those of the last part: {differ}, and so does "
+            "what the model is given ({order_score} standard errors from random order, where chance explains two)."
+        ]
+    return [
+        f"{_as_sentence(differ)}, and a smooth movement explains but {{smooth_share}} of that.",
+        "Either the data come sorted, and the running statistics are those of the last part; or the weights have moved "
+        "back and forth, as after a restart of the learning rate: the layer's inputs alone do not tell.",
+    ]
+
+
+def explain_grouped(evidence: Evidence) -> list[str]:
+    """Explain ``grouped-batches``."""
+    vary = (
+        "its batch means vary {grouping_ratio} times as much as those of {batch_size} independent samples would "
+        "(chance explains up to {grouping_limit}), by {grouping_share} of the variance"
+    )
+    removed = "Normalising by the batch removes what they have in common, which eval() does not."
+    if "group_score" in evidence:
+        return [
+            "The samples of a batch resemble each other (from one video, patient, class or augmentation): "
+            f"{vary}, and so does what the model is given ({{group_score}} standard errors from random batches, "
+            f"where chance explains two). {removed}"
+        ]
+    return [
+        f"{_as_sentence(vary)}.",
+        "Either the samples of a batch resemble each other (from one video, patient, class or augmentation), or they "
+        f"share something random in the network: the layer's inputs alone do not tell. {removed}",
+    ]
+
+
+def cure_order(evidence: Evidence) -> list[str]:
+    """What to do about batches that are no random samples of the data."""
+    return [
+        "Shuffle, so that each batch is a random sample of all data: `DataLoader(dataset, shuffle=True)`, samples "
+        "rather than groups; for iterable data sets a buffer that spans the sources; random augmentations per sample. "
+        "If a batch must come from one source: `nn.GroupNorm`, or freeze the layer (`layer.eval()`).",
+        *(
+            [f"If they are shuffled, wait until the weights settle, or {RECALIBRATE} before you evaluate."]
+            if "order_score" not in evidence
+            else []
+        ),
+    ]
+
+
 def explain_noisy(evidence: Evidence) -> list[str]:
     """Explain ``noisy``."""
     if is_noisy_at_last(evidence):  # and the flag says the rest

@@ -48,7 +48,7 @@ import numpy as np
 from lightning_bnmonitor.statistics.batching import Batching, LastBatchNoise, batching_of, last_batch_noise
 from lightning_bnmonitor.statistics.blocks import Blocks, paired
 from lightning_bnmonitor.statistics.channel_layout import BoolArray, ChannelLayout, FloatArray
-from lightning_bnmonitor.statistics.contrasts import Densities, Sums, densities_of, sums_of, trend_variance
+from lightning_bnmonitor.statistics.contrasts import Densities, Sums, densities_of, squares_of, sums_of, trend_variance
 from lightning_bnmonitor.statistics.noise import NoiseModel, RunningStats, noise_of, variance_against
 from lightning_bnmonitor.statistics.scores import MEAN, VAR, exceeds_chance, student_score
 
@@ -167,7 +167,7 @@ def _window_of(blocks: Blocks, running: RunningStats, eps: FloatArray) -> tuple[
     densities = densities_of(blocks)
     sums = sums_of(blocks, densities, layout)
     noise = noise_of(blocks, densities, sums, running, layout)
-    squares = _squares(densities, sums, layout)
+    squares = squares_of(densities, sums, layout)
     scaled = squares / layout.spread(densities.total[MEAN] - 1) + layout.spread(eps)
     unit = np.stack([np.sqrt(scaled), 2 * scaled])
     return _Window(blocks, densities, sums, noise, running, unit, layout), squares
@@ -204,7 +204,7 @@ def _analyse(blocks: Blocks, running: RunningStats, eps: FloatArray) -> Analysis
         max_score=comparisons.max_score,
         first_bad=blocks.first_bad,
         **_movements(window, present, comparisons),
-        batching=batching_of(blocks, densities, sums, noise, unit[VAR] / 2, layout),
+        batching=batching_of(blocks, densities, sums, noise.scale, unit[VAR] / 2, layout),
         last_batch=last_batch_noise(running.last, noise, unit),
     )
 
@@ -250,13 +250,6 @@ class _Comparisons(NamedTuple):
     """The running statistics against now, what is left of the initial values apart, ``(2, C)``."""
     lag_variance: FloatArray
     """Its variance over V, ``(2, L)``."""
-
-
-def _squares(densities: Densities, sums: Sums, layout: ChannelLayout) -> FloatArray:
-    """Sum of squares of all values about their mean, ``(C,)``, of calls that updated the running statistics."""
-    degrees = layout.spread(densities.total[VAR])
-    squares: FloatArray = sums.within[MEAN] + sums.between + np.where(degrees > 0, degrees * sums.reference[VAR], 0)
-    return squares
 
 
 def _variance_of_reference(blocks: Blocks, densities: Densities, noise: NoiseModel, unit: FloatArray) -> FloatArray:

@@ -3,8 +3,11 @@ r"""What a window says of how its batches are made: in an order, of samples that
 With J blocks, SSB their weighted sum of squares about the window's mean and V / s averaged over channels, the *ordering
 ratio* is :math:`(SSB / s) / ((J - 1) V / s)`, about 1 in random order with a standard error of
 :math:`\sqrt{2 / (J - 1) + 2 / \nu}`; the *grouping ratio* is V / s times samples over values of a batch, 1 for
-independent samples with a standard error of :math:`\sqrt{2 / \nu}`. Samples, not pixels, are counted: with pixels 15 to
-40 % of healthy layers alarm.
+independent samples with a standard error of :math:`\sqrt{2 / \nu}`. Chance explains up to 4 standard errors. Samples,
+not pixels, are counted: with pixels 15 to 40 % of healthy layers alarm. Weights that move, too, move the batch means:
+whether it is the data is told by :mod:`~lightning_bnmonitor.statistics.probe`. Where there is none, by whether the
+movement is smooth: with :math:`Q_1` to :math:`Q_3` orthonormal contrasts of degree 1 to 3 in time (weights G), the
+share of a cubic is :math:`(\sum_i (Q_i x)^2 - 3 V) / (SSB - (J - 1) V)`, summed over channels in units of s.
 
 **Jitter.** Training normalises by the batch's own statistics, which scatter about those of all values. With
 :math:`\bar n` values in a batch and :math:`\rho = V_v / ((\bar n - 1) s^2)`, the RMS difference that this makes of a
@@ -33,9 +36,11 @@ import numpy as np
 
 from lightning_bnmonitor.statistics.blocks import Blocks
 from lightning_bnmonitor.statistics.channel_layout import ChannelLayout, FloatArray
-from lightning_bnmonitor.statistics.contrasts import Densities, Sums, trend_variance
+from lightning_bnmonitor.statistics.contrasts import Densities, Sums
 from lightning_bnmonitor.statistics.noise import LastBatch, NoiseModel
 from lightning_bnmonitor.statistics.scores import MEAN, VAR
+
+_MIN_BLOCKS = 5  # that a cubic does not fit whatever they are
 
 
 class Batching(NamedTuple):
@@ -47,8 +52,8 @@ class Batching(NamedTuple):
     """What chance explains of it."""
     ordering_share: FloatArray
     """Share of the population variance that lies between blocks, chance taken off."""
-    trend_share: FloatArray
-    """Share of that which is a straight line in time."""
+    smooth_share: FloatArray
+    """Share of that which is a cubic in time; 1 with fewer than 5 blocks."""
     grouping_ratio: FloatArray
     """Variance of batch means over that of as many independent samples."""
     grouping_limit: FloatArray
@@ -73,7 +78,7 @@ class LastBatchNoise(NamedTuple):
 
 
 def batching_of(
-    blocks: Blocks, densities: Densities, sums: Sums, noise: NoiseModel, scaled: FloatArray, layout: ChannelLayout
+    blocks: Blocks, densities: Densities, sums: Sums, scale: FloatArray, scaled: FloatArray, layout: ChannelLayout
 ) -> Batching:
     """How the batches of a window are made.
 
@@ -81,25 +86,25 @@ def batching_of(
         blocks: The window's.
         densities: Theirs.
         sums: Theirs.
-        noise: The window's noise model.
+        scale: V: the variance of a batch's mean (variance) times its weight, ``(2, C)``.
         scaled: Population variance plus ``eps``, ``(C,)``.
         layout: Which channels are whose.
     """
     num_blocks, dof, count = densities.num_blocks, densities.dof, densities.total[MEAN]
-    relative = layout.mean(noise.scale[MEAN] / scaled)
+    relative = layout.mean(scale[MEAN] / scaled)
     chance = (num_blocks - 1) * relative
     excess = layout.mean(sums.between / scaled) - chance
-    trend = sums.trend[MEAN] ** 2 / layout.spread(trend_variance(densities)[MEAN])
-    straight = layout.mean((trend - noise.scale[MEAN]) / scaled)
+    smooth = layout.mean(sums.smooth / scaled) - 3 * relative
+    has_shape = (num_blocks >= _MIN_BLOCKS) & (excess > 0)
     batch_size = blocks.batch_size.sum(axis=1) / densities.num_batches
     samples = count / densities.num_batches
     of_batches = relative / samples
-    of_variances = noise.scale[VAR] / layout.spread(np.maximum(samples - 1, 1)) / scaled**2
+    of_variances = scale[VAR] / layout.spread(np.maximum(samples - 1, 1)) / scaled**2
     return Batching(
         ordering_ratio=(excess + chance) / chance,
         ordering_limit=1 + 4 * np.sqrt(2 / (num_blocks - 1) + 2 / dof),
         ordering_share=excess / count,
-        trend_share=np.where(excess > 0, straight / excess, 1),
+        smooth_share=np.where(has_shape, smooth / excess, 1),
         grouping_ratio=of_batches * batch_size,
         grouping_limit=1 + 4 * np.sqrt(2 / dof),
         grouping_share=of_batches - 1 / batch_size,

@@ -40,6 +40,8 @@ class Densities(NamedTuple):
     """k: the distance between the earlier two runs over that between the later two, ``(L,)``; 0 without three."""
     time: FloatArray
     """When a block came, in batches from the window's weighted middle, ``(2, L, 16)``."""
+    cubic: FloatArray
+    """Three orthonormal contrasts of the blocks' means, which a cubic in time is made of, ``(L, 3, 16)``."""
 
     @property
     def dof(self) -> FloatArray:
@@ -66,6 +68,8 @@ class Sums(NamedTuple):
     """Sum over the blocks of the weighted squares of batches about their block, ``(2, C)``."""
     between: FloatArray
     """Weighted sum of squares of the blocks' means about the window's, ``(C,)``."""
+    smooth: FloatArray
+    """The part of it that a cubic in time is, ``(C,)``."""
 
 
 def densities_of(blocks: Blocks) -> Densities:
@@ -78,6 +82,7 @@ def densities_of(blocks: Blocks) -> Densities:
     run_total = np.einsum("slk,flk->sfl", members, weights)
     recent = members[:, None] / np.where(run_total > 0, run_total, np.nan)[..., None]
     middle = np.cumsum(blocks.num_batches, axis=1) - (blocks.num_batches - 1) / 2
+    time = middle - (weights * middle).sum(axis=2, keepdims=True) / total[..., None]
     return Densities(
         weights=weights,
         total=total,
@@ -87,7 +92,8 @@ def densities_of(blocks: Blocks) -> Densities:
         recent=np.where(np.isnan(recent), window, recent),
         step=np.array([run.step for run in runs]),
         ratio=np.array([run.ratio for run in runs]),
-        time=middle - (weights * middle).sum(axis=2, keepdims=True) / total[..., None],
+        time=time,
+        cubic=_cubic(weights[MEAN], time[MEAN]),
     )
 
 
@@ -104,26 +110,44 @@ def sums_of(blocks: Blocks, densities: Densities, layout: ChannelLayout) -> Sums
         axis=2,
     )  # (2, L, 6, 16)
     sums = np.empty((6, 2, layout.num_channels))
-    within, between = np.empty((2, layout.num_channels)), np.empty(layout.num_channels)
+    within, (between, smooth) = np.empty((2, layout.num_channels)), np.empty((2, layout.num_channels))
     for layer, own in enumerate(layout.slices):
         num_blocks = int(densities.num_blocks[layer])
         if not num_blocks:
-            sums[..., own] = within[:, own] = between[own] = np.nan
+            sums[..., own] = within[:, own] = between[own] = smooth[own] = np.nan
             continue
         value = blocks.value[:num_blocks, :, own]
         for f in (MEAN, VAR):
             np.matmul(coefficients[f, layer, :, :num_blocks], value[:, f], out=sums[:, f, own])
         blocks.m2[:num_blocks, :, own].sum(axis=0, out=within[:, own])
         difference = value[:, MEAN] - sums[1, MEAN, own]
+        smooth[own] = np.square(densities.cubic[layer, :, :num_blocks] @ difference).sum(axis=0)
         np.matmul(weights[MEAN, layer, :num_blocks], np.square(difference, out=difference), out=between[own])
     weighted, reference, last, before, earlier, trend = sums
-    return Sums(weighted, reference, last, before, earlier, trend, within, between)
+    return Sums(weighted, reference, last, before, earlier, trend, within, between, smooth)
+
+
+def squares_of(densities: Densities, sums: Sums, layout: ChannelLayout) -> FloatArray:
+    """Sum of squares of all values about their mean, ``(C,)``, of calls that updated the running statistics."""
+    degrees = layout.spread(densities.total[VAR])
+    squares: FloatArray = sums.within[MEAN] + sums.between + np.where(degrees > 0, degrees * sums.reference[VAR], 0)
+    return squares
 
 
 def trend_variance(densities: Densities) -> FloatArray:
     """Variance over V of the sum that a straight line in time is seen by, ``(2, L)``; 0 with one block."""
     variance = (densities.weights * densities.time**2).sum(axis=2)
     return np.where(densities.num_blocks > 1, variance, 0)
+
+
+def _cubic(weights: FloatArray, time: FloatArray) -> FloatArray:
+    """Orthonormal contrasts by blocks' weights and times, ``(L, 16)`` each, of degree 1 to 3, ``(L, 3, 16)``."""
+    root = np.sqrt(weights)
+    extent = abs(np.where(weights > 0, time, 0)).max(axis=1, keepdims=True)
+    scaled = np.where(weights > 0, time / np.where(extent > 0, extent, 1), 0)
+    powers = root[..., None] * scaled[..., None] ** np.arange(4)
+    contrasts: FloatArray = (np.linalg.qr(powers).Q[..., 1:] * root[..., None]).transpose(0, 2, 1)
+    return contrasts
 
 
 class _RecentRuns(NamedTuple):

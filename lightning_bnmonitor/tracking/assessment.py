@@ -11,12 +11,20 @@ import numpy as np
 import torch
 
 from lightning_bnmonitor.diagnosis.diagnosis import diagnose
-from lightning_bnmonitor.diagnosis.evidence import METRICS, calls_apart, distances, observations, of_several_windows
+from lightning_bnmonitor.diagnosis.evidence import (
+    METRICS,
+    calls_apart,
+    distances,
+    observations,
+    of_several_windows,
+    order_of_inputs,
+)
 from lightning_bnmonitor.report.layer_report import LayerReport
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.statistics.blocks import Blocks, at_fixed_weights
 from lightning_bnmonitor.statistics.channel_layout import ChannelLayout
 from lightning_bnmonitor.statistics.pooling import PooledStatistics, error_of_one_rank, pool
+from lightning_bnmonitor.statistics.probe import Scores
 from lightning_bnmonitor.tracking import collectives
 from lightning_bnmonitor.tracking.exchange import Exchange, Frame
 from lightning_bnmonitor.tracking.measurement import (
@@ -54,17 +62,18 @@ def assess(
         The report, and what the next windows go on from, of this rank.
     """
     ordered = windows.in_order(layers)
-    measured = measure(states_of(ordered, ended), windows.blocks(ordered), windows.call_sites.contrasts(ordered))
+    contrasts, inputs = windows.call_sites.contrasts(ordered), windows.probe.scores()
+    measured = measure(states_of(ordered, ended), windows.blocks(ordered), contrasts)
     if all_ranks and measured.analysis.layout.num_channels:
         exchange = _exchange(layers, ordered)
         num_ranks = np.array([layer.counts.num_ranks for layer in ordered])
         shares = exchange.gather(PooledStatistics.of_window(measured.analysis, num_ranks))
         with exchange.answer() as answer:
             if shares:
-                answer.message = exchange.packed(describe(measured, _seen(shares, measured)))
+                answer.message = exchange.packed(describe(measured, _seen(shares, measured), inputs))
         reports = exchange.unpacked(answer.message, _frames(measured.states, measured.blocks))
     else:
-        reports = describe(measured)
+        reports = describe(measured, inputs=inputs)
     return Report(reports, rank=_rank(all_ranks)), list(endings_of(measured))
 
 
@@ -103,12 +112,18 @@ def compare(layers: Sequence[TrackedLayer], windows: Windows, are_averaged: bool
     return Report(reports, rank=_rank(all_ranks))
 
 
-def describe(measured: Measurement, seen: Seen | None = None, at_fixed_weights: bool = False) -> list[LayerReport]:
+def describe(
+    measured: Measurement,
+    seen: Seen | None = None,
+    inputs: Scores | None = None,
+    at_fixed_weights: bool = False,
+) -> list[LayerReport]:
     """The reports of layers.
 
     Args:
         measured: What the windows of this rank show.
         seen: What all ranks have seen, if that is to be the population.
+        inputs: How far what the model was given is from random order.
         at_fixed_weights: Whether the weights stayed as they were: the population then is what the layers receive now.
     """
     states, blocks, analysis, judged, windows, running, eps, contrasts = measured
@@ -130,7 +145,8 @@ def describe(measured: Measurement, seen: Seen | None = None, at_fixed_weights: 
     numbers = torch.cat([exact, running, now, torch.from_numpy(judged.z), torch.from_numpy(judged.std_error)])
     rows = zip(*(metrics[name].tolist() for name in METRICS), strict=True)
     parts, counts = torch.split(numbers, layout.widths.tolist(), dim=-1), num_samples.tolist()
-    added = [{**more, **calls} for more, calls in zip(together, apart, strict=True)]
+    of_inputs = order_of_inputs(inputs)
+    added = [{**more, **calls, **of_inputs} for more, calls in zip(together, apart, strict=True)]
     described = zip(_frames(states, blocks), states, observed, added, evidence, rows, counts, parts, strict=True)
     return [
         frame(

@@ -13,6 +13,7 @@ from torch import nn
 
 from lightning_bnmonitor.capture.batch_moments import owned
 from lightning_bnmonitor.capture.layer_hook import Gate
+from lightning_bnmonitor.capture.model_inputs import inputs_in
 from lightning_bnmonitor.compat import BatchNorm, never_compiled
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.tracking import collectives
@@ -24,7 +25,7 @@ from lightning_bnmonitor.tracking.places import Places
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 from lightning_bnmonitor.tracking.windows import Windows
 
-STATE_VERSION = 7
+STATE_VERSION = 8
 
 _recorders: weakref.WeakSet[Recorder] = weakref.WeakSet()
 
@@ -44,6 +45,8 @@ class Recorder:
         self.places = Places(self.gate)
         self.is_attached = False  # whether a tracker records a model with it
         self._by_pass = by_pass
+        self._is_told_of_inputs = False  # by whoever runs the training steps
+        self._last_seen_step = -1  # of which the model's arguments were seen
         self._affine: AffineWeights | None = None  # as the window has ended, while nothing waits to be merged
         _recorders.add(self)
 
@@ -66,6 +69,26 @@ class Recorder:
             self.gate.is_full = False
             self.windows.merge(self.layers)
             self._follow_places()
+
+    def see_inputs(self, batch: object) -> None:
+        """Look at what a training step is given."""
+        self._is_told_of_inputs = True
+        self._see(batch)
+
+    def see_arguments(self, arguments: object) -> None:
+        """Look at what the model is given, unless somebody else tells of that, or has been given in this step."""
+        steps = self.gate.steps
+        if not (self._is_told_of_inputs or 0 < steps == self._last_seen_step):
+            self._last_seen_step = steps
+            self._see(arguments)
+
+    @never_compiled
+    def _see(self, batch: object) -> None:
+        gate = self.gate
+        root = gate.root()
+        if root is not None and root.training and not (gate.paused or gate.is_closed):
+            with gate.lock:
+                self.windows.probe.see(inputs_in(batch))
 
     # Where a graph breaks, what runs eagerly is compiled, too, function by function.
     @never_compiled

@@ -118,8 +118,14 @@ class BatchNormTracker:
             raise RuntimeError(_NO_MODEL)
         self._recorder.follow(find_layers(model, self._include, self._exclude))
         hooks = {layer.module: layer.hook for layer in self._recorder.layers}
+        recorder = self._recorder
         self._attachment = Attachment(
-            model, self._recorder.gate, hooks, drain=self._recorder.drain, after_step=self._recorder.merge_if_full
+            model,
+            recorder.gate,
+            hooks,
+            see=recorder.see_arguments,
+            drain=recorder.drain,
+            after_step=recorder.merge_if_full,
         )
         self._recorder.is_attached = True
         if self._pending is not None:
@@ -145,6 +151,15 @@ class BatchNormTracker:
         """
         self._recorder.gate.steps += 1
         self._recorder.merge_if_full()
+
+    def see_inputs(self, batch: object) -> None:
+        """Tell what a training step is given, before it: a batch ``(B, *)``, or any structure with its tensors.
+
+        By this a report tells data that come in an order from weights that move. It is needed only where the model
+        itself is not called, but parts of it: what the model is given is seen without. The first 64 samples of a batch
+        are looked at, and 256 values of each, in half of the steps beyond 64, a quarter of those beyond 128, and so on.
+        """
+        self._recorder.see_inputs(batch)
 
     def paused(self) -> AbstractContextManager[None]:
         """A context in which no call counts."""

@@ -13,6 +13,7 @@ from lightning_bnmonitor.capture.layer_hook import STASH_LIMIT
 from lightning_bnmonitor.statistics.blocks import Blocks, concatenated, empty_blocks, selected
 from lightning_bnmonitor.statistics.channel_layout import ChannelLayout, FloatArray
 from lightning_bnmonitor.statistics.joined_windows import ENOUGH, KeptWindow
+from lightning_bnmonitor.statistics.probe import InputProbe
 from lightning_bnmonitor.statistics.window import Window, Write, commit
 from lightning_bnmonitor.tracking.buffers import device_of
 from lightning_bnmonitor.tracking.call_sites import CallSites
@@ -29,6 +30,7 @@ class Windows:
     def __init__(self) -> None:
         self.by_device: dict[torch.device, Window] = {}
         self.call_sites = CallSites()
+        self.probe = InputProbe()
         self.layers: list[TrackedLayer] = []  # in the order of their first call; the model may have lost them since
 
     def merge(self, layers: Iterable[TrackedLayer]) -> None:
@@ -49,6 +51,7 @@ class Windows:
             if batches:
                 writes += window.merged(batches)
         writes += self.call_sites.merged(waiting)
+        writes += self.probe.merged()
         for layer, calls in waiting.items():
             writes += layer.taken(calls)
         commit(writes)
@@ -59,6 +62,7 @@ class Windows:
         for window in self.by_device.values():
             window.reset()
         self.call_sites.reset()
+        self.probe.reset()
 
     def in_order(self, layers: Collection[TrackedLayer]) -> list[TrackedLayer]:
         """These layers in the order of their first call, then those that were never called."""
@@ -116,6 +120,7 @@ class Windows:
             "not_called": not_called,
             "earlier": torch.from_numpy(np.concatenate([np.zeros(0), *kept])),
             "call_sites": self.call_sites.state(layers),
+            "probe": self.probe.state(),
         }
 
     def restore(self, state: Mapping[str, Any], layers: Mapping[str, TrackedLayer]) -> tuple[set[str], list[str]]:
@@ -146,6 +151,7 @@ class Windows:
             layer.earlier = earlier
         self.make_room()
         self.call_sites.restore(state["call_sites"], {layer.name: layer for layer, *_ in restored})
+        self.probe.restore(state["probe"], device_of(restored[0][0].module) if restored else torch.device("cpu"))
         known = {layer.name for layer, *_ in restored}
         for saved in state["not_called"]:
             name, width = saved["name"], saved["width"]

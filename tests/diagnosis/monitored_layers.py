@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Callable, Iterable
 
 import torch
@@ -80,6 +81,13 @@ def pretrained(offset: float, **options) -> nn.BatchNorm1d:
     layer = norm(**options)
     layer.running_mean += offset
     layer.num_batches_tracked += 1000
+    return layer
+
+
+def moved(layer: nn.Module, drift: float) -> nn.Module:
+    """A layer whose inputs move by so much a call, as the weights before it may make them."""
+    calls = itertools.count()
+    layer.register_forward_pre_hook(lambda _, args: (args[0] + drift * next(calls),))
     return layer
 
 

@@ -12,7 +12,7 @@ from torch import nn
 
 from lightning_bnmonitor.diagnosis.verdicts import VERDICTS
 from lightning_bnmonitor.statistics import divergence
-from tests.diagnosis.monitored_layers import checkpointed, norm, pretrained, samples
+from tests.diagnosis.monitored_layers import checkpointed, moved, norm, pretrained, samples
 from tests.diagnosis.symptoms import OBSERVED, SYMPTOMS, diagnosed, squared_error, words_are_sound
 
 # A momentum so small, and a window so long, that nothing but the drift decides.
@@ -283,16 +283,16 @@ def test_the_momentum_recommended_to_a_layer_that_lags_for_another_past_makes_it
 def test_the_momentum_recommended_behind_a_drift_has_the_predicted_error(monitored):
     """The truth at the end is known here: the mean of the last batch, a variance of 1."""
     width, num_batches, drift = 128, 100, 0.01
-    report = monitored(pretrained(0.0, width=width, momentum=0.01)).window(samples(num_batches, 64, width, drift=drift))
+    layer = moved(pretrained(0.0, width=width, momentum=0.01), drift)
+    report = monitored(layer).window(samples(num_batches, 64, width))
     assert report.verdict == "lagging"
     evidence = report.evidence
     momenta = np.geomspace(0.01, 1, 100_001)
     jitter = math.sqrt(1.5 / 64)
     best = momenta[squared_error(momenta, drift, jitter).argmin()]
     assert evidence["recommended_momentum"] == pytest.approx(best, rel=0.05)
-    cured = monitored(norm(width, momentum=evidence["recommended_momentum"])).window(
-        samples(num_batches, 64, width, seed=1, drift=drift)
-    )
+    layer = moved(norm(width, momentum=evidence["recommended_momentum"]), drift)
+    cured = monitored(layer).window(samples(num_batches, 64, width, seed=1))
     truth = torch.full((width,), drift * (num_batches - 1), dtype=torch.float64), torch.ones(width, dtype=torch.float64)
     error = divergence.act_rmse(*truth, cured.running_mean, cured.running_var, 1e-5).square().mean().sqrt().item()
     assert error == pytest.approx(evidence["recommended_error"], rel=0.2)

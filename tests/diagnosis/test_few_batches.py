@@ -64,7 +64,7 @@ def test_nothing_is_certain_while_the_weights_of_the_batches_are_not_known(sympt
 @pytest.mark.parametrize("verdict", ["ordered", "grouped"])
 def test_over_several_windows_nothing_is_said_of_an_order(verdict):
     ratio = "ordering" if verdict == "ordered" else "grouping"
-    sick = {f"{ratio}_ratio": 9.0, f"{ratio}_share": 0.3, "trend_share": 0.1, "batches": 10.0}
+    sick = {f"{ratio}_ratio": 9.0, f"{ratio}_share": 0.3, "smooth_share": 0.1, "batches": 10.0}
     assert diagnosed(sick).verdict == f"{verdict}-batches"
     assert diagnosed(sick, {"windows": 2.0}).verdict == "healthy"
     assert diagnosed(FAR, sick).verdict == "lagging"

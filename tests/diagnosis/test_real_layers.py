@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.diagnosis.monitored_layers import WIDTH, frozen, norm, pretrained, samples, unmoved
+from tests.diagnosis.monitored_layers import WIDTH, frozen, moved, norm, pretrained, samples, unmoved
 from tests.diagnosis.symptoms import NAN, words_are_sound
 
 REAL = {
@@ -68,10 +68,15 @@ REAL = {
     "warming-up": ("warming-up", lambda: norm(momentum=0.001), lambda: samples(100, 64, offset=2.0)),
     "lagging, pretrained": ("lagging", lambda: pretrained(2.0, momentum=0.01), lambda: samples(100, 64)),
     "lagging, cumulative": ("lagging", lambda: pretrained(1.0, momentum=None), lambda: samples(100, 64)),
-    "lagging behind a drift": ("lagging", lambda: pretrained(0.0, momentum=0.02), lambda: samples(200, 64, drift=0.01)),
+    "lagging behind weights": (
+        "lagging",
+        lambda: moved(pretrained(0.0, momentum=0.02), 0.01),
+        lambda: samples(200, 64),
+    ),
+    "ordered, a drift": ("ordered-batches", lambda: norm(momentum=0.02), lambda: samples(200, 64, drift=0.01)),
     "noisy": ("noisy", lambda: norm(momentum=0.5), lambda: samples(100, 16)),
     "noisy at momentum 1": ("noisy", lambda: norm(momentum=1.0), lambda: samples(100, 32)),
-    "drifting": ("drifting", lambda: norm(momentum=0.5), lambda: samples(100, 256, drift=0.01)),
+    "drifting": ("drifting", lambda: moved(norm(momentum=0.5), 0.01), lambda: samples(100, 256)),
 }
 
 

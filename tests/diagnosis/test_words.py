@@ -31,7 +31,7 @@ NUMBERS_OF_VERDICTS = {
     "frozen": ["eval_error"],
     "insufficient-data": ["batches", "act_rmse"],
     "tiny-batch": ["samples_per_batch", "batch_jitter", "noise_error"],
-    "ordered-batches": ["ordering_ratio", "ordering_limit", "ordering_share", "trend_share"],
+    "ordered-batches": ["ordering_ratio", "ordering_limit", "ordering_share", "smooth_share"],
     "grouped-batches": ["grouping_ratio", "batch_size", "grouping_limit", "grouping_share"],
     "warming-up": ["initial_weight", "eval_error", "noise_error"],
     "lagging": ["eval_error", "noise_error"],

@@ -302,7 +302,7 @@ def expected_analysis(layer, index):
     of_mean, of_var = noise_scale / np.stack([n_batch * s, max(n_batch - 1, 1) * s**2])
     of_last = calls[-1].momentum ** 2 / calls[-1].g
     without = rms(relative * ((noise - of_last) / (1 - calls[-1].momentum) ** 2)[:, None])
-    ss_trend = trend[0] ** 2 / c2_trend[0]
+    smooth = (smooth_part(x[0], g[0], time) - 3 * noise_scale[0]) / s
     return {
         "num_batches": num_batches,
         "samples_per_batch": n_batch,
@@ -328,7 +328,7 @@ def expected_analysis(layer, index):
         "ordering_ratio": (ssb / s)[fine].mean() / among_blocks / (noise_scale[0] / s)[fine].mean(),
         "ordering_limit": 1 + 4 * np.sqrt(2 / among_blocks + 2 / dof),
         "ordering_share": slow / (len(values) * fine.sum()),
-        "trend_share": (((ss_trend - noise_scale[0]) / s)[fine].sum() / slow) if slow > 0 else 1.0,
+        "smooth_share": smooth[fine].sum() / slow if slow > 0 and num_blocks >= 5 else 1.0,
         "grouping_ratio": (noise_scale[0] / n_batch / base)[fine].mean(),
         "grouping_limit": 1 + 4 * np.sqrt(2 / dof),
         "grouping_share": ((noise_scale[0] / n_batch - base) / s)[fine].mean(),
@@ -340,6 +340,18 @@ def expected_analysis(layer, index):
         "first_bad": first_bad,
         "fine": fine,
     }
+
+
+def smooth_part(values, weights, time):
+    """How much smaller the weighted sum of squares about the best cubic in time is than about the mean."""
+    root = np.sqrt(weights)[:, None]
+
+    def residual(degree):
+        powers = np.vander((time - time.mean()) / max(np.ptp(time), 1), degree + 1)
+        coefficients, *_ = np.linalg.lstsq(root * powers, root * values, rcond=None)
+        return (weights[:, None] * (values - powers @ coefficients) ** 2).sum(axis=0)
+
+    return residual(0) - residual(3)
 
 
 def reference_error(observed, dof, num_samples):

@@ -119,7 +119,7 @@ def test_a_steady_drift_is_measured():
     np.testing.assert_allclose(analysis.lag_error, [delta * (1 - m) / m / unit], rtol=0.1)
     np.testing.assert_allclose(analysis.drift_error, [delta * length / 2 / unit], rtol=0.02)
     np.testing.assert_allclose(analysis.slope, [delta / unit], rtol=0.02)
-    assert analysis.batching.trend_share > 0.98
+    assert analysis.batching.smooth_share > 0.98
     assert analysis.batching.ordering_ratio > analysis.batching.ordering_limit
 
 
@@ -187,7 +187,7 @@ def test_ordered_data_lie_between_blocks_and_not_on_a_line():
     variance = centers.var(axis=0)
     # Each block is of one center, but for the two that the blocks of 8 batches share.
     np.testing.assert_allclose(analysis.batching.ordering_share, [(variance / (1 + variance)).mean()], rtol=0.15)
-    assert analysis.batching.trend_share < 0.6
+    assert analysis.batching.smooth_share < 0.6
     assert analysis.batching.grouping_ratio < analysis.batching.grouping_limit + 1
 
 

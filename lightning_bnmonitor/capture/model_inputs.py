@@ -1,0 +1,68 @@
+"""What a training step is given: which tensors of a batch tell of the order and the making of the data."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import fields, is_dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lightning_bnmonitor.capture.layer_hook import Hook
+from lightning_bnmonitor.compat import is_abstract, is_dynamo_compiling, is_stream_capturing, never_compiled
+
+_MOST = 4  # inputs of a batch that are looked at
+_TOKENS = (torch.int32, torch.int64)
+
+
+class InputHook(Hook):
+    """What is called before the ``forward`` of a model with what that is given.
+
+    Args:
+        see: Told of it.
+    """
+
+    def __init__(self, see: Callable[[object], None]) -> None:
+        self.see = see
+
+    def __call__(self, _: torch.nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        """The forward pre-hook."""
+        if not is_dynamo_compiling():
+            self.see((args, kwargs))
+
+
+@never_compiled
+def inputs_in(batch: object) -> list[Tensor]:
+    """The inputs ``(B, *)`` in a batch of any structure, detached: at most 4, with as many samples as the first.
+
+    Floating-point numbers or images in bytes, with more than one value a sample: one value, or an integer, is a label.
+    If there are none, token ids ``(B, L)``, and if there are none either, a number a sample.
+
+    Returns:
+        An empty list if the batch has no such tensor, or one without values of its own (abstract, or in a CUDA graph).
+    """
+    tensors = [tensor for tensor in _tensors_in(batch) if tensor.ndim and tensor.numel()]
+    numbers = [tensor for tensor in tensors if tensor.is_floating_point() or tensor.dtype == torch.uint8]
+    tokens = [tensor for tensor in tensors if tensor.dtype in _TOKENS]
+    wide = ([tensor for tensor in kind if tensor[0].numel() > 1] for kind in (numbers, tokens))
+    inputs = next((kind for kind in (*wide, numbers[:1]) if kind), [])
+    fitting = [x.detach() for x in inputs if len(x) == len(inputs[0]) and x.device == inputs[0].device]
+    if any(is_abstract(x) or (x.is_cuda and is_stream_capturing()) for x in fitting):
+        return []
+    return fitting[:_MOST]
+
+
+def _tensors_in(batch: object) -> Iterator[Tensor]:
+    if type(batch) is Tensor:
+        if batch.layout is torch.strided and not batch.is_nested and not batch.is_complex():
+            yield batch
+    elif isinstance(batch, Mapping):
+        for part in batch.values():
+            yield from _tensors_in(part)
+    elif isinstance(batch, list | tuple):
+        for part in batch:
+            yield from _tensors_in(part)
+    elif is_dataclass(batch) and not isinstance(batch, type):
+        for field in fields(batch):
+            yield from _tensors_in(getattr(batch, field.name))

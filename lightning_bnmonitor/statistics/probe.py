@@ -1,0 +1,288 @@
+r"""Whether the data come in random order: random projections of what a training step is given.
+
+Batch means of a layer's inputs move with the order of the data *and* with the weights, and one window does not tell the
+two apart. In a projection of the model's inputs no weight enters. With x a batch's inputs, ``(B, D)``, and U standard
+normal numbers of a fixed seed, divided by the root of their number, a batch is seen through
+
+.. math:: q = x U - c, \qquad a = |q|,
+
+16 channels each, c the mean of :math:`x U` over the first batch of the window: a change of the mean shows in q, one of
+the spread in a. Both go through the machinery of :mod:`~lightning_bnmonitor.statistics.window` as if a BatchNorm layer
+received them, and the *scores* are the distances of the ordering ratio and of the grouping ratio
+(:mod:`~lightning_bnmonitor.statistics.batching`) from 1 in their standard errors,
+
+.. math:: z_o = (F_\text{blk} - 1) / \sqrt{2 / (J - 1) + 2 / \nu}, \qquad z_g = (F_\text{grp} - 1) / \sqrt{2 / \nu},
+
+the larger of the two sets each. Data in random order exceed :data:`LIMIT` by either in 0 to 2 % of windows.
+
+**Bounded.** Of a sample at most 256 values are looked at, at points of a Sobol sequence in the unit cube: the same
+relative positions at any size, so that images of varying size, or sequences of varying length, are comparable. Of a
+batch at most 64 samples. Token ids are looked up in U, modulo 256, and averaged over the positions. Several inputs are
+added, each weighted so that it scatters as the first does.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from functools import cache, partial
+from operator import delitem
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.quasirandom import SobolEngine
+
+from lightning_bnmonitor.statistics.batching import batching_of
+from lightning_bnmonitor.statistics.blocks import Blocks, paired
+from lightning_bnmonitor.statistics.channel_layout import ChannelLayout
+from lightning_bnmonitor.statistics.contrasts import densities_of, squares_of, sums_of
+from lightning_bnmonitor.statistics.scores import MEAN
+from lightning_bnmonitor.statistics.side_by_side import on_device
+from lightning_bnmonitor.statistics.window import Batches, Window, Write, commit
+
+LIMIT = 2.0
+"""Score from which on data are not in random order."""
+_CHANNELS = 16
+_POINTS, _SAMPLES = 256, 64
+_STEPS = 64  # of a window that are all looked at
+_WAITING = 36  # batches that may wait to be merged
+_PLANS = 4  # shapes of inputs of which it is kept how they are projected
+_MOMENTUM = 0.1  # any: there are no running statistics
+_MIN_BATCHES, _MIN_DOF = 8, 4
+
+
+class Scores(NamedTuple):
+    """How far data are from random order, in standard errors; NaN if that cannot be told."""
+
+    order: float
+    """By how much parts of the window differ."""
+    group: float
+    """By how much the samples of a batch resemble each other."""
+
+
+_UNKNOWN = Scores(math.nan, math.nan)
+
+
+class _Moments(NamedTuple):
+    """What is kept of a batch, of 16 channels."""
+
+    num_samples: int
+    """Samples that were looked at, B."""
+    mean: Tensor
+    """Mean of q."""
+    var: Tensor
+    """Its biased variance."""
+    size: Tensor
+    """Sum of a."""
+
+
+class InputProbe:
+    """A window of what training steps are given, in the place of a layer's."""
+
+    def __init__(self) -> None:
+        self._window: Window | None = None  # of q and a, from the first batch on
+        self._projection: _Projection | None = None
+        self._waiting: list[_Moments] = []
+        self.reset()
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes, but for the batches that wait."""
+        window = 0 if self._window is None else 8 * Window.CHANNEL_ROWS * 2 * _CHANNELS
+        return window + (0 if self._projection is None else self._projection.nbytes)
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        self._waiting.clear()
+        self._num_steps = 0
+        self._is_complete = True  # whether there was something to look at in each step
+        self._center: Tensor | None = None  # c
+        self._scales = torch.empty(0, device="cpu")  # of several inputs, what each is multiplied by
+        if self._window is not None:
+            self._window.reset()
+
+    @torch.no_grad()
+    def see(self, inputs: Sequence[Tensor]) -> None:
+        """Look at what a training step is given: floating-point inputs or token ids ``(B, *)`` on one device.
+
+        Of the first 64 steps of a window each is looked at; from then on as many in each doubling of their number.
+        """
+        number, self._num_steps = self._num_steps, self._num_steps + 1
+        if number % (1 << (number // _STEPS).bit_length()):
+            return
+        if len(self._waiting) >= _WAITING:
+            commit(self.merged())
+        device = inputs[0].device if inputs else None
+        if self._projection is None and device is not None:
+            self._place(device)
+        if device is None or self._projection is None or device != self._projection.device:
+            self._is_complete = False
+        elif torch.is_autocast_enabled(device.type):
+            with torch.autocast(device.type, enabled=False):
+                self._take(self._projection, inputs)
+        else:
+            self._take(self._projection, inputs)
+
+    def merged(self) -> list[Write]:
+        """What is to be written to merge what waits into the window."""
+        waiting = self._waiting[:]
+        if self._window is None or not waiting:
+            return []
+        counts, mean, var, size = zip(*waiting, strict=True)
+        samples = on_device(np.array(counts, dtype=np.float32)[:, None], mean[0].device)
+        means, sizes = torch.stack(mean), torch.stack(size) / samples
+        spread = (torch.stack(var) + means.square() - sizes.square()).clamp_min_(0).unbind()
+        same = (None,) * len(counts), (_MOMENTUM,) * len(counts), counts
+        batches = {0: Batches(counts, mean, var, *same), 1: Batches(counts, sizes.unbind(), spread, *same)}
+        return [*self._window.merged(batches), partial(delitem, self._waiting, slice(len(counts)))]
+
+    def scores(self) -> Scores:
+        """How far the data of the window, as far as it is merged, are from random order."""
+        if self._window is None or not self._is_complete:
+            return _UNKNOWN
+        return scores_of(self._window.blocks())
+
+    def state(self) -> dict[str, Any]:
+        """What :meth:`restore` needs, when nothing waits."""
+        window = self._window
+        return {
+            "channels": None if window is None else window.channel_state(),
+            "layers": [] if window is None else [window.layer_state(layer) for layer in range(2)],
+            "center": None if self._center is None else self._center.cpu(),
+            "scales": self._scales.cpu(),
+            "num_steps": self._num_steps,
+            "is_complete": self._is_complete,
+        }
+
+    def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
+        """Go on from a :meth:`state`, on a device, where nothing was seen yet."""
+        self._num_steps, self._is_complete = state["num_steps"], state["is_complete"]
+        if state["channels"] is not None:
+            window = self._place(device)
+            for layer, own in enumerate(state["channels"].split(_CHANNELS, dim=1)):
+                window.restore(layer, own, state["layers"][layer])
+            self._center = None if state["center"] is None else state["center"].to(device)
+            self._scales = state["scales"].to(device)
+
+    def _place(self, device: torch.device) -> Window:
+        self._projection = _Projection(device)
+        self._window = Window(torch.device("cpu") if device.type == "mps" else device)
+        self._window.add_layers([_CHANNELS] * 2)
+        return self._window
+
+    def _take(self, projection: _Projection, inputs: Sequence[Tensor]) -> None:
+        first, *others = inputs
+        if self._center is not None and len(others) != len(self._scales):
+            self._is_complete = False
+            return
+        if not others and self._center is not None:
+            q = projection(first, self._center)
+        else:
+            parts = [projection(x) for x in inputs]
+            if self._center is None and others:
+                extent = torch.stack([part.var(0, correction=0).mean().sqrt() for part in parts])
+                scales = extent[0] / extent[1:]
+                self._scales = torch.where(scales.isfinite() & (scales > 0), scales, 1)
+            q = sum((part * scale for part, scale in zip(parts[1:], self._scales, strict=True)), parts[0])
+            self._center = q.mean(0) if self._center is None else self._center
+            q = q - self._center
+        var, mean = torch.var_mean(q, 0, correction=0)
+        self._waiting.append(_Moments(len(q), mean, var, torch.linalg.vector_norm(q, 1, dim=0)))
+
+
+class _Plan(NamedTuple):
+    """How inputs of one shape are projected."""
+
+    points: Tensor | None
+    """Which of a sample's values are looked at, ``(256,)``; None if all are."""
+    weights: Tensor
+    """U, ``(D, 16)``."""
+
+
+class _Projection:
+    """Random projections of inputs of any shapes.
+
+    Args:
+        device: Where the inputs are.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self._plans: dict[tuple[torch.Size, bool], _Plan] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        kept = {id(part): part.nbytes for plan in self._plans.values() for part in plan if part is not None}
+        return sum(kept.values())
+
+    def __call__(self, x: Tensor, center: Tensor | None = None) -> Tensor:
+        """XU less ``center``, ``(B, 16)`` float32, of the first 64 samples of an input ``(N, *)``."""
+        x = x[:_SAMPLES]
+        is_number = x.is_floating_point() or x.dtype == torch.uint8
+        plan = self._plans.get((x.shape[1:], is_number)) or self._new_plan(x.shape[1:], is_number)
+        x = x.flatten(1) if x.ndim > 1 else x[:, None]
+        if plan.points is not None:
+            x = x.index_select(1, plan.points)
+        if is_number and center is not None:
+            return torch.addmm(center, x.float(), plan.weights, beta=-1)
+        if is_number:
+            return x.float() @ plan.weights
+        of_tokens = nn.functional.embedding_bag(x.remainder(_POINTS), plan.weights, mode="mean")
+        return of_tokens if center is None else of_tokens - center
+
+    def _new_plan(self, shape: torch.Size, is_number: bool) -> _Plan:
+        if len(self._plans) >= _PLANS:
+            self._plans.clear()
+        size, directions = shape.numel(), _directions()
+        points = None
+        if size > _POINTS:
+            points = on_device(_points(shape), self.device)
+        elif is_number:  # the same, without a step that selects: a value counts as often as there are points in it
+            directions = np.zeros((size, _CHANNELS), dtype=np.float32)
+            np.add.at(directions, _points(shape), _directions())
+        plan = self._plans[shape, is_number] = _Plan(points, on_device(directions, self.device))
+        return plan
+
+
+def scores_of(blocks: Blocks) -> Scores:
+    """The scores of blocks of q and a, which are two layers there."""
+    with np.errstate(all="ignore"):
+        blocks = paired(blocks)
+        layout, densities = ChannelLayout(blocks.widths), densities_of(blocks)
+        sums = sums_of(blocks, densities, layout)
+        population = squares_of(densities, sums, layout) / layout.spread(densities.total[MEAN] - 1)
+        scale = sums.within / layout.spread(densities.dof)
+        its = batching_of(blocks, densities, sums, scale, population, layout)
+        order, group = (
+            4 * (ratio - 1) / (limit - 1)
+            for ratio, limit in (
+                (its.ordering_ratio, its.ordering_limit),
+                (its.grouping_ratio, its.grouping_limit),
+            )
+        )
+        is_known = (densities.num_batches >= _MIN_BATCHES) & (densities.dof >= _MIN_DOF)
+        largest = (np.fmax.reduce(np.where(is_known, score, np.nan)) for score in (order, group))
+    return Scores(*(float(score) for score in largest))
+
+
+@cache
+def _directions() -> NDArray[np.float32]:
+    """U for the points of a sample, ``(256, 16)``."""
+    numbers = np.random.default_rng(0).standard_normal((_POINTS, _CHANNELS), dtype=np.float32)
+    directions: NDArray[np.float32] = numbers / np.float32(math.sqrt(_POINTS))
+    return directions
+
+
+def _points(shape: Sequence[int]) -> NDArray[np.int64]:
+    """The points of a sample of this shape, as indices of its values, ``(256,)``."""
+    if not shape:
+        return np.zeros(_POINTS, dtype=np.int64)
+    engine = SobolEngine(len(shape), scramble=True, seed=0)  # type: ignore[no-untyped-call]
+    unit = engine.draw(_POINTS, dtype=torch.float64).numpy()
+    inside = np.minimum((unit * shape).astype(np.int64), np.array(shape) - 1)
+    points: NDArray[np.int64] = np.ravel_multi_index(tuple(inside.T), tuple(shape))
+    return points
