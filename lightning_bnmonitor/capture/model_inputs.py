@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -42,27 +42,32 @@ def inputs_in(batch: object) -> list[Tensor]:
     Returns:
         An empty list if the batch has no such tensor, or one without values of its own (abstract, or in a CUDA graph).
     """
-    tensors = [tensor for tensor in _tensors_in(batch) if tensor.ndim and tensor.numel()]
-    numbers = [tensor for tensor in tensors if tensor.is_floating_point() or tensor.dtype == torch.uint8]
-    tokens = [tensor for tensor in tensors if tensor.dtype in _TOKENS]
-    wide = ([tensor for tensor in kind if tensor[0].numel() > 1] for kind in (numbers, tokens))
-    inputs = next((kind for kind in (*wide, numbers[:1]) if kind), [])
-    fitting = [x.detach() for x in inputs if len(x) == len(inputs[0]) and x.device == inputs[0].device]
-    if any(is_abstract(x) or (x.is_cuda and is_stream_capturing()) for x in fitting):
+    tensors: list[Tensor] = []
+    _collect(batch, tensors)
+    numbers = [x for x in tensors if x.is_floating_point() or x.dtype == torch.uint8]
+    inputs = [x for x in numbers if _is_wide(x)] or [x for x in tensors if x.dtype in _TOKENS and _is_wide(x)]
+    inputs = (inputs or numbers[:1])[:_MOST]
+    if any(is_abstract(x) or (x.is_cuda and is_stream_capturing()) for x in inputs):
         return []
-    return fitting[:_MOST]
+    return [x.detach() for x in inputs if len(x) == len(inputs[0]) and x.device == inputs[0].device]
 
 
-def _tensors_in(batch: object) -> Iterator[Tensor]:
+def _is_wide(x: Tensor) -> bool:
+    """Whether it has more than one value a sample."""
+    return x.numel() > len(x)
+
+
+def _collect(batch: object, tensors: list[Tensor]) -> None:
+    """Add the tensors in a batch that may be inputs."""
     if type(batch) is Tensor:
-        if batch.layout is torch.strided and not batch.is_nested and not batch.is_complex():
-            yield batch
-    elif isinstance(batch, Mapping):
-        for part in batch.values():
-            yield from _tensors_in(part)
+        if batch.layout is torch.strided and batch.ndim and batch.numel() and not batch.is_nested:
+            tensors.append(batch)
     elif isinstance(batch, list | tuple):
         for part in batch:
-            yield from _tensors_in(part)
+            _collect(part, tensors)
+    elif isinstance(batch, Mapping):
+        for part in batch.values():
+            _collect(part, tensors)
     elif is_dataclass(batch) and not isinstance(batch, type):
         for field in fields(batch):
-            yield from _tensors_in(getattr(batch, field.name))
+            _collect(getattr(batch, field.name), tensors)

@@ -48,7 +48,7 @@ LIMIT = 2.0
 _CHANNELS = 16
 _POINTS, _SAMPLES = 256, 64
 _STEPS = 64  # of a window that are all looked at
-_WAITING = 36  # batches that may wait to be merged
+_WAITING = 72  # batches that may wait to be merged
 _PLANS = 4  # shapes of inputs of which it is kept how they are projected
 _MOMENTUM = 0.1  # any: there are no running statistics
 _MIN_BATCHES, _MIN_DOF = 8, 4
@@ -71,12 +71,12 @@ class _Moments(NamedTuple):
 
     num_samples: int
     """Samples that were looked at, B."""
-    mean: Tensor
-    """Mean of q."""
-    var: Tensor
-    """Its biased variance."""
+    total: Tensor
+    """Sum of q."""
     size: Tensor
     """Sum of a."""
+    squares: Tensor
+    """Sum of the squares of either."""
 
 
 class InputProbe:
@@ -131,12 +131,14 @@ class InputProbe:
         waiting = self._waiting[:]
         if self._window is None or not waiting:
             return []
-        counts, mean, var, size = zip(*waiting, strict=True)
-        samples = on_device(np.array(counts, dtype=np.float32)[:, None], mean[0].device)
-        means, sizes = torch.stack(mean), torch.stack(size) / samples
-        spread = (torch.stack(var) + means.square() - sizes.square()).clamp_min_(0).unbind()
+        counts, *sums = zip(*waiting, strict=True)
+        samples = on_device(np.array(counts, dtype=np.float32)[:, None], sums[0][0].device)
+        *means, squares = (torch.stack(each) / samples for each in sums)
         same = (None,) * len(counts), (_MOMENTUM,) * len(counts), counts
-        batches = {0: Batches(counts, mean, var, *same), 1: Batches(counts, sizes.unbind(), spread, *same)}
+        batches = {
+            layer: Batches(counts, mean.unbind(), (squares - mean.square()).clamp_min_(0).unbind(), *same)
+            for layer, mean in enumerate(means)
+        }
         return [*self._window.merged(batches), partial(delitem, self._waiting, slice(len(counts)))]
 
     def scores(self) -> Scores:
@@ -189,8 +191,7 @@ class InputProbe:
             q = sum((part * scale for part, scale in zip(parts[1:], self._scales, strict=True)), parts[0])
             self._center = q.mean(0) if self._center is None else self._center
             q = q - self._center
-        var, mean = torch.var_mean(q, 0, correction=0)
-        self._waiting.append(_Moments(len(q), mean, var, torch.linalg.vector_norm(q, 1, dim=0)))
+        self._waiting.append(_Moments(len(q), q.sum(0), q.abs().sum(0), q.square().sum(0)))
 
 
 class _Plan(NamedTuple):
