@@ -34,7 +34,7 @@ class InputHook(Hook):
 
 @never_compiled
 def inputs_in(batch: object) -> list[Tensor]:
-    """The inputs ``(B, *)`` in a batch of any structure, detached: at most 4, with as many samples as the first.
+    """The inputs ``(B, *)`` in a batch of any structure: at most 4, with as many samples as the first.
 
     Floating-point numbers or images in bytes, with more than one value a sample: one value, or an integer, is a label.
     If there are none, token ids ``(B, L)``, and if there are none either, a number a sample.
@@ -49,7 +49,7 @@ def inputs_in(batch: object) -> list[Tensor]:
     inputs = (inputs or numbers[:1])[:_MOST]
     if any(is_abstract(x) or (x.is_cuda and is_stream_capturing()) for x in inputs):
         return []
-    return [x.detach() for x in inputs if len(x) == len(inputs[0]) and x.device == inputs[0].device]
+    return [x for x in inputs if len(x) == len(inputs[0]) and x.device == inputs[0].device]
 
 
 def _is_wide(x: Tensor) -> bool:

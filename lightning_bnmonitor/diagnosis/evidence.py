@@ -13,7 +13,6 @@ from lightning_bnmonitor.statistics import divergence
 from lightning_bnmonitor.statistics.analysis import Analysis
 from lightning_bnmonitor.statistics.call_contrasts import CallContrasts, call_shifts
 from lightning_bnmonitor.statistics.channel_layout import BoolArray, ChannelLayout, FloatArray
-from lightning_bnmonitor.statistics.probe import Scores
 
 Evidence = Mapping[str, float]
 """Numbers by name, as in :data:`EVIDENCE`; what could not be told is absent."""
@@ -88,6 +87,7 @@ EVIDENCE: Mapping[str, str] = {
     "ordering_limit": "up to where chance explains ordering_ratio",
     "ordering_share": "share of the variance that lies between parts of the window",
     "smooth_share": "the part of ordering_share that is a smooth movement, as weights make it: a cubic in time",
+    "border_jump": "1 if the inputs jump where this window begins, as weights do not",
     "grouping_ratio": "variance of batch means over that of as many independent samples",
     "grouping_limit": "up to where chance explains grouping_ratio",
     "grouping_share": "share of the variance by which batches differ more than by chance",
@@ -238,13 +238,6 @@ def observations(
         if not known["batches"]:
             known = {name: value for name, value in known.items() if name in _WITHOUT_BATCHES}
         yield known
-
-
-def order_of_inputs(scores: Scores | None) -> dict[str, float]:
-    """What is known of the order of what the model was given: a part of each layer's evidence; nothing if that is."""
-    if scores is None or not all(math.isfinite(score) for score in scores):  # of equal batches it is not
-        return {}
-    return {"order_score": scores.order, "group_score": scores.group}
 
 
 def calls_apart(contrasts: CallContrasts | None, scaled: Tensor, layout: ChannelLayout) -> list[dict[str, float]]:

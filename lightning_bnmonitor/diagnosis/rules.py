@@ -92,7 +92,8 @@ def is_ordered(_: Circumstances, evidence: Evidence) -> bool:
     """Whether parts of the window differ, because the data come in an order."""
     if "order_score" in evidence:
         return _batches_vary(evidence) and evidence["order_score"] > LIMIT
-    return _parts_differ(evidence) and evidence["smooth_share"] < _SMOOTH
+    is_smooth = evidence.get("smooth_share", 1.0) >= _SMOOTH and not evidence.get("border_jump")
+    return _parts_differ(evidence) and not is_smooth
 
 
 def is_grouped(_: Circumstances, evidence: Evidence) -> bool:

@@ -48,8 +48,16 @@ LIMIT = 2.0
 _CHANNELS = 16
 _POINTS, _SAMPLES = 256, 64
 _STEPS = 64  # of a window that are all looked at
+_ROWS = 3  # batches that are summed up at once
 _WAITING = 72  # batches that may wait to be merged
 _PLANS = 4  # shapes of inputs of which it is kept how they are projected
+MAX_BYTES = (
+    8 * Window.CHANNEL_ROWS * 2 * _CHANNELS
+    + 4 * _POINTS * _CHANNELS
+    + 8 * _POINTS
+    + 4 * _CHANNELS * (_ROWS * _SAMPLES + 3 * (_WAITING + _ROWS))
+)
+"""Memory that a probe takes of inputs of one shape."""
 _MOMENTUM = 0.1  # any: there are no running statistics
 _MIN_BATCHES, _MIN_DOF = 8, 4
 
@@ -63,20 +71,17 @@ class Scores(NamedTuple):
     """By how much the samples of a batch resemble each other."""
 
 
-_UNKNOWN = Scores(math.nan, math.nan)
-
-
-class _Moments(NamedTuple):
-    """What is kept of a batch, of 16 channels."""
+class _Sums(NamedTuple):
+    """What is kept of T batches, of 16 channels."""
 
     num_samples: int
-    """Samples that were looked at, B."""
+    """Samples of each that were looked at, B."""
     total: Tensor
-    """Sum of q."""
+    """Sums of q, ``(T, 16)``."""
     size: Tensor
-    """Sum of a."""
-    squares: Tensor
-    """Sum of the squares of either."""
+    """Sums of a, ``(T, 16)``."""
+    length: Tensor
+    """Roots of the sums of the squares of either, ``(T, 16)``."""
 
 
 class InputProbe:
@@ -85,17 +90,13 @@ class InputProbe:
     def __init__(self) -> None:
         self._window: Window | None = None  # of q and a, from the first batch on
         self._projection: _Projection | None = None
-        self._waiting: list[_Moments] = []
+        self._rows: list[Tensor] = []  # q of the last batches, which all have as many samples
+        self._waiting: list[_Sums] = []  # of those before, to be merged
         self.reset()
-
-    @property
-    def nbytes(self) -> int:
-        """Memory that it takes, but for the batches that wait."""
-        window = 0 if self._window is None else 8 * Window.CHANNEL_ROWS * 2 * _CHANNELS
-        return window + (0 if self._projection is None else self._projection.nbytes)
 
     def reset(self) -> None:
         """Forget all batches."""
+        self._rows.clear()
         self._waiting.clear()
         self._num_steps = 0
         self._is_complete = True  # whether there was something to look at in each step
@@ -113,7 +114,7 @@ class InputProbe:
         number, self._num_steps = self._num_steps, self._num_steps + 1
         if number % (1 << (number // _STEPS).bit_length()):
             return
-        if len(self._waiting) >= _WAITING:
+        if sum(len(sums.total) for sums in self._waiting) >= _WAITING:
             commit(self.merged())
         device = inputs[0].device if inputs else None
         if self._projection is None and device is not None:
@@ -126,26 +127,30 @@ class InputProbe:
         else:
             self._take(self._projection, inputs)
 
+    @torch.no_grad()
     def merged(self) -> list[Write]:
         """What is to be written to merge what waits into the window."""
+        self._sum_up()
         waiting = self._waiting[:]
         if self._window is None or not waiting:
             return []
-        counts, *sums = zip(*waiting, strict=True)
-        samples = on_device(np.array(counts, dtype=np.float32)[:, None], sums[0][0].device)
-        *means, squares = (torch.stack(each) / samples for each in sums)
+        counts = tuple(sums.num_samples for sums in waiting for _ in sums.total)
+        samples = on_device(np.array(counts, dtype=np.float32)[:, None], waiting[0].total.device)
+        _, totals, sizes, lengths = zip(*waiting, strict=True)
+        means, squares = [torch.cat(each) / samples for each in (totals, sizes)], torch.cat(lengths).square() / samples
         same = (None,) * len(counts), (_MOMENTUM,) * len(counts), counts
         batches = {
             layer: Batches(counts, mean.unbind(), (squares - mean.square()).clamp_min_(0).unbind(), *same)
             for layer, mean in enumerate(means)
         }
-        return [*self._window.merged(batches), partial(delitem, self._waiting, slice(len(counts)))]
+        return [*self._window.merged(batches), partial(delitem, self._waiting, slice(len(waiting)))]
 
-    def scores(self) -> Scores:
-        """How far the data of the window, as far as it is merged, are from random order."""
+    def scores(self) -> Scores | None:
+        """How far the data of the window, as far as it is merged, are from random order; None if that is not known."""
         if self._window is None or not self._is_complete:
-            return _UNKNOWN
-        return scores_of(self._window.blocks())
+            return None
+        scores = scores_of(self._window.blocks())
+        return scores if all(map(math.isfinite, scores)) else None  # of batches that are all the same, they are not
 
     def state(self) -> dict[str, Any]:
         """What :meth:`restore` needs, when nothing waits."""
@@ -191,7 +196,18 @@ class InputProbe:
             q = sum((part * scale for part, scale in zip(parts[1:], self._scales, strict=True)), parts[0])
             self._center = q.mean(0) if self._center is None else self._center
             q = q - self._center
-        self._waiting.append(_Moments(len(q), q.sum(0), q.abs().sum(0), q.square().sum(0)))
+        if len(self._rows) >= _ROWS or (self._rows and len(self._rows[0]) != len(q)):
+            self._sum_up()
+        self._rows.append(q)
+
+    def _sum_up(self) -> None:
+        """Several batches at once: each operation takes as long as for one."""
+        rows = self._rows[:]
+        if rows:
+            q = torch.stack(rows)
+            norms = (torch.linalg.vector_norm(q, order, dim=1) for order in (1, 2))
+            sums = _Sums(q.shape[1], q.sum(1), *norms)
+            commit([partial(self._waiting.append, sums), partial(delitem, self._rows, slice(len(rows)))])
 
 
 class _Plan(NamedTuple):
@@ -214,18 +230,13 @@ class _Projection:
         self.device = device
         self._plans: dict[tuple[torch.Size, bool], _Plan] = {}
 
-    @property
-    def nbytes(self) -> int:
-        """Memory that it takes."""
-        kept = {id(part): part.nbytes for plan in self._plans.values() for part in plan if part is not None}
-        return sum(kept.values())
-
     def __call__(self, x: Tensor, center: Tensor | None = None) -> Tensor:
         """XU less ``center``, ``(B, 16)`` float32, of the first 64 samples of an input ``(N, *)``."""
-        x = x[:_SAMPLES]
+        x = x if len(x) <= _SAMPLES else x[:_SAMPLES]
         is_number = x.is_floating_point() or x.dtype == torch.uint8
         plan = self._plans.get((x.shape[1:], is_number)) or self._new_plan(x.shape[1:], is_number)
-        x = x.flatten(1) if x.ndim > 1 else x[:, None]
+        if x.ndim != 2:
+            x = x.flatten(1) if x.ndim > 1 else x[:, None]
         if plan.points is not None:
             x = x.index_select(1, plan.points)
         if is_number and center is not None:

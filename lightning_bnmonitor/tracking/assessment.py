@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -17,14 +17,13 @@ from lightning_bnmonitor.diagnosis.evidence import (
     distances,
     observations,
     of_several_windows,
-    order_of_inputs,
 )
 from lightning_bnmonitor.report.layer_report import LayerReport
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.statistics.blocks import Blocks, at_fixed_weights
+from lightning_bnmonitor.statistics.borders import has_jump
 from lightning_bnmonitor.statistics.channel_layout import ChannelLayout
 from lightning_bnmonitor.statistics.pooling import PooledStatistics, error_of_one_rank, pool
-from lightning_bnmonitor.statistics.probe import Scores
 from lightning_bnmonitor.tracking import collectives
 from lightning_bnmonitor.tracking.exchange import Exchange, Frame
 from lightning_bnmonitor.tracking.measurement import (
@@ -63,17 +62,17 @@ def assess(
     """
     ordered = windows.in_order(layers)
     contrasts, inputs = windows.call_sites.contrasts(ordered), windows.probe.scores()
-    measured = measure(states_of(ordered, ended), windows.blocks(ordered), contrasts)
+    measured = measure(states_of(ordered, ended), windows.blocks(ordered), contrasts, inputs)
     if all_ranks and measured.analysis.layout.num_channels:
         exchange = _exchange(layers, ordered)
         num_ranks = np.array([layer.counts.num_ranks for layer in ordered])
         shares = exchange.gather(PooledStatistics.of_window(measured.analysis, num_ranks))
         with exchange.answer() as answer:
             if shares:
-                answer.message = exchange.packed(describe(measured, _seen(shares, measured), inputs))
+                answer.message = exchange.packed(describe(measured, _seen(shares, measured)))
         reports = exchange.unpacked(answer.message, _frames(measured.states, measured.blocks))
     else:
-        reports = describe(measured, inputs=inputs)
+        reports = describe(measured)
     return Report(reports, rank=_rank(all_ranks)), list(endings_of(measured))
 
 
@@ -112,21 +111,15 @@ def compare(layers: Sequence[TrackedLayer], windows: Windows, are_averaged: bool
     return Report(reports, rank=_rank(all_ranks))
 
 
-def describe(
-    measured: Measurement,
-    seen: Seen | None = None,
-    inputs: Scores | None = None,
-    at_fixed_weights: bool = False,
-) -> list[LayerReport]:
+def describe(measured: Measurement, seen: Seen | None = None, at_fixed_weights: bool = False) -> list[LayerReport]:
     """The reports of layers.
 
     Args:
         measured: What the windows of this rank show.
         seen: What all ranks have seen, if that is to be the population.
-        inputs: How far what the model was given is from random order.
         at_fixed_weights: Whether the weights stayed as they were: the population then is what the layers receive now.
     """
-    states, blocks, analysis, judged, windows, running, eps, contrasts = measured
+    states, blocks, analysis, judged, windows, running, eps, contrasts, *_ = measured
     layout, population, num_samples = analysis.layout, analysis.population, analysis.num_samples
     evidence: Sequence[Mapping[str, float]] = [{}] * len(states)
     if seen is not None:
@@ -145,8 +138,8 @@ def describe(
     numbers = torch.cat([exact, running, now, torch.from_numpy(judged.z), torch.from_numpy(judged.std_error)])
     rows = zip(*(metrics[name].tolist() for name in METRICS), strict=True)
     parts, counts = torch.split(numbers, layout.widths.tolist(), dim=-1), num_samples.tolist()
-    of_inputs = order_of_inputs(inputs)
-    added = [{**more, **calls, **of_inputs} for more, calls in zip(together, apart, strict=True)]
+    orders = _of_order(measured)
+    added = [{**more, **calls, **order} for more, calls, order in zip(together, apart, orders, strict=True)]
     described = zip(_frames(states, blocks), states, observed, added, evidence, rows, counts, parts, strict=True)
     return [
         frame(
@@ -158,6 +151,17 @@ def describe(
         )
         for frame, state, own, more, of_all, values, count, part in described
     ]
+
+
+def _of_order(measured: Measurement) -> Iterator[dict[str, float]]:
+    """What is known of the order in which the data came: a part of each layer's evidence."""
+    for index, state in enumerate(measured.states):
+        if measured.inputs is not None:
+            yield {"order_score": measured.inputs.order, "group_score": measured.inputs.group}
+        else:
+            before, now = state.layer.edges, measured.edges.get(index)
+            is_jump = before is not None and now is not None and has_jump(before, now)
+            yield {"border_jump": 1.0} if is_jump else {}
 
 
 def _receiving(state: LayerState, num_batches: int, are_averaged: bool) -> LayerState:

@@ -15,13 +15,17 @@ from lightning_bnmonitor.compat import BatchNorm
 from lightning_bnmonitor.diagnosis.circumstances import Circumstances
 from lightning_bnmonitor.statistics.analysis import Analysis, analyse, of_the_last
 from lightning_bnmonitor.statistics.blocks import Blocks
+from lightning_bnmonitor.statistics.borders import Edges, edges_of
 from lightning_bnmonitor.statistics.call_contrasts import CallContrasts
 from lightning_bnmonitor.statistics.channel_layout import ChannelLayout, FloatArray
 from lightning_bnmonitor.statistics.joined_windows import ENOUGH, KeptWindow, fewest, joined, kept_window
 from lightning_bnmonitor.statistics.noise import LastBatch, RunningStats
+from lightning_bnmonitor.statistics.probe import Scores
 from lightning_bnmonitor.tracking.buffers import History, Snapshot, snapshots
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 from lightning_bnmonitor.tracking.windows import Windows
+
+_DIFFERENCE = 0.01  # share of the variance by which parts of a window differ, to be compared with those of the next
 
 
 class LayerState(NamedTuple):
@@ -50,6 +54,10 @@ class Measurement(NamedTuple):
     """Of each layer, ``(L,)``."""
     contrasts: CallContrasts | None
     """Of those layers that are called several times in a step; None if there are none."""
+    inputs: Scores | None
+    """How far what the model was given is from random order; None if that is not known."""
+    edges: Mapping[int, Edges]
+    """Of the windows of those layers, by index, whose parts differ while nothing is known of the model's inputs."""
 
 
 class Ending(NamedTuple):
@@ -62,6 +70,8 @@ class Ending(NamedTuple):
     """Largest absolute mean over sqrt(var + eps) of any channel; NaN if it was not called."""
     earlier: Sequence[KeptWindow]
     """The windows before that it was judged by, or may be, too."""
+    edges: Edges | None
+    """Those of this window, if its parts differ and it is not known why."""
 
 
 def states_of(layers: Sequence[TrackedLayer], ended: bool = False) -> list[LayerState]:
@@ -78,7 +88,11 @@ def states_of(layers: Sequence[TrackedLayer], ended: bool = False) -> list[Layer
 
 
 def measure(
-    states: Sequence[LayerState], blocks: Blocks, contrasts: CallContrasts | None = None, with_earlier: bool = True
+    states: Sequence[LayerState],
+    blocks: Blocks,
+    contrasts: CallContrasts | None = None,
+    inputs: Scores | None = None,
+    with_earlier: bool = True,
 ) -> Measurement:
     """What the blocks of layers, and the contrasts of their calls, say beside their running statistics.
 
@@ -86,6 +100,7 @@ def measure(
         states: Where the layers stand.
         blocks: What they have received.
         contrasts: How their calls within a step differ.
+        inputs: How far what the model was given is from random order.
         with_earlier: Whether short windows are to be judged together with those before.
     """
     eps = np.array([state.layer.module.eps for state in states])
@@ -100,7 +115,8 @@ def measure(
             windows[layer] += len(its)
     else:
         judged = analysis = analyse(blocks, stats, eps)
-    return Measurement(states, blocks, analysis, judged, windows, running, eps, contrasts)
+    edges = {} if inputs is not None else dict(_edges_of(blocks, analysis, eps))
+    return Measurement(states, blocks, analysis, judged, windows, running, eps, contrasts, inputs, edges)
 
 
 def keep_short_windows(layers: Sequence[TrackedLayer], windows: Windows) -> None:
@@ -131,16 +147,27 @@ def endings_of(measured: Measurement) -> Iterator[Ending]:
     with np.errstate(invalid="ignore"):
         ratios = analysis.layout.maximum(abs(mean) / np.sqrt(var + analysis.layout.spread(measured.eps))).tolist()
     histories = map(History, analysis.initial_weight.tolist(), *analysis.noise.tolist())
-    for state, num_batches, history, ratio in zip(
-        measured.states, analysis.num_batches.tolist(), histories, ratios, strict=True
-    ):
+    columns = zip(measured.states, analysis.num_batches.tolist(), histories, ratios, strict=True)
+    for layer, (state, num_batches, history, ratio) in enumerate(columns):
         updated: History | None = history
         if not num_batches:  # something else may have written them
             start = state.layer.start
             is_same = start.buffers is None or start.has_same_buffers(state.now)
             updated = start.history if is_same else None
         earlier = fewest(state.layer.earlier, ENOUGH - num_batches)
-        yield Ending(state, updated if state.circumstances.weights_known else None, ratio, earlier)
+        updated = updated if state.circumstances.weights_known else None
+        yield Ending(state, updated, ratio, earlier, measured.edges.get(layer))
+
+
+def _edges_of(blocks: Blocks, analysis: Analysis, eps: FloatArray) -> Iterator[tuple[int, Edges]]:
+    layout, batching = analysis.layout, analysis.batching
+    with np.errstate(invalid="ignore"):
+        differ = (batching.ordering_ratio > batching.ordering_limit) & (batching.ordering_share > _DIFFERENCE)
+        differ &= analysis.num_batches >= ENOUGH
+    for layer in differ.nonzero()[0].tolist():
+        scaled = analysis.population[1, layout.slices[layer]] + eps[layer]
+        if (edges := edges_of(blocks, layer, scaled)) is not None:
+            yield layer, edges
 
 
 def _needed_of_earlier(states: Sequence[LayerState], blocks: Blocks) -> dict[int, Sequence[KeptWindow]]:

@@ -127,7 +127,7 @@ class Recorder:
             layer, known, now = ending.state
             layer.end_window(now._replace(history=ending.history), known.updates_per_call)
             layer.call_shift = report[layer.name].evidence.get("call_shift", math.nan)
-            layer.earlier = ending.earlier
+            layer.earlier, layer.end_edges = ending.earlier, ending.edges
             if layer.num_calls:
                 layer.hook.by_pass = self._by_pass or is_inexact(ending)
         self.places.window_ended()

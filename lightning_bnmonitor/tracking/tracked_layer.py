@@ -16,6 +16,7 @@ from lightning_bnmonitor.capture.calls import Call, RepeatableCall
 from lightning_bnmonitor.capture.layer_hook import Gate, LayerHook
 from lightning_bnmonitor.compat import BatchNorm, is_capturing
 from lightning_bnmonitor.diagnosis.validation import Standing
+from lightning_bnmonitor.statistics.borders import Edges
 from lightning_bnmonitor.statistics.joined_windows import KeptWindow
 from lightning_bnmonitor.statistics.pooled_calls import PooledCalls
 from lightning_bnmonitor.statistics.window import Batches, Window, Write
@@ -62,6 +63,8 @@ class TrackedLayer:
         self.end: Snapshot | None = None  # when the last one ended,
         self.written: Snapshot | None = None  # and as we have written them since
         self.earlier: Sequence[KeptWindow] = ()  # short windows that this one goes on from
+        self.edges: Edges | None = None  # of the window before, if its data may have come in an order,
+        self.end_edges: Edges | None = None  # and of the one that has ended
         self.call_shift = math.nan  # of the last window that had one
         self.calls_per_model_call = math.nan
 
@@ -79,6 +82,7 @@ class TrackedLayer:
             self.earlier = ()
         self.start = now._replace(history=known[0].history if known else None)
         self.written = None
+        self.edges, self.end_edges = self.end_edges, None
         self._assume_fresh_if_initial()
 
     def restart(self, now: Snapshot) -> None:
@@ -87,6 +91,7 @@ class TrackedLayer:
         self.hook.skipped, self.hook.checkpointed, self.hook.calls_in_eval_mode = 0, False, 0
         self.interrupted = self.written_outside = False
         self.start, self.earlier = now._replace(history=None), ()
+        self.edges = self.end_edges = None
         self._assume_fresh_if_initial()
 
     def rewritten(self, now: Snapshot, window_ended: bool) -> None:
@@ -254,6 +259,7 @@ class TrackedLayer:
         self.hook.forget_last_call()
         self.window, self.index, self.width = None, -1, 0
         self.hook.traced, self.end, self.written, self.earlier = (), None, None, ()
+        self.edges = self.end_edges = None
         self.call_shift = math.nan
 
     def buffer_state(self, width: int) -> Tensor:
@@ -280,6 +286,7 @@ class TrackedLayer:
             "updates_per_call": self.assumed_updates,
             "next_updates_per_call": self.next_assumed_updates,
             "call_shift": self.call_shift,
+            "edges": [edges and edges.state() for edges in (self.edges, self.end_edges)],
             "tracked_before": self.start.num_tracked,
             "history": self.start.history and tuple(self.start.history),
             "has_start": self.start.buffers is not None,
@@ -308,6 +315,7 @@ class TrackedLayer:
         self.interrupted = state["interrupted"] or state["within_step"]
         self.written_outside = state["written_outside"]
         self.call_shift = state["call_shift"]
+        self.edges, self.end_edges = (saved and Edges.of_state(saved) for saved in state["edges"])
         self.assumed_updates, self.next_assumed_updates = state["updates_per_call"], state["next_updates_per_call"]
         history, last_history = _history(state["history"]), _history(state["last_history"])
         self.start = Snapshot(start if state["has_start"] else None, state["tracked_before"], history)
