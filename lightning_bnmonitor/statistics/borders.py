@@ -82,13 +82,14 @@ def edges_of(blocks: Blocks, layer: int, scaled: FloatArray) -> Edges | None:
 
 def has_jump(before: Edges, now: Edges) -> bool:
     """Whether a layer's inputs jump at the border of these windows, as their neighbours in time do not."""
-
-    def mean_square(difference: FloatArray) -> float:
-        return float(np.nanmean(difference**2 / before.scaled))
-
     with np.errstate(all="ignore"):
-        scale = np.nanmean((before.within + now.within) / (before.dof + now.dof) / before.scaled)
-        chance = float(scale * (1 / now.num_samples[0] + 1 / before.num_samples[1]))
-        jump = mean_square(now.first[0] - before.last[1])
-        near = max(mean_square(before.last[1] - before.last[0]), mean_square(now.first[1] - now.first[0]))
-    return jump > _BEYOND_CHANCE * chance and jump - chance > max(_SHARE, _BEYOND_NEIGHBOURS * near)
+        scale = (before.within + now.within) / (before.dof + now.dof) / before.scaled
+        border = (now.first[0] - before.last[1]) ** 2 / before.scaled
+        earlier = (before.last[1] - before.last[0]) ** 2 / before.scaled
+        later = (now.first[1] - now.first[0]) ** 2 / before.scaled
+    known = np.isfinite(scale + border + earlier + later)
+    if not known.any():
+        return False
+    chance = scale[known].mean() * (1 / now.num_samples[0] + 1 / before.num_samples[1])
+    jump, near = border[known].mean(), max(earlier[known].mean(), later[known].mean())
+    return bool(jump > _BEYOND_CHANCE * chance and jump - chance > max(_SHARE, _BEYOND_NEIGHBOURS * near))
