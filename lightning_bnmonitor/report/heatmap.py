@@ -111,7 +111,7 @@ class Heatmap:
             plot_width = min(max(_CELL_WIDTH * len(self.steps), _MIN_WIDTH), _MAX_WIDTH)
             plot_height = _CELL_HEIGHT * len(names)
             width = left + plot_width + _RIGHT
-            legend = textwrap.wrap(self._legend(), int(width / _CHARACTER), break_on_hyphens=False)
+            legend = textwrap.wrap(self._legend(), int((width - 16) / _CHARACTER), break_on_hyphens=False)
             height = _TOP + _LINE * len(legend) + plot_height + _BOTTOM
             fig = Figure(figsize=(width / _DPI, height / _DPI), dpi=_DPI)
             canvas = FigureCanvasAgg(fig)
