@@ -31,9 +31,9 @@ class BatchNormTracker:
     that validation does not, and frozen layers inside a training model do. Nothing that is computed changes: hooks only
     read, and never wait for the device within a step.
 
-    State is 600 bytes a channel, about 850 bytes a layer, and the batch moments of up to 72 calls (8 bytes a channel
-    each, twice as many in float64 or by a pass): as many as keep it below 1 KiB a channel + 64 KiB. It is float64, on
-    the layers' device (on the CPU for MPS, which has none).
+    State is 600 bytes a channel, about 850 bytes a layer, up to 62 KiB for what the model is given, and the batch
+    moments of up to 72 calls (8 bytes a channel each, twice as many in float64 or by a pass): as many as keep it below
+    1 KiB a channel + 64 KiB. It is float64, on the layers' device (on the CPU for MPS, which has none).
 
     Args:
         model: The root module. It is not kept alive; its BatchNorm layers are, for the report. If it is compiled, pass
