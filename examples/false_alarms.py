@@ -218,9 +218,11 @@ def main() -> None:
     """Print, by the exact error, how many layers were said to need attention."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seeds", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--every", type=int, default=1, help="make each so many-th training (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=3, help="default: %(default)s")
     args = parser.parse_args()
-    windows = [window for setting in settings(args.seeds) for window in train(setting, args.epochs)]
+    chosen = itertools.islice(settings(args.seeds), 0, None, args.every)
+    windows = [window for setting in chosen for window in train(setting, args.epochs)]
     shuffled = [window for window in windows if window.setting.order == "shuffled"]
     rows = []
     for low, high in itertools.pairwise(BOUNDS):
