@@ -7,6 +7,25 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 
+class BadBatch(NamedTuple):
+    """A batch with a value that is not finite."""
+
+    number: float
+    """Which call in its window, counted from 1."""
+    channel: float
+    """The first channel with such a value, counted from 0."""
+    windows_ago: float
+    """How many windows before the present one; 0: in this one."""
+
+
+def bad_batch(evidence: Mapping[str, float]) -> BadBatch | None:
+    """The first bad batch that a layer's evidence knows of, if what it has left is still there."""
+    if "first_bad_batch" not in evidence or not evidence.get("non_finite_running_stats"):
+        return None
+    ago = evidence.get("bad_windows_ago", 0.0)
+    return BadBatch(evidence["first_bad_batch"], evidence["first_bad_channel"], ago)
+
+
 class Circumstances(NamedTuple):
     """How a layer was called in a window, beside the numbers."""
 
@@ -42,6 +61,8 @@ class Circumstances(NamedTuple):
     """``num_batches_tracked``: updates of the buffers so far; None if the module has no such counter."""
     call_shift_before: float = math.nan
     """``call_shift`` of the window before; NaN if it had none."""
+    bad_before: BadBatch | None = None
+    """The first bad batch of an earlier window, if it has left running statistics that are not finite."""
     calls_per_model_call: float = math.nan
     """Calls for each of the outermost module around it, if it is called several times a step; NaN if not known."""
     calls_in_eval_mode: int = 0

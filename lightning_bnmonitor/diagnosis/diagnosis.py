@@ -139,6 +139,9 @@ def _of_calls(layer: Circumstances, evidence: Evidence) -> dict[str, float]:
     if "call_shift" in evidence:
         of_calls = {name: getattr(layer, name) for name in ("call_shift_before", "calls_per_model_call")}
         numbers |= {name: value for name, value in of_calls.items() if not math.isnan(value)}
+    bad = layer.bad_before
+    if bad is not None and bad.windows_ago and evidence.get("non_finite_running_stats"):
+        numbers |= {"first_bad_batch": bad.number, "first_bad_channel": bad.channel, "bad_windows_ago": bad.windows_ago}
     if not layer.weights_known:
         numbers["assumed_updates_per_call"] = float(layer.assumed_updates)
     return numbers

@@ -98,6 +98,7 @@ EVIDENCE: Mapping[str, str] = {
     "non_finite_channels": "channels with a value or a running statistic that is not finite",
     "non_finite_running_stats": "channels with a running statistic that is not finite",
     "first_bad_batch": "the first call in the window with a value that is not finite, counted from 1",
+    "bad_windows_ago": "how many windows ago that was, if it is what the running statistics are still not finite of",
     "first_bad_channel": "the first channel with such a value in it, counted from 0",
     "ranks": "how many ranks the window is of, if several",
     "rank_error": "RMS error that comes from rank 0's data differing from all ranks', chance taken off; 0 where it may "

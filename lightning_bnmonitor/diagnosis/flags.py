@@ -260,10 +260,24 @@ _TABLE = (
         ),
     ),
     Flag(
+        name="updated-in-validation",
+        rule=None,
+        attention=lambda _: True,
+        explanation=(
+            "Validation has updated its running statistics: it ran in training mode and normalised by its own batches, "
+            "so that its loss is not that of eval(). What is said here is of the running statistics before it.",
+        ),
+        remedy=(
+            "Look for what calls `train()` in validation (`validation_step`, a hook, an `on_validation_model_eval` of "
+            "your own). To have dropout on alone: `for m in model.modules(): m.train(isinstance(m, nn.Dropout))`.",
+        ),
+    ),
+    Flag(
         name="written-outside",
         rule=lambda layer, _: layer.written_outside or layer.updates_per_call < 0,
         explanation=(
-            "Something else wrote the running statistics (recalibration, SWA, a loaded checkpoint, a reset): "
+            "Something else wrote the running statistics (recalibration, SWA, a loaded checkpoint, a reset, validation "
+            "in training mode): "
             "what they are made of is known from there on only.",
         ),
     ),

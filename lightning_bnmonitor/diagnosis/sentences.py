@@ -43,7 +43,7 @@ def _filled(sentences: Sentences, evidence: Mapping[str, float]) -> str:
     fields = [{name for _, name, _, _ in Formatter().parse(sentence) if name} for sentence in sentences]
     known = [text for text, names in zip(sentences, fields, strict=True) if names <= numbers.keys()]
     text = " ".join(known).format_map(numbers)
-    text = re.sub(r"(?<![\d.])1 (batch|call|time|channel)(es|s)\b", r"1 \1", text)
+    text = re.sub(r"(?<![\d.])1 (batch|call|time|channel|window)(es|s)\b", r"1 \1", text)
     return re.sub(r"(?<![\d.])1 of (\d+) channels are dead", r"1 of \1 channels is dead", text)
 
 

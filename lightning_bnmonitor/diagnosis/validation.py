@@ -13,6 +13,8 @@ said:
 4. Else it is the running statistics: the verdict speaks. Where neither it nor an earlier layer does, and ``val_error``
    is beyond 0.2: ``unexplained-error``.
 
+Whatever these are, ``updated-in-validation``: validation has changed them, as it ran in training mode.
+
 In small trainings whose loss is harmed by less than 5 %, none of 358 alarms; of 72 with a strong shift all do, of 72
 with statistics that were never updated all do, of 45 with averaged weights that are harmed 41.
 """
@@ -61,6 +63,8 @@ class Validated(NamedTuple):
     """Its running statistics as the validation began."""
     misfit: float = 0.0
     """Their error on what the layer receives in training; NaN if there is nothing to compare."""
+    is_updated: bool = False
+    """Whether validation has changed them."""
 
 
 def diagnose_validation(layers: Iterable[Validated]) -> list[Diagnosis]:
@@ -82,8 +86,9 @@ def diagnose_validation(layers: Iterable[Validated]) -> list[Diagnosis]:
         if flag == "domain-shift":
             known["val_shifted_before"] = float(shifted)
             shifted += 1
-        flags = {*layer.diagnosis.flags, *([flag] if flag else [])}
-        needs_attention = layer.diagnosis.needs_attention or (flag is not None and FLAGS[flag].attention(known))
+        added = [*([flag] if flag else []), *(["updated-in-validation"] if layer.is_updated else [])]
+        flags = {*layer.diagnosis.flags, *added}
+        needs_attention = layer.diagnosis.needs_attention or any(FLAGS[name].attention(known) for name in added)
         is_explained |= needs_attention
         if _is_harmless(layer, known):
             needs_attention = False

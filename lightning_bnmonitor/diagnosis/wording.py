@@ -10,7 +10,12 @@ from lightning_bnmonitor.diagnosis.sentences import RECALIBRATE, RECALIBRATE_FRO
 def explain_non_finite(evidence: Evidence) -> list[str]:
     """Explain ``non-finite``."""
     sentences = []
-    if "first_bad_batch" in evidence:
+    if "bad_windows_ago" in evidence:
+        sentences.append(
+            "It received NaN or Inf, or values whose variance overflows, {bad_windows_ago} windows ago: first in batch "
+            "{first_bad_batch} of that, channel {first_bad_channel}."
+        )
+    elif "first_bad_batch" in evidence:
         sentences.append(
             "It received NaN or Inf, or values whose variance overflows: first in batch {first_bad_batch} of this "
             "window, channel {first_bad_channel}."

@@ -262,6 +262,7 @@ def _circumstances(layer: TrackedLayer, now: Snapshot) -> Circumstances:
         interrupted=layer.interrupted,
         num_tracked=now.num_tracked,
         call_shift_before=layer.call_shift,
+        bad_before=layer.bad,
         calls_per_model_call=layer.calls_per_model_call,
         calls_in_eval_mode=layer.hook.calls_in_eval_mode,
         steps_in_eval_mode=layer.gate.steps_in_eval_mode,

@@ -15,6 +15,7 @@ from lightning_bnmonitor.capture.batch_moments import owned
 from lightning_bnmonitor.capture.layer_hook import Gate
 from lightning_bnmonitor.capture.model_inputs import inputs_in
 from lightning_bnmonitor.compat import BatchNorm, never_compiled
+from lightning_bnmonitor.diagnosis.circumstances import bad_batch
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.tracking import collectives
 from lightning_bnmonitor.tracking.affine import AffineWeights
@@ -126,7 +127,9 @@ class Recorder:
         for ending in endings:
             layer, known, now = ending.state
             layer.end_window(now._replace(history=ending.history), known.updates_per_call)
-            layer.call_shift = report[layer.name].evidence.get("call_shift", math.nan)
+            evidence = report[layer.name].evidence
+            layer.call_shift = evidence.get("call_shift", math.nan)
+            layer.bad = bad_batch(evidence)
             layer.earlier, layer.end_edges = ending.earlier, ending.edges
             if layer.num_calls:
                 layer.hook.by_pass = self._by_pass or is_inexact(ending)
@@ -157,6 +160,12 @@ class Recorder:
         for layer in self.layers:
             layer.start_validation(loader)
         self.gate.validating = True
+
+    def look_for_updates_in_validation(self) -> None:
+        """Find out whether running statistics are no longer what they were when validation began."""
+        for layer, now in _with_snapshots([layer for layer in self.layers if layer.val_start is not None]):
+            assert layer.val_start is not None
+            layer.val_updated = layer.val_start.buffers is not None and not layer.val_start.has_same_buffers(now)
 
     def rewritten(self, histories: Mapping[BatchNorm, History | None]) -> None:
         """Take note that we have just written the running statistics of these layers, and what they are made of.

@@ -15,6 +15,7 @@ from lightning_bnmonitor.capture.batch_moments import PATHS, BatchMoments
 from lightning_bnmonitor.capture.calls import Call, RepeatableCall
 from lightning_bnmonitor.capture.layer_hook import Gate, LayerHook
 from lightning_bnmonitor.compat import BatchNorm, is_capturing
+from lightning_bnmonitor.diagnosis.circumstances import BadBatch
 from lightning_bnmonitor.diagnosis.validation import Standing
 from lightning_bnmonitor.statistics.borders import Edges
 from lightning_bnmonitor.statistics.joined_windows import KeptWindow
@@ -50,6 +51,8 @@ class TrackedLayer:
         self._in_validation = PooledCalls()  # of the present loader
         self.val_running: Tensor | None = None  # running statistics as validation began, if they have a part in it
         self.val_standing = Standing.ABSENT  # what they were then
+        self.val_start: Snapshot | None = None  # as they were then, whether they have a part in it or not
+        self.val_updated = False  # whether validation has changed them
         self.window: Window | None = None  # where its channels are accumulated, from its first merge on
         self.index = -1
         self.width = 0  # channels of what is stashed and accumulated; 0 before the first call
@@ -66,6 +69,7 @@ class TrackedLayer:
         self.edges: Edges | None = None  # of the window before, if its data may have come in an order,
         self.end_edges: Edges | None = None  # and of the one that has ended
         self.call_shift = math.nan  # of the last window that had one
+        self.bad: BadBatch | None = None  # what the running statistics are not finite of, if it is known
         self.calls_per_model_call = math.nan
 
     def begin_window(self, now: Snapshot) -> None:
@@ -83,6 +87,7 @@ class TrackedLayer:
         self.start = now._replace(history=known[0].history if known else None)
         self.written = None
         self.edges, self.end_edges = self.end_edges, None
+        self.bad = self.bad and self.bad._replace(windows_ago=self.bad.windows_ago + 1)
         self._assume_fresh_if_initial()
 
     def restart(self, now: Snapshot) -> None:
@@ -136,12 +141,12 @@ class TrackedLayer:
             has_own_weights: Whether weight or bias are others than training has left.
             has_weights_of_training: Whether those of no layer are, as far as is known.
         """
-        self.val_running = now.buffers
+        self.val_running, self.val_start, self.val_updated = now.buffers, now, False
         self.val_standing = self._standing(now, has_own_weights, has_weights_of_training)
 
     def end_validation(self) -> None:
         """Drop what was seen in validation."""
-        self.validation, self.val_running, self.val_standing = {}, None, Standing.ABSENT
+        self.validation, self.val_running, self.val_standing, self.val_start = {}, None, Standing.ABSENT, None
 
     def validate(self, moments: BatchMoments) -> None:
         """Take the moments of one call in validation."""
@@ -259,7 +264,7 @@ class TrackedLayer:
         self.hook.forget_last_call()
         self.window, self.index, self.width = None, -1, 0
         self.hook.traced, self.end, self.written, self.earlier = (), None, None, ()
-        self.edges = self.end_edges = None
+        self.edges = self.end_edges = self.bad = None
         self.call_shift = math.nan
 
     def buffer_state(self, width: int) -> Tensor:
@@ -286,6 +291,7 @@ class TrackedLayer:
             "updates_per_call": self.assumed_updates,
             "next_updates_per_call": self.next_assumed_updates,
             "call_shift": self.call_shift,
+            "bad": self.bad and tuple(self.bad),
             "edges": [edges and edges.state() for edges in (self.edges, self.end_edges)],
             "tracked_before": self.start.num_tracked,
             "history": self.start.history and tuple(self.start.history),
@@ -315,6 +321,7 @@ class TrackedLayer:
         self.interrupted = state["interrupted"] or state["within_step"]
         self.written_outside = state["written_outside"]
         self.call_shift = state["call_shift"]
+        self.bad = state["bad"] and BadBatch(*state["bad"])
         self.edges, self.end_edges = (saved and Edges.of_state(saved) for saved in state["edges"])
         self.assumed_updates, self.next_assumed_updates = state["updates_per_call"], state["next_updates_per_call"]
         history, last_history = _history(state["history"]), _history(state["last_history"])

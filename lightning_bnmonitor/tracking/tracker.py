@@ -238,6 +238,7 @@ class BatchNormTracker:
                 have seen no batch of one of them. None: as many as were seen.
         """
         self.stop_validation()
+        self._recorder.look_for_updates_in_validation()
         layers, together = self._recorder.layers, all_ranks and collectives.num_ranks() > 1
         seen = max((loader + 1 for layer in layers for loader in layer.validation), default=0)
         report = with_validation(self._of_window(), layers, together, num_loaders or max(seen, 1))

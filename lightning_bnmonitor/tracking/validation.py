@@ -34,7 +34,7 @@ from lightning_bnmonitor.tracking.exchange import answer_of_rank_zero
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 from lightning_bnmonitor.tracking.windows import layout_of
 
-_OF_LAYERS = 7  # fields of a comparison that have a value for each layer
+_OF_LAYERS = 8  # fields of a comparison that have a value for each layer
 
 
 class Comparison(NamedTuple):
@@ -54,6 +54,8 @@ class Comparison(NamedTuple):
     """RMS error that the running statistics, as validation began, make on what is received in training, ``(L,)``."""
     standing: FloatArray
     """What the running statistics were, ``(L,)``: of :class:`~lightning_bnmonitor.diagnosis.validation.Standing`."""
+    is_updated: FloatArray
+    """Whether the running statistics have changed since, ``(L,)`` of 0 and 1."""
     population: FloatArray
     """Mean and unbiased variance, ``(2, C)``."""
     running: FloatArray
@@ -98,8 +100,15 @@ def with_validation(report: Report, layers: Sequence[TrackedLayer], all_ranks: b
     worst = {name: _worst(index[name], comparisons) if name in index else (None, {}) for name in report}
     standings = {name: Standing(int(comparisons[0].standing[position])) for name, position in index.items()}
     misfits = {name: float(comparisons[0].misfit[position]) for name, position in index.items()}
+    updated = {name for name, position in index.items() if comparisons[0].is_updated[position]}
     diagnoses = diagnose_validation(
-        Validated(layer.diagnosis, worst[name][1], standings.get(name, Standing.ABSENT), misfits.get(name, math.nan))
+        Validated(
+            layer.diagnosis,
+            worst[name][1],
+            standings.get(name, Standing.ABSENT),
+            misfits.get(name, math.nan),
+            name in updated,
+        )
         for name, layer in report.items()
     )
     described = []
@@ -200,7 +209,7 @@ def _compared(
     own_forward = {type(layer.module) for layer in layers if layer.hook.own_forward}
     comparison = Comparison(
         *(statistics.weight[MEAN] - statistics.weight[VAR], error, noise.of_error, shift, noise.of_shift),
-        *(misfit, standing, population, running),
+        *(misfit, standing, np.array([layer.val_updated for layer in layers], dtype=float), population, running),
     )
     for index, (layer, own) in enumerate(zip(layers, layout.slices, strict=True)):
         if layer.name in report:

@@ -90,8 +90,8 @@ def test_not_finite_is_the_verdict_until_the_buffers_are_repaired(monitored):
         assert (report.verdict, report.needs_attention) == ("non-finite", True)
         assert report.evidence["eval_error"] == INF
         assert report.evidence["non_finite_running_stats"] == 1
-        assert "first_bad_batch" not in report.evidence
-        assert report.remedy.startswith("Call `layer.reset_running_stats()` and recompute")
+        assert (report.evidence["first_bad_batch"], report.evidence["bad_windows_ago"]) == (8, seed)
+        assert "Call `layer.reset_running_stats()` and recompute" in report.remedy
         words_are_sound(report.diagnosis)
         x = torch.cat(data).double()
         np.testing.assert_allclose(report.population_mean, x.mean(0), rtol=1e-6)
@@ -134,3 +134,38 @@ def test_buffers_that_are_broken_before_the_first_call_are_reported(monitored):
     assert (report.verdict, report.num_batches) == ("non-finite", 0)
     assert report.evidence["non_finite_running_stats"] == 1
     assert math.isnan(report.summary()["eval_error"])
+
+
+@pytest.mark.parametrize("is_resumed", [False, True])
+def test_the_first_bad_batch_is_known_until_what_it_has_left_is_repaired(is_resumed):
+    model = nn.ModuleDict({"hit": norm(WIDTH)})
+    tracker = BatchNormTracker(model).attach()
+    told = []
+    for window in range(6):
+        tracker.reset()
+        batches = samples(20, 16, seed=window)
+        if window in (1, 2):
+            batches[4 if window == 1 else 2][3, 7] = NAN
+        if window == 4:
+            model["hit"].reset_running_stats()
+            tracker.reset()
+        for number, x in enumerate(batches):
+            if is_resumed and number == 10:
+                state = tracker.state_dict()
+                tracker.detach()
+                tracker = BatchNormTracker(model).attach()
+                tracker.load_state_dict(state)
+            model["hit"](x)
+        layer = tracker.close()["hit"]
+        names = ("first_bad_batch", "first_bad_channel", "bad_windows_ago")
+        told.append([layer.evidence.get(name) for name in names])
+        words_are_sound(layer.diagnosis)
+        assert (layer.verdict == "non-finite") == (window in (1, 2, 3))
+        if window == 2:
+            assert "1 window ago: first in batch 5 of that, channel 7." in layer.explanation
+        if window == 3:
+            assert "2 windows ago: first in batch 5 of that, channel 7." in layer.explanation
+            assert "Find what made the values" in layer.remedy
+    nothing = [None] * 3
+    assert told == [nothing, [5, 7, None], [5, 7, 1], [5, 7, 2], nothing, nothing]
+    tracker.detach()
