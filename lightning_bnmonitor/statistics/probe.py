@@ -60,6 +60,7 @@ MAX_BYTES = (
 """Memory that a probe takes of inputs of one shape."""
 _MOMENTUM = 0.1  # any: there are no running statistics
 _MIN_BATCHES, _MIN_DOF = 8, 4
+_ROUNDING = 1e-6  # of a projection in float32, up to which batches do not differ
 
 
 class Scores(NamedTuple):
@@ -105,6 +106,7 @@ class InputProbe:
         if self._window is not None:
             self._window.reset()
 
+    @torch.inference_mode(False)  # what is kept is gone on with in any mode
     @torch.no_grad()
     def see(self, inputs: Sequence[Tensor]) -> None:
         """Look at what a training step is given: floating-point inputs or token ids ``(B, *)`` on one device.
@@ -147,9 +149,9 @@ class InputProbe:
 
     def scores(self) -> Scores | None:
         """How far the data of the window, as far as it is merged, are from random order; None if that is not known."""
-        if self._window is None or not self._is_complete:
+        if self._window is None or self._center is None or not self._is_complete:
             return None
-        scores = scores_of(self._window.blocks())
+        scores = scores_of(self._window.blocks(), float(self._center.square().mean()))
         return scores if all(map(math.isfinite, scores)) else None  # of batches that are all the same, they are not
 
     def state(self) -> dict[str, Any]:
@@ -260,14 +262,21 @@ class _Projection:
         return plan
 
 
-def scores_of(blocks: Blocks) -> Scores:
-    """The scores of blocks of q and a, which are two layers there."""
+def scores_of(blocks: Blocks, offset: float) -> Scores:
+    """The scores of blocks of q and a, which are two layers there; NaN if batches differ by rounding alone.
+
+    Args:
+        blocks: Theirs.
+        offset: Mean square of c, which tells how large rounding is.
+    """
     with np.errstate(all="ignore"):
         blocks = paired(blocks)
         layout, densities = ChannelLayout(blocks.widths), densities_of(blocks)
         sums = sums_of(blocks, densities, layout)
         population = squares_of(densities, sums, layout) / layout.spread(densities.total[MEAN] - 1)
         scale = sums.within / layout.spread(densities.dof)
+        of_batches = scale[MEAN] * layout.spread(densities.num_batches / densities.total[MEAN])
+        population = np.where(of_batches > _ROUNDING**2 * (population + offset), population, np.nan)
         its = batching_of(blocks, densities, sums, scale, population, layout)
         order, group = (
             4 * (ratio - 1) / (limit - 1)
