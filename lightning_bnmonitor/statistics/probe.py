@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from operator import delitem
 from typing import Any, NamedTuple
 
@@ -53,11 +53,10 @@ _WAITING = 72  # batches that may wait to be merged
 _PLANS = 4  # shapes of inputs of which it is kept how they are projected
 MAX_BYTES = (
     8 * Window.CHANNEL_ROWS * 2 * _CHANNELS
-    + 4 * _POINTS * _CHANNELS
-    + 8 * _POINTS
+    + 4 * _POINTS * (_CHANNELS + _PLANS)
     + 4 * _CHANNELS * (_ROWS * _SAMPLES + 3 * (_WAITING + _ROWS))
 )
-"""Memory that a probe takes of inputs of one shape."""
+"""Memory that a probe takes, but for inputs of several shapes of less than 256 values."""
 _MOMENTUM = 0.1  # any: there are no running statistics
 _MIN_BATCHES, _MIN_DOF = 8, 4
 _ROUNDING = 1e-6  # of a projection in float32, up to which batches do not differ
@@ -248,17 +247,24 @@ class _Projection:
         of_tokens = nn.functional.embedding_bag(x.remainder(_POINTS), plan.weights, mode="mean")
         return of_tokens if center is None else of_tokens - center
 
+    @cached_property
+    def _directions(self) -> Tensor:
+        """U for the points of a sample, for all shapes."""
+        return on_device(_directions(), self.device)
+
     def _new_plan(self, shape: torch.Size, is_number: bool) -> _Plan:
         if len(self._plans) >= _PLANS:
             self._plans.clear()
-        size, directions = shape.numel(), _directions()
-        points = None
+        size = shape.numel()
         if size > _POINTS:
-            points = on_device(_points(shape), self.device)
+            plan = _Plan(on_device(_points(shape).astype(np.int32), self.device), self._directions)
         elif is_number:  # the same, without a step that selects: a value counts as often as there are points in it
             directions = np.zeros((size, _CHANNELS), dtype=np.float32)
             np.add.at(directions, _points(shape), _directions())
-        plan = self._plans[shape, is_number] = _Plan(points, on_device(directions, self.device))
+            plan = _Plan(None, on_device(directions, self.device))
+        else:
+            plan = _Plan(None, self._directions)
+        self._plans[shape, is_number] = plan
         return plan
 
 
@@ -302,8 +308,14 @@ def _points(shape: Sequence[int]) -> NDArray[np.int64]:
     """The points of a sample of this shape, as indices of its values, ``(256,)``."""
     if not shape:
         return np.zeros(_POINTS, dtype=np.int64)
-    engine = SobolEngine(len(shape), scramble=True, seed=0)  # type: ignore[no-untyped-call]
-    unit = engine.draw(_POINTS, dtype=torch.float64).numpy()
-    inside = np.minimum((unit * shape).astype(np.int64), np.array(shape) - 1)
+    inside = np.minimum((_unit_points(len(shape)) * shape).astype(np.int64), np.array(shape) - 1)
     points: NDArray[np.int64] = np.ravel_multi_index(tuple(inside.T), tuple(shape))
     return points
+
+
+@cache
+def _unit_points(num_dims: int) -> NDArray[np.float64]:
+    """The points in the unit cube, ``(256, num_dims)``."""
+    engine = SobolEngine(num_dims, scramble=True, seed=0)  # type: ignore[no-untyped-call]
+    unit: NDArray[np.float64] = engine.draw(_POINTS, dtype=torch.float64).numpy()
+    return unit
