@@ -53,10 +53,10 @@ _WAITING = 72  # batches that may wait to be merged
 _PLANS = 4  # shapes of inputs of which it is kept how they are projected
 MAX_BYTES = (
     8 * Window.CHANNEL_ROWS * 2 * _CHANNELS
-    + 4 * _POINTS * (_CHANNELS + _PLANS)
+    + 4 * _POINTS * (_CHANNELS + 2)
     + 4 * _CHANNELS * (_ROWS * _SAMPLES + 3 * (_WAITING + _ROWS))
 )
-"""Memory that a probe takes, but for inputs of several shapes of less than 256 values."""
+"""Memory that a probe takes of inputs of one shape, or of two of more than 256 values."""
 _MOMENTUM = 0.1  # any: there are no running statistics
 _MIN_BATCHES, _MIN_DOF = 8, 4
 _ROUNDING = 1e-6  # of a projection in float32, up to which batches do not differ
