@@ -25,7 +25,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from functools import cache, partial
+from functools import cache, cached_property, partial
 from operator import delitem
 from typing import Any, NamedTuple
 
@@ -53,13 +53,13 @@ _WAITING = 72  # batches that may wait to be merged
 _PLANS = 4  # shapes of inputs of which it is kept how they are projected
 MAX_BYTES = (
     8 * Window.CHANNEL_ROWS * 2 * _CHANNELS
-    + 4 * _POINTS * _CHANNELS
-    + 8 * _POINTS
+    + 4 * _POINTS * (_CHANNELS + 2)
     + 4 * _CHANNELS * (_ROWS * _SAMPLES + 3 * (_WAITING + _ROWS))
 )
-"""Memory that a probe takes of inputs of one shape."""
+"""Memory that a probe takes of inputs of one shape, or of two of more than 256 values."""
 _MOMENTUM = 0.1  # any: there are no running statistics
 _MIN_BATCHES, _MIN_DOF = 8, 4
+_ROUNDING = 1e-6  # of a projection in float32, up to which batches do not differ
 
 
 class Scores(NamedTuple):
@@ -105,6 +105,7 @@ class InputProbe:
         if self._window is not None:
             self._window.reset()
 
+    @torch.inference_mode(False)  # what is kept is gone on with in any mode
     @torch.no_grad()
     def see(self, inputs: Sequence[Tensor]) -> None:
         """Look at what a training step is given: floating-point inputs or token ids ``(B, *)`` on one device.
@@ -147,9 +148,9 @@ class InputProbe:
 
     def scores(self) -> Scores | None:
         """How far the data of the window, as far as it is merged, are from random order; None if that is not known."""
-        if self._window is None or not self._is_complete:
+        if self._window is None or self._center is None or not self._is_complete:
             return None
-        scores = scores_of(self._window.blocks())
+        scores = scores_of(self._window.blocks(), float(self._center.square().mean()))
         return scores if all(map(math.isfinite, scores)) else None  # of batches that are all the same, they are not
 
     def state(self) -> dict[str, Any]:
@@ -246,28 +247,42 @@ class _Projection:
         of_tokens = nn.functional.embedding_bag(x.remainder(_POINTS), plan.weights, mode="mean")
         return of_tokens if center is None else of_tokens - center
 
+    @cached_property
+    def _directions(self) -> Tensor:
+        """U for the points of a sample, for all shapes."""
+        return on_device(_directions(), self.device)
+
     def _new_plan(self, shape: torch.Size, is_number: bool) -> _Plan:
         if len(self._plans) >= _PLANS:
             self._plans.clear()
-        size, directions = shape.numel(), _directions()
-        points = None
+        size = shape.numel()
         if size > _POINTS:
-            points = on_device(_points(shape), self.device)
+            plan = _Plan(on_device(_points(shape).astype(np.int32), self.device), self._directions)
         elif is_number:  # the same, without a step that selects: a value counts as often as there are points in it
             directions = np.zeros((size, _CHANNELS), dtype=np.float32)
             np.add.at(directions, _points(shape), _directions())
-        plan = self._plans[shape, is_number] = _Plan(points, on_device(directions, self.device))
+            plan = _Plan(None, on_device(directions, self.device))
+        else:
+            plan = _Plan(None, self._directions)
+        self._plans[shape, is_number] = plan
         return plan
 
 
-def scores_of(blocks: Blocks) -> Scores:
-    """The scores of blocks of q and a, which are two layers there."""
+def scores_of(blocks: Blocks, offset: float) -> Scores:
+    """The scores of blocks of q and a, which are two layers there; NaN if batches differ by rounding alone.
+
+    Args:
+        blocks: Theirs.
+        offset: Mean square of c, which tells how large rounding is.
+    """
     with np.errstate(all="ignore"):
         blocks = paired(blocks)
         layout, densities = ChannelLayout(blocks.widths), densities_of(blocks)
         sums = sums_of(blocks, densities, layout)
         population = squares_of(densities, sums, layout) / layout.spread(densities.total[MEAN] - 1)
         scale = sums.within / layout.spread(densities.dof)
+        of_batches = scale[MEAN] * layout.spread(densities.num_batches / densities.total[MEAN])
+        population = np.where(of_batches > _ROUNDING**2 * (population + offset), population, np.nan)
         its = batching_of(blocks, densities, sums, scale, population, layout)
         order, group = (
             4 * (ratio - 1) / (limit - 1)
@@ -293,8 +308,14 @@ def _points(shape: Sequence[int]) -> NDArray[np.int64]:
     """The points of a sample of this shape, as indices of its values, ``(256,)``."""
     if not shape:
         return np.zeros(_POINTS, dtype=np.int64)
-    engine = SobolEngine(len(shape), scramble=True, seed=0)  # type: ignore[no-untyped-call]
-    unit = engine.draw(_POINTS, dtype=torch.float64).numpy()
-    inside = np.minimum((unit * shape).astype(np.int64), np.array(shape) - 1)
+    inside = np.minimum((_unit_points(len(shape)) * shape).astype(np.int64), np.array(shape) - 1)
     points: NDArray[np.int64] = np.ravel_multi_index(tuple(inside.T), tuple(shape))
     return points
+
+
+@cache
+def _unit_points(num_dims: int) -> NDArray[np.float64]:
+    """The points in the unit cube, ``(256, num_dims)``."""
+    engine = SobolEngine(num_dims, scramble=True, seed=0)  # type: ignore[no-untyped-call]
+    unit: NDArray[np.float64] = engine.draw(_POINTS, dtype=torch.float64).numpy()
+    return unit
