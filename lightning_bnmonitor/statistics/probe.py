@@ -110,7 +110,7 @@ class InputProbe:
     def see(self, inputs: Sequence[Tensor]) -> None:
         """Look at what a training step is given: floating-point inputs or token ids ``(B, *)`` on one device.
 
-        Of the first 64 steps of a window each is looked at; from then on as many in each doubling of their number.
+        Of the first 64 steps of a window each is looked at; from then on 32 in each doubling of their number.
         """
         number, self._num_steps = self._num_steps, self._num_steps + 1
         if number % (1 << (number // _STEPS).bit_length()):
