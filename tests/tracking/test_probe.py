@@ -107,6 +107,11 @@ def test_what_does_not_count_is_not_seen() -> None:
         tracker.close()
         model(x + 100)
         assert_seen(tracker, steps)
+        twin = copy.deepcopy(model)
+        resumed = BatchNormTracker(twin)
+        resumed.load_state_dict(tracker.state_dict())
+        with resumed:
+            assert_seen(resumed, steps)
         tracker.reset()
         others = batches(12)
         for x in others:
