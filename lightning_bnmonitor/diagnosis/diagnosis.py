@@ -26,7 +26,7 @@ _WITH_WEIGHTS = Statement(
     name="moves with the weights",
     explanation=(
         "Its inputs move with the weights: what the model is given is in random order ({order_score} and {group_score} "
-        "standard errors from it, where chance explains two).",
+        "standard deviations from it, where chance explains two).",
     ),
 )
 

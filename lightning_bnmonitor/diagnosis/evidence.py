@@ -91,9 +91,9 @@ EVIDENCE: Mapping[str, str] = {
     "grouping_ratio": "variance of batch means over that of as many independent samples",
     "grouping_limit": "up to where chance explains grouping_ratio",
     "grouping_share": "share of the variance by which batches differ more than by chance",
-    "order_score": "by how many standard errors parts of the window differ in random projections of what the model was "
-    "given: chance explains up to 2",
-    "group_score": "by how many standard errors batches differ in them more than batches of independent samples do",
+    "order_score": "by how much parts of the window differ in random projections of what the model was given, on the "
+    "scale of a standard normal variable: chance explains up to 2",
+    "group_score": "by how much batches differ in them more than batches of independent samples do, on that scale",
     "dead_channels": "channels whose variance is at most a thousandth of eps",
     "non_finite_channels": "channels with a value or a running statistic that is not finite",
     "non_finite_running_stats": "channels with a running statistic that is not finite",

@@ -148,7 +148,7 @@ def explain_ordered(evidence: Evidence) -> list[str]:
     if "order_score" in evidence:
         return [
             f"The data come in an order, and the running statistics are those of the last part: {differ}, and so does "
-            "what the model is given ({order_score} standard errors from random order, where chance explains two)."
+            "what the model is given ({order_score} standard deviations from random order, where chance explains two)."
         ]
     return [
         f"{_as_sentence(differ)}, and a smooth movement explains but {{smooth_share}} of that.",
@@ -167,7 +167,7 @@ def explain_grouped(evidence: Evidence) -> list[str]:
     if "group_score" in evidence:
         return [
             "The samples of a batch resemble each other (from one video, patient, class or augmentation): "
-            f"{vary}, and so does what the model is given ({{group_score}} standard errors from random batches, "
+            f"{vary}, and so does what the model is given ({{group_score}} standard deviations from random batches, "
             f"where chance explains two). {removed}"
         ]
     return [

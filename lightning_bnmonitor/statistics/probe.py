@@ -8,12 +8,11 @@ normal numbers of a fixed seed, divided by the root of their number, a batch is 
 
 16 channels each, c the mean of :math:`x U` over the first batch of the window: a change of the mean shows in q, one of
 the spread in a. Both go through the machinery of :mod:`~lightning_bnmonitor.statistics.window` as if a BatchNorm layer
-received them, and the *scores* are the distances of the ordering ratio and of the grouping ratio
-(:mod:`~lightning_bnmonitor.statistics.batching`) from 1 in their standard errors,
-
-.. math:: z_o = (F_\text{blk} - 1) / \sqrt{2 / (J - 1) + 2 / \nu}, \qquad z_g = (F_\text{grp} - 1) / \sqrt{2 / \nu},
-
-the larger of the two sets each. Data in random order exceed :data:`LIMIT` by either in 0 to 2 % of windows.
+received them. The *scores* are the ordering ratio (J - 1 and :math:`\nu` degrees of freedom) and the grouping ratio
+(:math:`\nu`, and the number of samples) of :mod:`~lightning_bnmonitor.statistics.batching` on the scale of a standard
+normal variable (:func:`~lightning_bnmonitor.statistics.scores.f_score`), the larger of the two sets each. Their degrees
+of freedom are those of a single channel, as all 16 are one if the inputs have one direction that dominates: then random
+order exceeds :data:`LIMIT` by chance in some 2 % of windows for each score, and as a rule in none.
 
 **Bounded.** Of a sample at most 256 values are looked at, at points of a Sobol sequence in the unit cube: the same
 relative positions at any size, so that images of varying size, or sequences of varying length, are comparable. Of a
@@ -39,7 +38,7 @@ from lightning_bnmonitor.statistics.batching import batching_of
 from lightning_bnmonitor.statistics.blocks import Blocks, paired
 from lightning_bnmonitor.statistics.channel_layout import ChannelLayout
 from lightning_bnmonitor.statistics.contrasts import densities_of, squares_of, sums_of
-from lightning_bnmonitor.statistics.scores import MEAN
+from lightning_bnmonitor.statistics.scores import MEAN, f_score
 from lightning_bnmonitor.statistics.side_by_side import on_device
 from lightning_bnmonitor.statistics.window import Batches, Window, Write, commit
 
@@ -63,7 +62,7 @@ _ROUNDING = 1e-6  # of a projection in float32, up to which batches do not diffe
 
 
 class Scores(NamedTuple):
-    """How far data are from random order, in standard errors; NaN if that cannot be told."""
+    """How far data are from random order, on the scale of a standard normal variable; NaN if that cannot be told."""
 
     order: float
     """By how much parts of the window differ."""
@@ -284,14 +283,10 @@ def scores_of(blocks: Blocks, offset: float) -> Scores:
         of_batches = scale[MEAN] * layout.spread(densities.num_batches / densities.total[MEAN])
         population = np.where(of_batches > _ROUNDING**2 * (population + offset), population, np.nan)
         its = batching_of(blocks, densities, sums, scale, population, layout)
-        order, group = (
-            4 * (ratio - 1) / (limit - 1)
-            for ratio, limit in (
-                (its.ordering_ratio, its.ordering_limit),
-                (its.grouping_ratio, its.grouping_limit),
-            )
-        )
-        is_known = (densities.num_batches >= _MIN_BATCHES) & (densities.dof >= _MIN_DOF)
+        dof = densities.dof
+        order = f_score(its.ordering_ratio, densities.num_blocks - 1, dof)
+        group = f_score(its.grouping_ratio, dof, densities.total[MEAN])
+        is_known = (densities.num_batches >= _MIN_BATCHES) & (dof >= _MIN_DOF)
         largest = (np.fmax.reduce(np.where(is_known, score, np.nan)) for score in (order, group))
     return Scores(*(float(score) for score in largest))
 

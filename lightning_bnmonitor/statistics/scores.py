@@ -25,6 +25,18 @@ def student_score(z: FloatArray, dof: FloatArray) -> FloatArray:
     return np.copysign(score, z, out=score)
 
 
+def f_score(ratio: FloatArray, dof: FloatArray, dof_below: FloatArray) -> FloatArray:
+    r"""A ratio of variances with so many degrees of freedom, F, on the scale of a standard normal variable.
+
+    .. math:: \frac{(1 - a_2) F^{1/3} - (1 - a_1)}{\sqrt{a_2 F^{2/3} + a_1}}, \qquad a_i = \frac{2}{9 \nu_i}
+
+    Source: E. Paulson, "An approximate normalization of the analysis of variance distribution", 1942.
+    """
+    above, below, root = 2 / (9 * dof), 2 / (9 * dof_below), np.cbrt(ratio)
+    score: FloatArray = ((1 - below) * root - (1 - above)) / np.sqrt(below * root**2 + above)
+    return score
+
+
 def exceeds_chance(layout: ChannelLayout, scores: FloatArray, limit: float | FloatArray = _LIMIT) -> BoolArray:
     """Whether a layer's scores are more than chance, ``(K, 2, C)`` to ``(K, 2, L)``, for K comparisons.
 
