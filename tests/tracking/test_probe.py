@@ -472,7 +472,7 @@ def test_sorted_data_are_called_so_with_what_the_model_is_given_as_the_reason(tm
     assert first.verdict == "ordered-batches"
     score = f"{first.evidence['order_score']:.3g}"
     assert "The data come in an order" in first.explanation
-    assert f"what the model is given ({score} standard errors from random order" in first.explanation
+    assert f"what the model is given ({score} standard deviations from random order" in first.explanation
     assert "Shuffle" in first.remedy
     assert "If they are shuffled" not in first.remedy
     assert "move with the weights" not in first.explanation
