@@ -108,6 +108,7 @@ class LayerHook(Hook):
         self.by_pass = False
         self._has_warned = False  # of a call that could not be measured
         self.skipped = 0  # calls that cannot be looked at
+        self.trained_in_validation = False  # whether a call in validation has updated the running statistics
         self.calls_in_eval_mode = 0  # those with gradients while the root was in eval mode
         self.first_call = -1  # the earlier the layer was called for the first time, the smaller
         self.own_forward: bool | None = None  # whether outputs are made without a BatchNorm kernel; None if not known
@@ -213,6 +214,8 @@ class LayerHook(Hook):
     @never_compiled
     def _take(self, module: BatchNorm, x: object, output: object, updating: bool) -> None:
         """A call that is not like the last one."""
+        if self.gate.validating and updating and not self.gate.paused:
+            self.trained_in_validation = True
         if self.gate.paused or self.gate.is_closed or is_exporting():
             return
         if is_abstract(x) or not _has_channels(x, module):
@@ -267,6 +270,8 @@ class LayerHook(Hook):
             except Exception as error:
                 self._warn_of(module, error)
                 return
+            if module.training and module.track_running_stats and module.running_mean is not None:
+                self.trained_in_validation = True
             self.validate(moments)
 
     def _warn_of(self, module: BatchNorm, error: Exception) -> None:

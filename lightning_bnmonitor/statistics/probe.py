@@ -40,22 +40,19 @@ from lightning_bnmonitor.statistics.channel_layout import ChannelLayout
 from lightning_bnmonitor.statistics.contrasts import densities_of, squares_of, sums_of
 from lightning_bnmonitor.statistics.scores import MEAN, f_score
 from lightning_bnmonitor.statistics.side_by_side import on_device
-from lightning_bnmonitor.statistics.window import Batches, Window, Write, commit
+from lightning_bnmonitor.statistics.window import Batches, Window, commit
 
 LIMIT = 2.0
 """Score from which on data are not in random order."""
 _CHANNELS = 16
 _POINTS, _SAMPLES = 256, 64
 _STEPS = 64  # of a window that are all looked at
-_ROWS = 3  # batches that are summed up at once
-_WAITING = 72  # batches that may wait to be merged
+_TOGETHER = 2 * _SAMPLES  # samples that are summed up at once,
+_ROWS = 16  # of at most so many batches
+_WAITING = 64  # batches that may wait to be merged
 _PLANS = 4  # shapes of inputs of which it is kept how they are projected
-MAX_BYTES = (
-    8 * Window.CHANNEL_ROWS * 2 * _CHANNELS
-    + 4 * _POINTS * (_CHANNELS + 2)
-    + 4 * _CHANNELS * (_ROWS * _SAMPLES + 3 * (_WAITING + _ROWS))
-)
-"""Memory that a probe takes of inputs of one shape, or of two of more than 256 values."""
+_WINDOW_BYTES = 8 * Window.CHANNEL_ROWS * 2 * _CHANNELS
+_WAITING_BYTES = 4 * _CHANNELS * (_TOGETHER + 3 * (_WAITING + _ROWS))
 _MOMENTUM = 0.1  # any: there are no running statistics
 _MIN_BATCHES, _MIN_DOF = 8, 4
 _ROUNDING = 1e-6  # of a projection in float32, up to which batches do not differ
@@ -93,6 +90,11 @@ class InputProbe:
         self._waiting: list[_Sums] = []  # of those before, to be merged
         self.reset()
 
+    @property
+    def max_bytes(self) -> int:
+        """Memory that it takes of inputs of the shapes that it knows; 0 before the first."""
+        return 0 if self._projection is None else _WINDOW_BYTES + _WAITING_BYTES + self._projection.nbytes
+
     def reset(self) -> None:
         """Forget all batches."""
         self._rows.clear()
@@ -115,7 +117,7 @@ class InputProbe:
         if number % (1 << (number // _STEPS).bit_length()):
             return
         if sum(len(sums.total) for sums in self._waiting) >= _WAITING:
-            commit(self.merged())
+            self._merge()
         device = inputs[0].device if inputs else None
         if self._projection is None and device is not None:
             self._place(device)
@@ -128,12 +130,12 @@ class InputProbe:
             self._take(self._projection, inputs)
 
     @torch.no_grad()
-    def merged(self) -> list[Write]:
-        """What is to be written to merge what waits into the window."""
+    def _merge(self) -> None:
+        """Merge what waits into the window, in one step."""
         self._sum_up()
         waiting = self._waiting[:]
         if self._window is None or not waiting:
-            return []
+            return
         counts = tuple(sums.num_samples for sums in waiting for _ in sums.total)
         samples = on_device(np.array(counts, dtype=np.float32)[:, None], waiting[0].total.device)
         _, totals, sizes, lengths = zip(*waiting, strict=True)
@@ -143,17 +145,19 @@ class InputProbe:
             layer: Batches(counts, mean.unbind(), (squares - mean.square()).clamp_min_(0).unbind(), *same)
             for layer, mean in enumerate(means)
         }
-        return [*self._window.merged(batches), partial(delitem, self._waiting, slice(len(waiting)))]
+        commit([*self._window.merged(batches), partial(delitem, self._waiting, slice(len(waiting)))])
 
     def scores(self) -> Scores | None:
-        """How far the data of the window, as far as it is merged, are from random order; None if that is not known."""
+        """How far the data of the window so far are from random order; None if that is not known."""
+        self._merge()
         if self._window is None or self._center is None or not self._is_complete:
             return None
         scores = scores_of(self._window.blocks(), float(self._center.square().mean()))
         return scores if all(map(math.isfinite, scores)) else None  # of batches that are all the same, they are not
 
     def state(self) -> dict[str, Any]:
-        """What :meth:`restore` needs, when nothing waits."""
+        """What :meth:`restore` needs."""
+        self._merge()
         window = self._window
         return {
             "channels": None if window is None else window.channel_state(),
@@ -196,7 +200,8 @@ class InputProbe:
             q = sum((part * scale for part, scale in zip(parts[1:], self._scales, strict=True)), parts[0])
             self._center = q.mean(0) if self._center is None else self._center
             q = q - self._center
-        if len(self._rows) >= _ROWS or (self._rows and len(self._rows[0]) != len(q)):
+        rows = self._rows
+        if rows and (len(rows[0]) != len(q) or len(rows) == _ROWS or (len(rows) + 1) * len(q) > _TOGETHER):
             self._sum_up()
         self._rows.append(q)
 
@@ -229,6 +234,12 @@ class _Projection:
     def __init__(self, device: torch.device) -> None:
         self.device = device
         self._plans: dict[tuple[torch.Size, bool], _Plan] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Memory that it takes."""
+        kept = {id(part): part.nbytes for plan in self._plans.values() for part in plan if part is not None}
+        return sum(kept.values())
 
     def __call__(self, x: Tensor, center: Tensor | None = None) -> Tensor:
         """XU less ``center``, ``(B, 16)`` float32, of the first 64 samples of an input ``(N, *)``."""

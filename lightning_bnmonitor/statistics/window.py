@@ -301,8 +301,10 @@ class Window:
         None if it is known that all are finite. On the CPU one sum tells that, in the usual case; elsewhere to ask
         would mean to wait for the device.
         """
-        if self.device.type == "cpu" and np.isfinite(merged.numpy().sum()):
-            return None
+        if self.device.type == "cpu":
+            with np.errstate(invalid="ignore"):  # of Inf and -Inf
+                if np.isfinite(merged.numpy().sum()):
+                    return None
         nothing = (mean + var).mul_(0)  # or NaN
         index = torch.arange(len(mean), dtype=torch.float64, device=self.device)[:, None]
         return torch.where(nothing == 0, torch.inf, index).add_(lead).amin(dim=0)

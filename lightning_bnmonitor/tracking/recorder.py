@@ -159,13 +159,8 @@ class Recorder:
                 layer.keep_for_validation(now, layer.module in changed, is_known and not changed)
         for layer in self.layers:
             layer.start_validation(loader)
+        self._forget_last_calls()  # what goes the short way does not ask whether it is within validation
         self.gate.validating = True
-
-    def look_for_updates_in_validation(self) -> None:
-        """Find out whether running statistics are no longer what they were when validation began."""
-        for layer, now in _with_snapshots([layer for layer in self.layers if layer.val_start is not None]):
-            assert layer.val_start is not None
-            layer.val_updated = layer.val_start.buffers is not None and not layer.val_start.has_same_buffers(now)
 
     def rewritten(self, histories: Mapping[BatchNorm, History | None]) -> None:
         """Take note that we have just written the running statistics of these layers, and what they are made of.

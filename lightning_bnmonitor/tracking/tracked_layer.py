@@ -51,8 +51,6 @@ class TrackedLayer:
         self._in_validation = PooledCalls()  # of the present loader
         self.val_running: Tensor | None = None  # running statistics as validation began, if they have a part in it
         self.val_standing = Standing.ABSENT  # what they were then
-        self.val_start: Snapshot | None = None  # as they were then, whether they have a part in it or not
-        self.val_updated = False  # whether validation has changed them
         self.window: Window | None = None  # where its channels are accumulated, from its first merge on
         self.index = -1
         self.width = 0  # channels of what is stashed and accumulated; 0 before the first call
@@ -141,12 +139,12 @@ class TrackedLayer:
             has_own_weights: Whether weight or bias are others than training has left.
             has_weights_of_training: Whether those of no layer are, as far as is known.
         """
-        self.val_running, self.val_start, self.val_updated = now.buffers, now, False
+        self.val_running, self.hook.trained_in_validation = now.buffers, False
         self.val_standing = self._standing(now, has_own_weights, has_weights_of_training)
 
     def end_validation(self) -> None:
         """Drop what was seen in validation."""
-        self.validation, self.val_running, self.val_standing, self.val_start = {}, None, Standing.ABSENT, None
+        self.validation, self.val_running, self.val_standing = {}, None, Standing.ABSENT
 
     def validate(self, moments: BatchMoments) -> None:
         """Take the moments of one call in validation."""

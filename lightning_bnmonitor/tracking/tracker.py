@@ -31,7 +31,7 @@ class BatchNormTracker:
     that validation does not, and frozen layers inside a training model do. Nothing that is computed changes: hooks only
     read, and never wait for the device within a step.
 
-    State is 600 bytes a channel, about 850 bytes a layer, up to 62 KiB for what the model is given, and the batch
+    State is 600 bytes a channel, about 850 bytes a layer, up to 58 KiB for what the model is given, and the batch
     moments of up to 72 calls (8 bytes a channel each, twice as many in float64 or by a pass): as many as keep it below
     1 KiB a channel + 64 KiB. It is float64, on the layers' device (on the CPU for MPS, which has none).
 
@@ -238,7 +238,6 @@ class BatchNormTracker:
                 have seen no batch of one of them. None: as many as were seen.
         """
         self.stop_validation()
-        self._recorder.look_for_updates_in_validation()
         layers, together = self._recorder.layers, all_ranks and collectives.num_ranks() > 1
         seen = max((loader + 1 for layer in layers for loader in layer.validation), default=0)
         report = with_validation(self._of_window(), layers, together, num_loaders or max(seen, 1))

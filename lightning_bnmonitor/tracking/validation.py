@@ -209,7 +209,13 @@ def _compared(
     own_forward = {type(layer.module) for layer in layers if layer.hook.own_forward}
     comparison = Comparison(
         *(statistics.weight[MEAN] - statistics.weight[VAR], error, noise.of_error, shift, noise.of_shift),
-        *(misfit, standing, np.array([layer.val_updated for layer in layers], dtype=float), population, running),
+        *(
+            misfit,
+            standing,
+            np.array([layer.hook.trained_in_validation for layer in layers], dtype=float),
+            population,
+            running,
+        ),
     )
     for index, (layer, own) in enumerate(zip(layers, layout.slices, strict=True)):
         if layer.name in report:

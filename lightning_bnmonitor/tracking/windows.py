@@ -13,7 +13,7 @@ from lightning_bnmonitor.capture.layer_hook import STASH_LIMIT
 from lightning_bnmonitor.statistics.blocks import Blocks, concatenated, empty_blocks, selected
 from lightning_bnmonitor.statistics.channel_layout import ChannelLayout, FloatArray
 from lightning_bnmonitor.statistics.joined_windows import ENOUGH, KeptWindow
-from lightning_bnmonitor.statistics.probe import MAX_BYTES, InputProbe
+from lightning_bnmonitor.statistics.probe import InputProbe
 from lightning_bnmonitor.statistics.window import Window, Write, commit
 from lightning_bnmonitor.tracking.buffers import device_of
 from lightning_bnmonitor.tracking.call_sites import CallSites
@@ -51,7 +51,6 @@ class Windows:
             if batches:
                 writes += window.merged(batches)
         writes += self.call_sites.merged(waiting)
-        writes += self.probe.merged()
         for layer, calls in waiting.items():
             writes += layer.taken(calls)
         commit(writes)
@@ -184,7 +183,9 @@ class Windows:
         """Let as many calls of each layer wait as there is room for beside the windows, the earlier ones included."""
         kept = sum(window.nbytes for layer in self.layers for window in layer.earlier)
         kept += sum(edges.nbytes for layer in self.layers for edges in (layer.edges, layer.end_edges) if edges)
-        room = _calls_that_may_wait(len(self.layers), sum(layer.width for layer in self.layers), kept)
+        room = _calls_that_may_wait(
+            len(self.layers), sum(layer.width for layer in self.layers), self.probe.max_bytes, kept
+        )
         for layer in self.layers:
             layer.hook.make_room(room)
 
@@ -208,10 +209,11 @@ def _unpacked(kept: FloatArray, num_batches: Sequence[int], width: int) -> tuple
     return [KeptWindow.unpacked(part, num, width) for part, num in zip(parts, num_batches, strict=True)], rest
 
 
-def _calls_that_may_wait(num_layers: int, num_channels: int, kept: int = 0) -> int:
+def _calls_that_may_wait(num_layers: int, num_channels: int, probe: int, kept: int) -> int:
     """So many of each layer that they and the windows take at most 1 KiB a channel + 64 KiB, but not few.
 
-    ``kept`` are the bytes of earlier windows. As they are rarely kept for long, few calls suffice then.
+    ``probe`` are the bytes of what is kept of the model's inputs, ``kept`` those of earlier windows. As they are rarely kept for long, few calls suffice then.
     """
-    room = (1024 - _CHANNEL_BYTES) * num_channels + 64 * 1024 - _LAYER_BYTES * num_layers - MAX_BYTES - kept
+    taken = _LAYER_BYTES * num_layers + probe + kept
+    room = (1024 - _CHANNEL_BYTES) * num_channels + 64 * 1024 - taken
     return min(max(room // (8 * max(num_channels, 1)), ENOUGH if kept else STASH_LIMIT // 2), STASH_LIMIT)

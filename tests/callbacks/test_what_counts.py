@@ -85,7 +85,8 @@ def test_evaluation_outside_of_fit_leaves_the_report_of_a_fit_and_no_hook_on_the
         evaluate(model, val_data())
         assert monitor.report().to_dict() == before
         assert hooks_of(model) == 0
-    assert hooks == [len(LAYERS)] * 6 + [0] * 3 + [len(LAYERS)] * 6 + [0] * 3  # none to predict
+    each = len(LAYERS) + 1  # and one before the model
+    assert hooks == [each] * 6 + [0] * 3 + [each] * 6 + [0] * 3  # none to predict
 
 
 def test_a_frozen_layer_inside_a_training_model_is_counted_and_its_inputs_are_the_population(tmp_path):

@@ -22,8 +22,8 @@ def test_the_published_experiment_gives_every_published_digit() -> None:
     assert "(root): healthy." in output
 
 
-def test_no_healthy_layer_is_said_to_need_attention_and_few_sick_ones_are_missed() -> None:
-    output = printed("false_alarms.py", "--every", 7, "--epochs", 2)
+def test_no_healthy_layer_is_said_to_need_attention_and_no_sick_one_is_missed() -> None:
+    output = printed("false_alarms.py", "--every", 9, "--epochs", 2)
     found = re.search(
         r"(\d+) of (\d+) healthy layer-windows \(.*\) were said to need attention, (\d+) of (\d+) sick ones \(.*\) "
         r"were not\. (\d+) of (\d+) layer-windows of shuffled data were told to shuffle\.",
@@ -31,10 +31,9 @@ def test_no_healthy_layer_is_said_to_need_attention_and_few_sick_ones_are_missed
     )
     assert found is not None, output
     alarms, healthy, missed, sick, told, shuffled = map(int, found.groups())
-    assert alarms == told == 0
-    assert healthy >= 25
-    assert missed <= 4 < 40 <= sick
-    assert shuffled >= 100
+    assert alarms == told == missed == 0
+    assert min(healthy, sick) >= 20
+    assert shuffled >= 60
 
 
 def test_the_main_example_reports_repairs_and_says_how_to_look_at_it(tmp_path: Path) -> None:

@@ -272,7 +272,7 @@ def test_short_windows_that_are_kept_fit_into_that(
         ([8], torch.float64, STASH_LIMIT // 2),
         ([20_000], torch.float32, 53),  # (1024 - 600) / 8 bytes, and little more
         ([20_000], torch.float64, 26),
-        ([64] * 100, torch.float32, 51),  # 850 bytes a layer less, and what the model is given
+        ([64] * 100, torch.float32, 52),  # 850 bytes a layer less
         ([1] * 120, torch.float32, STASH_LIMIT // 2),
     ],
 )

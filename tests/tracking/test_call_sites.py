@@ -80,6 +80,7 @@ def test_calls_of_one_kind_are_not_flagged(calls: int | list[int]) -> None:
 def test_one_call_a_step_tells_nothing_of_calls() -> None:
     model = layer()
     with BatchNormTracker(model) as tracker:
+        tracker.see_inputs(())  # so that what the model is given is not looked at
         evidence = train(tracker, model, steps_of(60, calls=1)).evidence
         assert not evidence.keys() & {"call_shift", "call_shift_index", "calls_per_step"}
         assert bytes_held(tracker) < 1024 * C
@@ -373,11 +374,11 @@ def test_a_step_of_two_calls_has_few_more_operations() -> None:
         model = nn.Sequential(*[nn.Sequential(nn.Linear(C, C), nn.BatchNorm1d(C)) for _ in range(8)])
         with BatchNormTracker(model) if monitored else contextlib.nullcontext() as tracker:
             with Operations() as seen:
-                for _ in range(80):
+                for _ in range(160):
                     (model(torch.randn(4, C)) - model(torch.randn(4, C))).square().mean().backward()
                     if tracker is not None:
                         tracker.step()
             assert tracker is None or "call_shift" in tracker.report()["0.1"].evidence
         return len(seen.names)
 
-    assert 0 < operations(monitored=True) - operations(monitored=False) <= 5 * 80
+    assert 0 < operations(monitored=True) - operations(monitored=False) <= 5 * 160

@@ -38,10 +38,14 @@ class Net(LightningModule):
         self.norm.momentum = 0.1
         self.received: list[torch.Tensor] = []
 
-    def training_step(self, batch, batch_idx):
+    def on_after_batch_transfer(self, batch, dataloader_idx):
         # A spoilt rank gets sorted data in the second epoch.
-        is_spoilt = self.global_rank == self.spoilt and self.current_epoch == 1 and batch_idx // 10 % 2
-        x = batch[0] + 3 * is_spoilt
+        is_second = self.trainer.training and self.current_epoch == 1
+        is_spoilt = is_second and self.global_rank == self.spoilt and self.trainer.global_step % BATCHES // 10 % 2
+        return [batch[0] + 3 * is_spoilt]
+
+    def training_step(self, batch, batch_idx):
+        (x,) = batch
         self.received.append(x)
         return self.out(self.norm(x)).square().mean()
 

@@ -19,7 +19,6 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bnmonitor import BatchNormMonitor, BatchNormTracker, LayerReport
 from lightning_bnmonitor.statistics.probe import LIMIT, InputProbe, Scores
-from lightning_bnmonitor.statistics.window import commit
 from tests.promises.recorded_training import assert_identical
 from tests.promises.recorded_training import train as recorded_training
 from tests.promises.test_cost import bytes_held
@@ -31,7 +30,7 @@ def scores_of(steps: list[Any]) -> Scores | None:
     probe = InputProbe()
     for step in steps:
         probe.see([step] if isinstance(step, Tensor) else step)
-    commit(probe.merged())
+    probe._merge()
     return probe.scores()
 
 
