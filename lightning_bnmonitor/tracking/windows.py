@@ -212,7 +212,8 @@ def _unpacked(kept: FloatArray, num_batches: Sequence[int], width: int) -> tuple
 def _calls_that_may_wait(num_layers: int, num_channels: int, probe: int, kept: int) -> int:
     """So many of each layer that they and the windows take at most 1 KiB a channel + 64 KiB, but not few.
 
-    ``probe`` are the bytes of what is kept of the model's inputs, ``kept`` those of earlier windows. As they are rarely kept for long, few calls suffice then.
+    ``probe`` are the bytes of what is kept of the model's inputs, ``kept`` those of earlier windows. As these are
+    rarely kept for long, few calls suffice then.
     """
     taken = _LAYER_BYTES * num_layers + probe + kept
     room = (1024 - _CHANNEL_BYTES) * num_channels + 64 * 1024 - taken
