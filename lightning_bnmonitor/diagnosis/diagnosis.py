@@ -80,7 +80,9 @@ class Diagnosis:
         """What to do about it; empty if there is nothing to do."""
         verdict = VERDICTS[self.verdict]
         statements: list[Statement] = [FLAGS[flag] for flag in self.flags]
-        if self.needs_attention or verdict.attention != "if wrong":
+        # "Nothing to do" is not said beside a flag that tells what to do.
+        is_flagged = any(FLAGS[flag].attention(self.evidence) for flag in self.flags)
+        if {"always": True, "if wrong": self.needs_attention, "never": not is_flagged}[verdict.attention]:
             statements.insert(0, verdict)
         return _joined(statement.prescribe(self.evidence) for statement in statements)
 

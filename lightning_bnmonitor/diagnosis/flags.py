@@ -255,8 +255,8 @@ _TABLE = (
             "Against what it receives in training, its running statistics are off by {eval_error}.",
         ),
         remedy=(
-            "`print(lightning_bnmonitor.attribute_eval_gap(model, loader, loss))` tells whether better running "
-            f"statistics help; if so, {RECALIBRATE}.",
+            "See whether better running statistics help: `print(lightning_bnmonitor.attribute_eval_gap(model, loader, "
+            f"loss))`. If so, {RECALIBRATE}.",
         ),
     ),
     Flag(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lightning_bnmonitor.diagnosis.evidence import WARNING, Evidence
-from lightning_bnmonitor.diagnosis.rules import is_noisy_at_last, is_of_few_samples
+from lightning_bnmonitor.diagnosis.rules import is_noisy_at_last, is_of_few_samples, moves_with_weights
 from lightning_bnmonitor.diagnosis.sentences import RECALIBRATE, RECALIBRATE_FROZEN
 
 
@@ -232,11 +232,16 @@ def explain_warming_up(evidence: Evidence) -> list[str]:
 
 def explain_lagging(evidence: Evidence) -> list[str]:
     """Explain ``lagging``."""
-    return [
+    sentences = [
         "The running statistics are those of earlier batches, from which the layer's inputs have moved away: eval() is "
-        f"off by {{eval_error}}{_where_noise_explains(evidence)}. Whether the weights or the data have moved, or the "
-        "running statistics came from other data, the inputs alone do not tell."
+        f"off by {{eval_error}}{_where_noise_explains(evidence)}."
     ]
+    if not moves_with_weights(evidence):
+        sentences.append(
+            "Whether the weights or the data have moved, or the running statistics came from other data, the inputs "
+            "alone do not tell."
+        )
+    return sentences
 
 
 def _where_noise_explains(evidence: Evidence) -> str:

@@ -221,3 +221,12 @@ def test_a_large_momentum_may_be_meant_as_keras_means_it(momentum, is_said):
     if is_said:
         assert printed(1 - momentum) in numbers(diagnosis.explanation)
     words_are_sound(diagnosis)
+
+
+def test_nothing_to_do_is_not_said_beside_what_is_to_be_done():
+    known = {"drift_error": 0.3, "eval_error": 0.05, "val_error": 0.5, "val_error_noise": 0.01, "calls_saved": 9.0}
+    assert Diagnosis("drifting", (), False, known).remedy.startswith("Nothing to do")
+    flagged = Diagnosis("drifting", ("other-weights",), True, known).remedy
+    assert "Nothing to do" not in flagged
+    assert "PreciseBatchNorm" in flagged
+    assert Diagnosis("drifting", ("half-frozen",), False, known).remedy.startswith("Nothing to do")
