@@ -106,6 +106,10 @@ class InputProbe:
         if self._window is not None:
             self._window.reset()
 
+    def give_up(self) -> None:
+        """Tell nothing of this window, as not all of it was seen."""
+        self._is_complete = False
+
     @torch.inference_mode(False)  # what is kept is gone on with in any mode
     @torch.no_grad()
     def see(self, inputs: Sequence[Tensor]) -> None:
@@ -114,7 +118,7 @@ class InputProbe:
         Of the first 64 steps of a window each is looked at; from then on 32 in each doubling of their number.
         """
         number, self._num_steps = self._num_steps, self._num_steps + 1
-        if number % (1 << (number // _STEPS).bit_length()):
+        if number % (1 << (number // _STEPS).bit_length()) or not self._is_complete:
             return
         if sum(len(sums.total) for sums in self._waiting) >= _WAITING:
             self._merge()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 import weakref
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -89,7 +90,11 @@ class Recorder:
         root = gate.root()
         if root is not None and root.training and not (gate.paused or gate.is_closed):
             with gate.lock:
-                self.windows.probe.see(inputs_in(batch))
+                try:
+                    self.windows.probe.see(inputs_in(batch))
+                except Exception as error:  # no reason not to train
+                    self.windows.probe.give_up()
+                    warnings.warn(f"What the model is given cannot be looked at: {error!r}", stacklevel=4)
 
     # Where a graph breaks, what runs eagerly is compiled, too, function by function.
     @never_compiled

@@ -491,3 +491,18 @@ def test_shuffled_data_are_never_called_sorted_however_fast_the_weights_move(tmp
             assert ("Its inputs move with the weights" in layer.explanation) == (ordered or grouped)
             moved += ordered or grouped
     assert moved >= 3
+
+
+def test_inputs_that_raise_an_error_end_no_run_and_tell_nothing(monkeypatch):
+    def fails(self, inputs):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr(InputProbe, "see", fails)
+    model = nn.Sequential(nn.Linear(4, 3), nn.BatchNorm1d(3))
+    with BatchNormTracker(model) as tracker:
+        for _ in range(20):
+            with pytest.warns(UserWarning, match="out of memory"):
+                model(torch.randn(8, 4))
+    layer = tracker.report()["1"]
+    assert layer.num_batches == 20
+    assert "order_score" not in layer.evidence
