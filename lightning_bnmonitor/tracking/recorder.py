@@ -48,6 +48,7 @@ class Recorder:
         self.is_attached = False  # whether a tracker records a model with it
         self._by_pass = by_pass
         self._is_told_of_inputs = False  # by whoever runs the training steps
+        self._was_told_of_steps = False  # before the state that was restored was saved
         self._last_seen_step = -1  # of which the model's arguments were seen
         self._affine: AffineWeights | None = None  # as the window has ended, while nothing waits to be merged
         _recorders.add(self)
@@ -79,10 +80,17 @@ class Recorder:
 
     def see_arguments(self, arguments: object) -> None:
         """Look at what the model is given, unless somebody else tells of that, or has been given in this step."""
-        steps = self.gate.steps
-        if not (self._is_told_of_inputs or 0 < steps == self._last_seen_step):
-            self._last_seen_step = steps
+        if not (self._is_told_of_inputs or (self._is_told_of_steps and self._has_seen_step)):
+            self._last_seen_step = self.gate.steps
             self._see(arguments)
+
+    @property
+    def _is_told_of_steps(self) -> bool:
+        return self.gate.steps > 0 or self._was_told_of_steps
+
+    @property
+    def _has_seen_step(self) -> bool:
+        return self._last_seen_step == self.gate.steps
 
     @never_compiled
     def _see(self, batch: object) -> None:
@@ -188,6 +196,8 @@ class Recorder:
             "rank": collectives.rank(),
             "closed": self.is_closed,
             "steps_in_eval_mode": self.gate.steps_in_eval_mode,
+            "told_of_steps": self._is_told_of_steps,
+            "seen_step": self._has_seen_step,
             **rows,
         }
 
@@ -204,6 +214,8 @@ class Recorder:
         self.places.forget()
         self._affine = None
         self.gate.steps_in_eval_mode = state["steps_in_eval_mode"]
+        self._was_told_of_steps = state["told_of_steps"]
+        self._last_seen_step = self.gate.steps if state["seen_step"] else -1
         self._reopen()
         for layer in self.layers:
             layer.forget()

@@ -320,6 +320,36 @@ def test_a_window_that_is_resumed_says_what_an_uninterrupted_one_does(saved_at: 
     assert_seen(other, steps)
 
 
+@pytest.mark.parametrize("load_first", [False, True])
+@pytest.mark.parametrize("saved_at", [40, 41])
+def test_resumed_within_a_step_or_between_two_the_same_calls_are_seen(saved_at: int, load_first: bool) -> None:
+    """Two calls a step, of which the first counts, whether or not the resumed loop has told of a step yet."""
+
+    def feed(model: nn.Module, tracker: BatchNormTracker, calls: range) -> None:
+        for t in calls:
+            model(steps[t])
+            if t % 2:
+                tracker.step()
+
+    steps, model = batches(80), network()
+    with BatchNormTracker(model) as tracker:
+        feed(model, tracker, range(2))
+        tracker.reset()
+        feed(model, tracker, range(2, saved_at))
+        saved = saved_and_loaded(tracker.state_dict())
+        resumed = copy.deepcopy(model)
+        feed(model, tracker, range(saved_at, 80))
+        assert_seen(tracker, steps[2::2])
+    other = BatchNormTracker(resumed)
+    if load_first:
+        other.load_state_dict(saved)
+    with other:
+        if not load_first:
+            other.load_state_dict(saved)
+        feed(resumed, other, range(saved_at, 80))
+        assert_seen(other, steps[2::2])
+
+
 @pytest.mark.parametrize("copied", [copy.deepcopy, lambda model: pickle.loads(pickle.dumps(model))])
 @pytest.mark.parametrize("compiled", [False, True])
 def test_copies_of_a_model_tell_nothing(copied: Callable[[nn.Module], nn.Module], compiled: bool) -> None:
