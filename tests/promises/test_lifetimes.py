@@ -6,6 +6,7 @@ import contextlib
 import copy
 import gc
 import io
+import itertools
 import pickle
 import sys
 import weakref
@@ -159,14 +160,17 @@ def test_a_thousand_windows_take_no_more_memory_than_a_hundred():
             model(x)
             tracker.reset()
         num_objects, num_tensors = objects()
-        num_blocks = sys.getallocatedblocks()
-        for _ in range(900):
-            model(x)
-            tracker.reset()
-        after_objects, after_tensors = objects()
+        num_blocks = [sys.getallocatedblocks()]
+        for _ in range(3):
+            for _ in range(300):
+                model(x)
+                tracker.reset()
+            after_objects, after_tensors = objects()
+            num_blocks.append(sys.getallocatedblocks())
         assert after_tensors <= num_tensors
         assert after_objects - num_objects < 100  # of which there would be 900 for each that a window leaves behind
-        assert sys.getallocatedblocks() - num_blocks < 900  # nor are there any that are not counted above
+        # Nor are there any that are not counted above, as there would be in all three, where caches fill up sometime.
+        assert min(after - before for before, after in itertools.pairwise(num_blocks)) < 300
         assert_population(layer_of(tracker), [])
         batches = feed(model)
         assert_population(layer_of(tracker), batches)
