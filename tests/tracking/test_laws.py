@@ -59,7 +59,8 @@ def draw_momenta(data, number):
 )
 def test_the_population_is_the_same_however_values_are_split_into_batches_of_any_shape(data, loc, dtype, seed):
     values = torch.from_numpy(np.random.default_rng(seed).normal(loc, 1.0, (120, 2))).to(dtype)
-    capture, bound = ("pass", 1e-9) if dtype == torch.float64 else ("auto", 1e-5)
+    # PyTorch's float32 kernel adds up values one by one, so that its error grows with them.
+    capture, bound = ("pass", 1e-9) if dtype == torch.float64 else ("auto", 1e-6 * (1 + abs(loc)))
     for _ in range(2):
         batches = []
         for part in torch.tensor_split(values, sorted(data.draw(st.sets(st.integers(1, 59), max_size=40)))):
