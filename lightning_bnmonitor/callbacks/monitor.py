@@ -45,9 +45,9 @@ class BatchNormMonitor(Callback):
         validation_batches: Batches of each validation loader in each validation, on each rank, that are compared with
             training, by a pass over the inputs of each layer; 0 for none.
         log_key_prefix: What the logged names begin with, not empty.
-        on_unhealthy: What to do at a window's end, and after a validation that follows it, if layers need attention:
-            ``"warn"`` of each layer and cause once, ``"ignore"``, or ``"raise"`` :class:`UnhealthyBatchNormError` with
-            the report on every rank.
+        on_unhealthy: What to do at a window's end, after a validation that follows it, and after ``validate`` or
+            ``test`` alone, if layers need attention: ``"warn"`` of each layer and cause once, ``"ignore"``, or
+            ``"raise"`` :class:`UnhealthyBatchNormError` with the report on every rank.
 
     **On several ranks** a report tells of all of them together, and is the same on each: see
     :meth:`BatchNormTracker.close() <lightning_bnmonitor.BatchNormTracker.close>`. That takes two collectives a window,
@@ -73,7 +73,8 @@ class BatchNormMonitor(Callback):
     - ``bn/val_shift_max``: the largest distance of what a layer receives in validation from what it receives in
       training: the RMS error of the normalised activation that the present statistics of training make there. Logged
       when validation ends.
-    - ``bn/unhealthy_layers``: the number of layers that need attention (see ``LayerReport.verdict``).
+    - ``bn/unhealthy_layers``: the number of layers that need attention (see ``LayerReport.verdict``). Logged again if
+      the validation after the window has changed it.
     - ``bn.eval_error/<layer>``, ``bn.act_rmse/<layer>``, ``bn.mean_shift/<layer>``: the same for each layer.
     - ``bn.val_error/<layer>``, ``bn.val_shift/<layer>``: the same for each layer, after validation.
     - ``bn.log_var_ratio/<layer>``: log of the running variance over the population variance.
@@ -85,8 +86,8 @@ class BatchNormMonitor(Callback):
             ``dashboard`` or ``on_unhealthy`` is unknown, or ``log_key_prefix`` empty; when ``fit`` starts, if a pattern
             matches no BatchNorm layer, or with DeepSpeed.
         TypeError: If ``include`` or ``exclude`` is neither None nor strings.
-        UnhealthyBatchNormError: At the end of a window, or of a validation that follows it, with
-            ``on_unhealthy="raise"``, if a layer needs attention.
+        UnhealthyBatchNormError: At the end of a window, of a validation that follows it, or of ``validate`` and
+            ``test`` alone, with ``on_unhealthy="raise"``, if a layer needs attention.
 
     Example::
 
@@ -238,6 +239,7 @@ class BatchNormMonitor(Callback):
         if _is_alone(trainer):
             if report:
                 self._print(trainer, report, "what was evaluated")
+                self._output.react(trainer, report)
             return
         if self._schedule.is_due:  # and mid-window, `report()` goes on to be that of the last one
             self._report = report

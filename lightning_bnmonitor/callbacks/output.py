@@ -53,18 +53,22 @@ class Output:
         has_layers = self._scalars.log_window(trainer, report, step)
         if self._dashboard is not None:
             self._dashboard.show(trainer.loggers, report, step, has_layers)
-        self._alarm.react(report, may_warn=trainer.is_global_zero)
+        self.react(trainer, report)
 
     def show_validation(self, trainer: Trainer, report: Report, is_of_window: bool) -> None:
         """Log how far validation was from training; if it followed a window's last batch, react to what it has found.
 
         (In mid-window too little is known of training: what is warming up may be healthy at the window's end.)
         """
-        self._scalars.log_validation(trainer, report, batches_that_stepped(trainer))
+        self._scalars.log_validation(trainer, report, batches_that_stepped(trainer), is_of_window)
         if not is_of_window:
             return
         if self._dashboard is not None:
             self._dashboard.validated(trainer.loggers, report)
+        self.react(trainer, report)
+
+    def react(self, trainer: Trainer, report: Report) -> None:
+        """Do what was asked for if layers need attention."""
         self._alarm.react(report, may_warn=trainer.is_global_zero)
 
     def no_validation_follows(self, trainer: Trainer) -> None:

@@ -53,12 +53,19 @@ class Scalars:
         self._log(trainer, self.summary | of_layers, step)
         return bool(of_layers)
 
-    def log_validation(self, trainer: Trainer, report: Report, step: int) -> None:
-        """Publish and log at a step how far validation was from training and from the running statistics."""
-        known = {metric: value for metric, value in report.summary().items() if metric in _OF_VALIDATION}
-        if not known:
+    def log_validation(self, trainer: Trainer, report: Report, step: int, is_of_window: bool) -> None:
+        """Publish and log at a step how far validation was from training and from the running statistics.
+
+        The number of layers that need attention, too, if validation has changed it since the window that it followed.
+        """
+        summary = {f"{self._prefix}/{name}": value for name, value in report.summary().items()}
+        wanted = {f"{self._prefix}/{name}" for name in _OF_VALIDATION}
+        count = f"{self._prefix}/unhealthy_layers"
+        if is_of_window and summary.get(count) != self.summary.get(count):
+            wanted.add(count)
+        largest = {name: value for name, value in summary.items() if name in wanted}
+        if not largest:
             return
-        largest = {f"{self._prefix}/{name}": value for name, value in known.items()}
         self.summary |= largest
         of_layers = {
             f"{self._prefix}.{metric}/{name}": layer.evidence[metric]

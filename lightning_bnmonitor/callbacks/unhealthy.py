@@ -57,7 +57,7 @@ class Alarm:
             news = [layer for layer in report.unhealthy if (layer.name, layer.diagnosis.cause) not in self._warned_of]
             self._warned_of.update((layer.name, layer.diagnosis.cause) for layer in news)
             if news:
-                warnings.warn(_warning(news), stacklevel=5)
+                warnings.warn(_warning(news), stacklevel=6)
 
 
 def _warning(layers: Sequence[LayerReport]) -> str:

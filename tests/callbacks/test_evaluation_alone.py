@@ -8,7 +8,7 @@ from lightning.pytorch import Callback
 from torch import nn
 from torch.utils.data import DataLoader
 
-from lightning_bnmonitor import BatchNormMonitor
+from lightning_bnmonitor import BatchNormMonitor, UnhealthyBatchNormError
 from tests.callbacks.expected_warnings import EXPECTED_WARNINGS
 from tests.callbacks.recorded_fits import (
     BATCH_SIZE,
@@ -66,6 +66,18 @@ def test_running_statistics_that_were_never_updated_are_named(tmp_path, capsys, 
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     assert hooks_of(model) == 0
     assert len(monitor.report()) == 0
+
+
+@pytest.mark.parametrize("function", ["validate", "test"])
+def test_layers_that_need_attention_are_warned_of_or_raised(tmp_path, capsys, function):
+    model = Net()
+    with pytest.warns(UserWarning, match=r"BatchNorm layers need attention: .* \(never-updated, val_error"):
+        getattr(trainer_for(tmp_path, BatchNormMonitor()), function)(model, val_data(), verbose=False)
+    monitor = BatchNormMonitor(on_unhealthy="raise")
+    with pytest.raises(UnhealthyBatchNormError, match="2 never-updated") as raised:
+        getattr(trainer_for(tmp_path, monitor), function)(model, val_data(), verbose=False)
+    assert all(layer.needs_attention for layer in raised.value.report.values())
+    assert hooks_of(model) == 0
 
 
 def test_running_statistics_that_are_right_are_not(tmp_path, capsys):

@@ -193,6 +193,15 @@ def test_what_only_validation_shows_is_warned_of_when_it_ends(tmp_path):
     assert [layer.diagnosis.cause for layer in monitor.report().values()] == ["domain-shift"] * 2
 
 
+def test_what_only_validation_shows_is_counted_when_it_ends(tmp_path):
+    model = settled()
+    model.body.narrow.momentum = 0.05
+    trainer = trainer_for(tmp_path, BatchNormMonitor(on_unhealthy="ignore"), logger=True)
+    trainer.fit(model, train_data(20), val_data())
+    assert events(tmp_path)[JUDGED] == [(19, 0.0), (19, 2.0)]
+    assert trainer.callback_metrics[JUDGED] == 2
+
+
 def test_what_is_seen_in_mid_window_raises_no_alarm(tmp_path):
     monitor, seen = BatchNormMonitor(), []
 
