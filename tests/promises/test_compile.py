@@ -17,6 +17,7 @@ from torch.utils.checkpoint import checkpoint
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bnmonitor import BatchNormMonitor, BatchNormTracker, Report
+from tests.compiling import by_wrapping, in_place, its_forward, its_parts
 
 compiles_checkpoints = not torch.__version__.startswith(("2.8.", "2.9."))
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler (g++)")
@@ -57,26 +58,6 @@ class Twelve(nn.Module):
         return torch.stack([self.part(x + shift).sum() for shift in range(12)]).sum()
 
 
-def by_wrapping(net: nn.Module, fullgraph: bool, backend: str = "eager") -> nn.Module:
-    return torch.compile(net, backend=backend, fullgraph=fullgraph)
-
-
-def in_place(net: nn.Module, fullgraph: bool, backend: str = "eager") -> nn.Module:
-    net.compile(backend=backend, fullgraph=fullgraph)
-    return net
-
-
-def its_forward(net: nn.Module, fullgraph: bool, backend: str = "eager") -> nn.Module:
-    net.forward = torch.compile(net.forward, backend=backend, fullgraph=fullgraph)
-    return net
-
-
-def its_parts(net: nn.Module, fullgraph: bool, backend: str = "eager") -> nn.Module:
-    for name in ("first", "second", "third"):
-        setattr(net, name, torch.compile(getattr(net, name), backend=backend, fullgraph=fullgraph))
-    return net
-
-
 WAYS = [by_wrapping, in_place, its_forward, its_parts]
 LAYERS = ["first.1", "second.1", "third.1"]
 
@@ -104,7 +85,7 @@ def calls(report: Report, prefix: str = "part.") -> list[dict[str, float]]:
 def test_twelve_calls_a_step_compile_one_graph_and_all_are_counted_also_if_it_was_run_compiled_before(
     compiled: Callable[..., nn.Module], fullgraph: bool
 ) -> None:
-    model = Twelve(compiled(Net(), fullgraph))
+    model = Twelve(compiled(Net(), fullgraph=fullgraph))
     train(model, steps=2)
     graphs_without = graphs()
     for steps in (2, 3):
@@ -115,7 +96,7 @@ def test_twelve_calls_a_step_compile_one_graph_and_all_are_counted_also_if_it_wa
         assert [entry["calls_traced"] for entry in calls(tracker.report())] == [12 * steps] * 3
     torch._dynamo.reset()
     counters.clear()
-    model = Twelve(compiled(Net(), fullgraph))
+    model = Twelve(compiled(Net(), fullgraph=fullgraph))
     with BatchNormTracker(model) as tracker:
         train(model, steps=2)
     assert graphs() == graphs_without

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from lightning_bnmonitor import BatchNormTracker, recalibrate
+from tests.compiling import by_wrapping, in_place, its_parts
 from tests.repair.exact_population import C, assert_written, data
 from tests.repair.small_models import Net, trained
 from tests.repair.unchanged import Unchanged, bits
@@ -38,20 +39,6 @@ def train(model: nn.Module, steps: int = 2) -> None:
 
 def everything(model: nn.Module) -> list[Tensor]:
     return [*model.parameters(), *model.buffers()]
-
-
-def by_wrapping(model: nn.Module, backend: str) -> nn.Module:
-    return torch.compile(model, backend=backend)
-
-
-def in_place(model: nn.Module, backend: str) -> nn.Module:
-    model.compile(backend=backend)
-    return model
-
-
-def its_parts(model: nn.Module, backend: str) -> nn.Module:
-    model.one, model.b = (torch.compile(part, backend=backend) for part in (model.one, model.b))
-    return model
 
 
 needs_compiler = pytest.mark.skipif(shutil.which("g++") is None, reason="Inductor needs a C++ compiler (g++)")

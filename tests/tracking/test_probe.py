@@ -19,6 +19,7 @@ from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bnmonitor import BatchNormMonitor, BatchNormTracker, LayerReport
 from lightning_bnmonitor.statistics.probe import LIMIT, InputProbe, Scores
+from tests.compiling import by_wrapping, in_place, its_forward, its_parts
 from tests.promises.recorded_training import assert_identical
 from tests.promises.recorded_training import train as recorded_training
 from tests.promises.test_cost import bytes_held
@@ -218,27 +219,8 @@ def fresh_compiler() -> Iterator[None]:
     torch._dynamo.reset()
 
 
-def by_wrapping(model: nn.Module, backend: str) -> nn.Module:
-    return torch.compile(model, backend=backend)
-
-
-def in_place(model: nn.Module, backend: str) -> nn.Module:
-    model.compile(backend=backend)
-    return model
-
-
-def its_forward(model: nn.Module, backend: str) -> nn.Module:
-    model.forward = torch.compile(model.forward, backend=backend)
-    return model
-
-
-def its_part(model: nn.Module, backend: str) -> nn.Module:
-    model.net = torch.compile(model.net, backend=backend)
-    return model
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("compiled", [by_wrapping, in_place, its_forward, its_part])
+@pytest.mark.parametrize("compiled", [by_wrapping, in_place, its_forward, its_parts])
 def test_of_a_compiled_model_inputs_are_seen_and_no_more_is_compiled(
     compiled: Callable[..., nn.Module], fresh_compiler: None
 ) -> None:
