@@ -127,7 +127,7 @@ class Window(NamedTuple):
     """Share of a channel's variance by which the epoch's batches vary more than random ones, with these weights."""
 
 
-def train(setting: Setting, epochs: int) -> Iterator[Window]:
+def train(setting: Setting, epochs: int, hides_inputs: bool) -> Iterator[Window]:
     """All layers in all epochs."""
     torch.manual_seed(setting.seed)
     x, y = images(setting.seed)
@@ -142,6 +142,8 @@ def train(setting: Setting, epochs: int) -> Iterator[Window]:
             order = ORDERS[setting.order](x, y).split(setting.batch_size)
             for indices in order:
                 optimizer.zero_grad()
+                if hides_inputs:
+                    tracker.see_inputs(None)
                 nn.functional.cross_entropy(model(x[indices]), y[indices]).backward()
                 optimizer.step()
             report, errors, is_costly = tracker.close(), true_errors(model, x), costs(model, x, y)
@@ -204,9 +206,9 @@ def true_shares(model: nn.Module, x: Tensor, order: Sequence[Tensor]) -> dict[st
     return shares
 
 
-def settings(seeds: int) -> Iterator[Setting]:
+def settings(seeds: Iterable[int]) -> Iterator[Setting]:
     """All trainings: of shuffled data, and of data in an order."""
-    for seed, network, (optimizer, lr) in itertools.product(range(seeds), NETWORKS, RATES):
+    for seed, network, (optimizer, lr) in itertools.product(seeds, NETWORKS, RATES):
         for batch_size, momentum in itertools.product((16, 64), (0.01, 0.1, 0.2, 0.9)):
             yield Setting(network, optimizer, lr, batch_size, momentum, "shuffled", seed)
         if (optimizer, lr) in (("SGD", 0.05), ("Adam", 1e-3)):
@@ -217,12 +219,13 @@ def settings(seeds: int) -> Iterator[Setting]:
 def main() -> None:
     """Print, by the exact error, how many layers were said to need attention."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seeds", type=int, default=1, help="default: %(default)s")
+    parser.add_argument("--seeds", type=int, nargs="+", default=[0], help="default: %(default)s")
     parser.add_argument("--every", type=int, default=1, help="make each so many-th training (default: %(default)s)")
     parser.add_argument("--epochs", type=int, default=3, help="default: %(default)s")
+    parser.add_argument("--hide-inputs", action="store_true", help="what the model is given is not known")
     args = parser.parse_args()
     chosen = itertools.islice(settings(args.seeds), 0, None, args.every)
-    windows = [window for setting in chosen for window in train(setting, args.epochs)]
+    windows = [window for setting in chosen for window in train(setting, args.epochs, args.hide_inputs)]
     shuffled = [window for window in windows if window.setting.order == "shuffled"]
     rows = []
     for low, high in itertools.pairwise(BOUNDS):

@@ -11,7 +11,7 @@ from lightning_bnmonitor.diagnosis.circumstances import Circumstances
 from lightning_bnmonitor.diagnosis.evidence import Evidence
 from lightning_bnmonitor.diagnosis.flags import FLAGS
 from lightning_bnmonitor.diagnosis.rules import moves_with_weights
-from lightning_bnmonitor.diagnosis.sentences import Statement
+from lightning_bnmonitor.diagnosis.sentences import RECALIBRATE_CALL, RECALIBRATE_FROZEN_CALL, Statement
 from lightning_bnmonitor.diagnosis.verdicts import VERDICTS, verdict_on
 
 _UNSEEN = Statement(
@@ -63,7 +63,7 @@ class Diagnosis:
         """What its flags say, and what to do about that; empty if there are none."""
         flags = [FLAGS[flag] for flag in self.flags]
         texts = (text for flag in flags for text in (flag.explain(self.evidence), flag.prescribe(self.evidence)))
-        return _joined(texts)
+        return self._for_this_layer(_joined(texts))
 
     @property
     def explanation(self) -> str:
@@ -84,7 +84,11 @@ class Diagnosis:
         is_flagged = any(FLAGS[flag].attention(self.evidence) for flag in self.flags)
         if {"always": True, "if wrong": self.needs_attention, "never": not is_flagged}[verdict.attention]:
             statements.insert(0, verdict)
-        return _joined(statement.prescribe(self.evidence) for statement in statements)
+        return self._for_this_layer(_joined(statement.prescribe(self.evidence) for statement in statements))
+
+    def _for_this_layer(self, remedy: str) -> str:
+        updates_none = self.verdict in ("frozen", "stale") or self.evidence.get("updates_per_call") == 0
+        return remedy.replace(RECALIBRATE_CALL, RECALIBRATE_FROZEN_CALL) if updates_none else remedy
 
 
 def diagnose(layer: Circumstances, observed: Evidence, metrics: Evidence) -> Diagnosis:

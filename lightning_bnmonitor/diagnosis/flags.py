@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from lightning_bnmonitor.diagnosis import rules
 from lightning_bnmonitor.diagnosis.circumstances import Circumstances
 from lightning_bnmonitor.diagnosis.evidence import WARNING, Evidence
-from lightning_bnmonitor.diagnosis.sentences import RECALIBRATE, Statement
+from lightning_bnmonitor.diagnosis.sentences import RECALIBRATE, RECALIBRATE_CALL, Statement
 
 _OTHER_WEIGHTS = 0.15  # error in validation from which on other weights or running statistics need attention
 _OF_COPIES = (
@@ -19,10 +19,7 @@ _OF_COPIES = (
     "(`AveragedModel(model, use_buffers=True)`), or recompute them "
     "(`lightning_bnmonitor.recalibrate(averaged, loader)`)."
 )
-_ALONE = (
-    "If the model was loaded, load its running statistics, too, or recompute them "
-    "(`lightning_bnmonitor.recalibrate(model, loader)`)."
-)
+_ALONE = f"If the model was loaded, load its running statistics, too, or recompute them ({RECALIBRATE_CALL})."
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -65,7 +62,7 @@ def _cure_shift(evidence: Evidence) -> list[str]:
     return [
         *of_layer,
         "Prepare validation data as training data. If they are what the model will be given, recompute the running "
-        "statistics from data of that kind (`lightning_bnmonitor.recalibrate(model, loader)`).",
+        f"statistics from data of that kind ({RECALIBRATE_CALL}).",
     ]
 
 

@@ -8,10 +8,11 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from string import Formatter
 
-RECALIBRATE = "recompute its running statistics (`lightning_bnmonitor.recalibrate(model, loader)`)"
-"""What repairs running statistics, in the middle of a sentence."""
-RECALIBRATE_FROZEN = "recompute its running statistics (`lightning_bnmonitor.recalibrate(model, loader, frozen=True)`)"
-"""The same, of a layer that updates none in training: without ``frozen=True`` it is left alone."""
+RECALIBRATE_CALL = "`lightning_bnmonitor.recalibrate(model, loader)`"
+RECALIBRATE_FROZEN_CALL = "`lightning_bnmonitor.recalibrate(model, loader, frozen=True)`"
+"""The same, of a layer that updates nothing in training: without ``frozen=True`` it is left alone."""
+RECALIBRATE = f"recompute its running statistics ({RECALIBRATE_CALL})"
+"""What repairs running statistics, in the middle of a sentence. A diagnosis adds ``frozen=True`` where it is needed."""
 
 Sentences = Sequence[str] | Callable[[Mapping[str, float]], Sequence[str]]
 """Sentences with the names of numbers in braces, or a function that chooses them by a layer's evidence."""

@@ -17,7 +17,7 @@ from typing import Literal
 from lightning_bnmonitor.diagnosis import rules, wording
 from lightning_bnmonitor.diagnosis.circumstances import Circumstances
 from lightning_bnmonitor.diagnosis.evidence import WARNING, Evidence
-from lightning_bnmonitor.diagnosis.sentences import RECALIBRATE_FROZEN, Statement
+from lightning_bnmonitor.diagnosis.sentences import RECALIBRATE, Statement
 
 Attention = Literal["always", "if wrong", "never"]
 """Whether a verdict needs attention: "if wrong" where ``eval_error`` exceeds 0.1."""
@@ -105,7 +105,7 @@ _TABLE = (
             "Against what the layer receives in training, that is an error of {eval_error}.",
         ),
         remedy=(
-            f"If they are only outdated, {RECALIBRATE_FROZEN}.",
+            f"If they are only outdated, {RECALIBRATE}.",
             "If it is to learn them, set `layer.track_running_stats = True` and a `layer.momentum` above zero. If it "
             "is to keep them, call `layer.eval()` after every `model.train()`.",
         ),
@@ -118,7 +118,7 @@ _TABLE = (
         rule=rules.is_not_updated,
         explanation=wording.explain_frozen,
         remedy=(
-            f"If what it receives is no longer what its statistics are from, {RECALIBRATE_FROZEN} and train on, as "
+            f"If what it receives is no longer what its statistics are from, {RECALIBRATE} and train on, as "
             "what follows has learned with the present ones, or let it learn them (`layer.train()`).",
         ),
     ),

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from lightning_bnmonitor.diagnosis.evidence import WARNING, Evidence
 from lightning_bnmonitor.diagnosis.rules import is_noisy_at_last, is_of_few_samples, moves_with_weights
-from lightning_bnmonitor.diagnosis.sentences import RECALIBRATE, RECALIBRATE_FROZEN
+from lightning_bnmonitor.diagnosis.sentences import RECALIBRATE
 
 
 def explain_non_finite(evidence: Evidence) -> list[str]:
@@ -38,9 +38,7 @@ def cure_non_finite(evidence: Evidence) -> list[str]:
         )
     if evidence.get("non_finite_running_stats"):
         is_updated = evidence.get("batches", 1.0) and evidence.get("updates_per_call", 1.0)
-        remedy = (
-            f"Call `layer.reset_running_stats()` and {RECALIBRATE}" if is_updated else _as_sentence(RECALIBRATE_FROZEN)
-        )
+        remedy = f"Call `layer.reset_running_stats()` and {RECALIBRATE}" if is_updated else _as_sentence(RECALIBRATE)
         sentences.append(f"{remedy}: no later batch repairs them.")
     return sentences
 
