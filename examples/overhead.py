@@ -257,7 +257,8 @@ class Stopwatch:
     @contextmanager
     def on_our_hooks(self, model: nn.Module, is_compiled: bool) -> Iterator[None]:
         """Wrap our hooks where they sit, but for those that are part of a compiled graph."""
-        hooks = [module._forward_hooks for module in ([model] if is_compiled else model.modules())]
+        modules = [model] if is_compiled else list(model.modules())
+        hooks = [each for module in modules for each in (module._forward_pre_hooks, module._forward_hooks)]
         hooks.append(_global_optimizer_post_hooks)
         before = [dict(each) for each in hooks]
         for each in hooks:

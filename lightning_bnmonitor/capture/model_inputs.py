@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from lightning_bnmonitor.capture.layer_hook import Hook
-from lightning_bnmonitor.compat import is_abstract, is_dynamo_compiling, is_stream_capturing, never_compiled
+from lightning_bnmonitor.compat import is_abstract, is_dynamo_compiling, is_stream_capturing
 
 _MOST = 4  # inputs of a batch that are looked at
 _TOKENS = (torch.int32, torch.int64)
@@ -32,7 +32,6 @@ class InputHook(Hook):
             self.see((args, kwargs))
 
 
-@never_compiled
 def inputs_in(batch: object) -> list[Tensor]:
     """The inputs ``(B, *)`` in a batch of any structure: at most 4, with as many samples as the first.
 
@@ -49,12 +48,12 @@ def inputs_in(batch: object) -> list[Tensor]:
     inputs = (inputs or numbers[:1])[:_MOST]
     if any(is_abstract(x) or (x.is_cuda and is_stream_capturing()) for x in inputs):
         return []
-    return [x for x in inputs if len(x) == len(inputs[0]) and x.device == inputs[0].device]
+    return [x for x in inputs if x.shape[0] == inputs[0].shape[0] and x.device == inputs[0].device]
 
 
 def _is_wide(x: Tensor) -> bool:
     """Whether it has more than one value a sample."""
-    return x.numel() > len(x)
+    return x.numel() > x.shape[0]
 
 
 def _collect(batch: object, tensors: list[Tensor]) -> None:

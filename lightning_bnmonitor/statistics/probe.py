@@ -70,6 +70,8 @@ class Scores(NamedTuple):
 class _Sums(NamedTuple):
     """What is kept of T batches, of 16 channels."""
 
+    num_batches: int
+    """T."""
     num_samples: int
     """Samples of each that were looked at, B."""
     total: Tensor
@@ -110,6 +112,19 @@ class InputProbe:
         """Tell nothing of this window, as not all of it was seen."""
         self._is_complete = False
 
+    @property
+    def is_due(self) -> bool:
+        """Whether the next training step would be looked at."""
+        return self._is_complete and not self._num_steps % (1 << (self._num_steps // _STEPS).bit_length())
+
+    def skip(self) -> None:
+        """Count a training step without looking at it."""
+        self._num_steps += 1
+
+    @property
+    def _num_waiting(self) -> int:
+        return sum(sums.num_batches for sums in self._waiting)
+
     @torch.inference_mode(False)  # what is kept is gone on with in any mode
     @torch.no_grad()
     def see(self, inputs: Sequence[Tensor]) -> None:
@@ -117,10 +132,11 @@ class InputProbe:
 
         Of the first 64 steps of a window each is looked at; from then on 32 in each doubling of their number.
         """
-        number, self._num_steps = self._num_steps, self._num_steps + 1
-        if number % (1 << (number // _STEPS).bit_length()) or not self._is_complete:
+        is_due = self.is_due
+        self.skip()
+        if not is_due:
             return
-        if sum(len(sums.total) for sums in self._waiting) >= _WAITING:
+        if self._num_waiting >= _WAITING:
             self._merge()
         device = inputs[0].device if inputs else None
         if self._projection is None and device is not None:
@@ -140,9 +156,9 @@ class InputProbe:
         waiting = self._waiting[:]
         if self._window is None or not waiting:
             return
-        counts = tuple(sums.num_samples for sums in waiting for _ in sums.total)
+        counts = tuple(sums.num_samples for sums in waiting for _ in range(sums.num_batches))
         samples = on_device(np.array(counts, dtype=np.float32)[:, None], waiting[0].total.device)
-        _, totals, sizes, lengths = zip(*waiting, strict=True)
+        _, _, totals, sizes, lengths = zip(*waiting, strict=True)
         means, squares = [torch.cat(each) / samples for each in (totals, sizes)], torch.cat(lengths).square() / samples
         same = (None,) * len(counts), (_MOMENTUM,) * len(counts), counts
         batches = {
@@ -204,8 +220,9 @@ class InputProbe:
             q = sum((part * scale for part, scale in zip(parts[1:], self._scales, strict=True)), parts[0])
             self._center = q.mean(0) if self._center is None else self._center
             q = q - self._center
-        rows = self._rows
-        if rows and (len(rows[0]) != len(q) or len(rows) == _ROWS or (len(rows) + 1) * len(q) > _TOGETHER):
+        rows, num_samples = self._rows, q.shape[0]
+        is_full = len(rows) == _ROWS or (len(rows) + 1) * num_samples > _TOGETHER
+        if rows and (is_full or rows[0].shape[0] != num_samples):
             self._sum_up()
         self._rows.append(q)
 
@@ -215,7 +232,7 @@ class InputProbe:
         if rows:
             q = torch.stack(rows)
             norms = (torch.linalg.vector_norm(q, order, dim=1) for order in (1, 2))
-            sums = _Sums(q.shape[1], q.sum(1), *norms)
+            sums = _Sums(len(rows), q.shape[1], q.sum(1), *norms)
             commit([partial(self._waiting.append, sums), partial(delitem, self._rows, slice(len(rows)))])
 
 
@@ -247,7 +264,7 @@ class _Projection:
 
     def __call__(self, x: Tensor, center: Tensor | None = None) -> Tensor:
         """XU less ``center``, ``(B, 16)`` float32, of the first 64 samples of an input ``(N, *)``."""
-        x = x if len(x) <= _SAMPLES else x[:_SAMPLES]
+        x = x if x.shape[0] <= _SAMPLES else x[:_SAMPLES]
         is_number = x.is_floating_point() or x.dtype == torch.uint8
         plan = self._plans.get((x.shape[1:], is_number)) or self._new_plan(x.shape[1:], is_number)
         if x.ndim != 2:

@@ -19,12 +19,16 @@ class AffineWeights:
         layers: The layers.
     """
 
+    @torch.no_grad()
     def __init__(self, layers: Sequence[BatchNorm]) -> None:
         self._owners: dict[tuple[torch.device, torch.dtype], list[tuple[BatchNorm, str]]] = {}
+        present: dict[tuple[torch.device, torch.dtype], list[Tensor]] = {}
         for layer in layers:
             for name, values in _plain(layer):
-                self._owners.setdefault((values.device, values.dtype), []).append((layer, name))
-        self._copies = {key: torch.cat(_values(owners)) for key, owners in self._owners.items()}
+                key = values.device, values.dtype
+                self._owners.setdefault(key, []).append((layer, name))
+                present.setdefault(key, []).append(values)
+        self._copies = {key: _joined(values) for key, values in present.items()}
 
     @property
     def is_known(self) -> bool:
@@ -36,10 +40,10 @@ class AffineWeights:
         """Layers whose weight or bias is not what it was. Of those that have moved elsewhere nothing is known."""
         changed: set[BatchNorm] = set()
         for key, owners in self._owners.items():
-            now = [(owner, dict(_plain(owner[0])).get(owner[1])) for owner in owners]
-            if any(values is None or (values.device, values.dtype) != key for _, values in now):
+            now = [values for layer, name in owners for own, values in _plain(layer) if own == name]
+            if len(now) < len(owners) or any((values.device, values.dtype) != key for values in now):
                 continue
-            before, after = self._copies[key], torch.cat(_values(owners))
+            before, after = self._copies[key], _joined(now)
             differs = (before != after) & ~(before.isnan() & after.isnan())
             parts = torch.split(differs.cpu(), [layer.num_features for layer, _ in owners])
             changed.update(layer for (layer, _), part in zip(owners, parts, strict=True) if part.any())
@@ -60,5 +64,5 @@ def _has_memory(values: Tensor) -> bool:
     return values.untyped_storage().nbytes() >= needed
 
 
-def _values(owners: Iterable[tuple[BatchNorm, str]]) -> list[Tensor]:
-    return [getattr(layer, name).detach().reshape(-1) for layer, name in owners]
+def _joined(values: Iterable[Tensor]) -> Tensor:
+    return torch.cat([each if each.ndim == 1 else each.reshape(-1) for each in values])

@@ -244,7 +244,7 @@ def _rounding(layer: TrackedLayer) -> float:
 
 
 def _circumstances(layer: TrackedLayer, now: Snapshot) -> Circumstances:
-    module, counts = layer.module, layer.counts
+    module, counts, updates = layer.module, layer.counts, layer.updates_of_a_call(now)
     return Circumstances(
         num_features=module.num_features,
         momentum=module.momentum,
@@ -252,8 +252,8 @@ def _circumstances(layer: TrackedLayer, now: Snapshot) -> Circumstances:
         has_running_stats=now.buffers is not None,
         calls={**{path: counts.paths[path] for path in PATHS}, "skipped": layer.hook.skipped},
         training_calls=counts.training,
-        updates_per_call=layer.updates_of_a_call(now),
-        updates_of_repeated=layer.updates_of_repeated(layer.updates_of_a_call(now)),
+        updates_per_call=updates,
+        updates_of_repeated=layer.updates_of_repeated(updates),
         assumed_updates=layer.assumed_updates_of_a_call,
         checkpointed=layer.hook.checkpointed,
         written_outside=layer.written_outside,
@@ -271,7 +271,7 @@ def _circumstances(layer: TrackedLayer, now: Snapshot) -> Circumstances:
 
 
 def _has_frozen_weights(module: BatchNorm) -> bool:
-    parameters = list(module.parameters(recurse=False))
+    parameters = [values for values in (module.weight, module.bias) if values is not None]
     return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 
 

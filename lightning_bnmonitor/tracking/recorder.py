@@ -73,6 +73,7 @@ class Recorder:
             self.windows.merge(self.layers)
             self._follow_places()
 
+    @never_compiled
     def see_inputs(self, batch: object) -> None:
         """Look at what a training step is given."""
         self._is_told_of_inputs = True
@@ -92,17 +93,25 @@ class Recorder:
     def _has_seen_step(self) -> bool:
         return self._last_seen_step == self.gate.steps
 
-    @never_compiled
     def _see(self, batch: object) -> None:
-        gate = self.gate
+        gate, probe = self.gate, self.windows.probe
         root = gate.root()
-        if root is not None and root.training and not (gate.paused or gate.is_closed):
-            with gate.lock:
-                try:
-                    self.windows.probe.see(inputs_in(batch))
-                except Exception as error:  # no reason not to train
-                    self.windows.probe.give_up()
-                    warnings.warn(f"What the model is given cannot be looked at: {error!r}", stacklevel=4)
+        if root is None or not root.training or gate.paused or gate.is_closed:
+            return
+        with gate.lock:
+            if probe.is_due:
+                self._look_at(batch)
+            else:
+                probe.skip()
+
+    @never_compiled
+    def _look_at(self, batch: object) -> None:
+        probe = self.windows.probe
+        try:
+            probe.see(inputs_in(batch))
+        except Exception as error:  # no reason not to train
+            probe.give_up()
+            warnings.warn(f"What the model is given cannot be looked at: {error!r}", stacklevel=5)
 
     # Where a graph breaks, what runs eagerly is compiled, too, function by function.
     @never_compiled
