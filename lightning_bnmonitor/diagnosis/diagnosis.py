@@ -10,7 +10,7 @@ from lightning_bnmonitor.diagnosis.advice import advice
 from lightning_bnmonitor.diagnosis.circumstances import Circumstances
 from lightning_bnmonitor.diagnosis.evidence import Evidence
 from lightning_bnmonitor.diagnosis.flags import FLAGS
-from lightning_bnmonitor.diagnosis.rules import moves_with_weights
+from lightning_bnmonitor.diagnosis.rules import moves_with_weights, updates_nothing
 from lightning_bnmonitor.diagnosis.sentences import RECALIBRATE_CALL, RECALIBRATE_FROZEN_CALL, Statement
 from lightning_bnmonitor.diagnosis.verdicts import VERDICTS, verdict_on
 
@@ -87,8 +87,8 @@ class Diagnosis:
         return self._for_this_layer(_joined(statement.prescribe(self.evidence) for statement in statements))
 
     def _for_this_layer(self, remedy: str) -> str:
-        updates_none = self.verdict in ("frozen", "stale") or self.evidence.get("updates_per_call") == 0
-        return remedy.replace(RECALIBRATE_CALL, RECALIBRATE_FROZEN_CALL) if updates_none else remedy
+        is_left_alone = updates_nothing(self.evidence)
+        return remedy.replace(RECALIBRATE_CALL, RECALIBRATE_FROZEN_CALL) if is_left_alone else remedy
 
 
 def diagnose(layer: Circumstances, observed: Evidence, metrics: Evidence) -> Diagnosis:

@@ -32,11 +32,6 @@ class Flag(Statement):
     """Whether something should be done about it, whatever the verdict."""
 
 
-def _is_called(evidence: Evidence) -> bool:
-    """Whether the layer was called in training in this window."""
-    return any(evidence.get(f"calls_{path}") for path in ("saved", "traced", "pass"))
-
-
 def _explain_shift(evidence: Evidence) -> list[str]:
     sentence = (
         "What it receives in validation"
@@ -69,7 +64,7 @@ def _cure_shift(evidence: Evidence) -> list[str]:
 def _explain_other_weights(evidence: Evidence) -> list[str]:
     error = "its running statistics are {val_error} off what it receives in validation (chance explains "
     error += "{val_error_noise})"
-    if _is_called(evidence):
+    if rules.was_called(evidence):
         return [
             "Validation ran with other weights or running statistics than training ended with (averaged or swapped "
             f"weights: EMA, SWA, `WeightAveraging`, schedule-free optimizers): {error}."
@@ -78,7 +73,7 @@ def _explain_other_weights(evidence: Evidence) -> list[str]:
 
 
 def _cure_other_weights(evidence: Evidence) -> list[str]:
-    if _is_called(evidence):
+    if rules.was_called(evidence):
         return [
             "Add `PreciseBatchNorm(restore=True)` to the Trainer's callbacks; or, with those weights in the model, "
             f"{RECALIBRATE}."

@@ -103,6 +103,16 @@ def is_grouped(_: Circumstances, evidence: Evidence) -> bool:
     return _batches_differ(evidence)
 
 
+def was_called(evidence: Evidence) -> bool:
+    """Whether the layer was called in training in this window."""
+    return any(evidence.get(f"calls_{path}") for path in ("saved", "traced", "pass"))
+
+
+def updates_nothing(evidence: Evidence) -> bool:
+    """Whether none of its calls updated its running statistics."""
+    return was_called(evidence) and not (evidence.get("batches", 1.0) and evidence.get("updates_per_call", 1.0))
+
+
 def moves_with_weights(evidence: Evidence) -> bool:
     """Whether batches vary more than by chance while the data are known to come in random order."""
     scores = evidence.get("order_score", math.inf), evidence.get("group_score", math.inf)

@@ -3,7 +3,11 @@
 from __future__ import annotations
 
 from lightning_bnmonitor.diagnosis.evidence import WARNING, Evidence
-from lightning_bnmonitor.diagnosis.rules import is_noisy_at_last, is_of_few_samples, moves_with_weights
+from lightning_bnmonitor.diagnosis.rules import (
+    is_noisy_at_last,
+    is_of_few_samples,
+    moves_with_weights,
+)
 from lightning_bnmonitor.diagnosis.sentences import RECALIBRATE
 
 

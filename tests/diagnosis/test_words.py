@@ -233,12 +233,11 @@ def test_nothing_to_do_is_not_said_beside_what_is_to_be_done():
 
 
 @pytest.mark.parametrize("flag", sorted(FLAGS))
-@pytest.mark.parametrize("verdict", ["stale", "frozen", "healthy"])
-def test_what_updates_nothing_is_recalibrated_as_frozen(verdict, flag):
-    known = telling_evidence() | {"call_shift": 0.3, "call_shift_index": 1.0, "calls_per_step": 2.0}
-    call = "recalibrate(model, loader)" if verdict == "healthy" else "recalibrate(model, loader, frozen=True)"
-    uncalled = {name: value for name, value in known.items() if name != "calls_saved"}
-    for evidence in (known, uncalled):
-        diagnosis = Diagnosis(verdict, (flag,), True, evidence)
+@pytest.mark.parametrize("none", [{}, {"batches": 0.0}, {"updates_per_call": 0.0}])
+def test_what_updates_nothing_is_recalibrated_as_frozen(none, flag):
+    known = telling_evidence() | {"call_shift": 0.3, "call_shift_index": 1.0, "calls_per_step": 2.0} | none
+    call = "recalibrate(model, loader, frozen=True)" if none else "recalibrate(model, loader)"
+    for verdict in ("stale", "healthy", "lagging", "non-finite"):
+        diagnosis = Diagnosis(verdict, (flag,), True, known)
         for text in (diagnosis.remedy, diagnosis.notes):
             assert text.count("recalibrate(model") == text.count(call)

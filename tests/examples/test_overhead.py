@@ -188,14 +188,15 @@ def test_hooks_are_wrapped_where_they_sit_and_no_others() -> None:
     training = overhead.Training(QUICK["narrow MLP"], overhead.OURS)
     theirs = []
     training.module[0].register_forward_hook(lambda *args: theirs.append(1))
-    before = [dict(module._forward_hooks) for module in training.module]
+    hooks = [each for m in training.module.modules() for each in (m._forward_pre_hooks, m._forward_hooks)]
+    before = [dict(each) for each in hooks]
     stopwatch = overhead.Stopwatch()
     with stopwatch.on_our_hooks(training.model, is_compiled=False):
         training.steps(2)
-        assert stopwatch.calls == 2 * (6 + 1)  # each layer, and the optimizer
-    assert [dict(module._forward_hooks) for module in training.module] == before
+        assert stopwatch.calls == 2 * (1 + 6 + 1)  # what the model is given, each layer, and the optimizer
+    assert [dict(each) for each in hooks] == before
     training.steps(1)
-    assert stopwatch.calls == 14
+    assert stopwatch.calls == 16
     assert len(theirs) == 3
     training.monitor.close()
 
