@@ -574,7 +574,7 @@ def draw(report: Report, path: Path) -> None:
         ("activation checkpointing, momentum 0.3", "chance itself is too much:\nthe bar is above 0.1", (12.7, 0.45)),
     ):
         point = names.index(name), min(report[name].evidence["eval_error"], 10)
-        style = {"arrowprops": {"arrowstyle": "->", "shrinkB": 7}, "fontsize": 9, "va": "center"}
+        style = {"arrowprops": {"arrowstyle": "->", "shrinkB": 7, "relpos": (0, 0)}, "fontsize": 9, "va": "center"}
         ax.annotate(text, point, xytext=where, **style)
     path.parent.mkdir(parents=True, exist_ok=True)
     fig.savefig(path, dpi=100)
