@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -13,7 +14,7 @@ from lightning_bnmonitor.compat import BatchNorm, is_lazy
 class AffineWeights:
     """Copies of layers' weights and biases, one tensor for each device and dtype, which stay where they are.
 
-    Those that are not plain tensors of a layer's channels (sharded ones, say) are left out.
+    Those that are not plain tensors of a layer's channels (sharded or computed ones, say) are left out.
 
     Args:
         layers: The layers.
@@ -51,8 +52,10 @@ class AffineWeights:
 
 
 def _plain(layer: BatchNorm) -> Iterator[tuple[str, Tensor]]:
+    parameters, attributes = dict(layer.named_parameters(recurse=False)), vars(layer)
     for name in ("weight", "bias"):
-        values = getattr(layer, name)
+        # Not by `getattr`: a parametrization computes what is looked up, with random numbers perhaps.
+        values: Any = parameters.get(name, attributes.get(name))
         is_plain = type(values) in (Tensor, nn.Parameter) and not is_lazy(values) and not values.is_meta
         if is_plain and values.numel() == layer.num_features and _has_memory(values):
             yield name, values

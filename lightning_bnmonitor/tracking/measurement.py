@@ -271,7 +271,7 @@ def _circumstances(layer: TrackedLayer, now: Snapshot) -> Circumstances:
 
 
 def _has_frozen_weights(module: BatchNorm) -> bool:
-    parameters = [values for values in (module.weight, module.bias) if values is not None]
+    parameters = list(module.parameters(recurse=False))
     return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 
 

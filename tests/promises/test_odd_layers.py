@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import torch
 from lightning.pytorch import Callback
+from torch import nn
+from torch.nn.utils.parametrize import register_parametrization
 from torch.utils.data import DataLoader
 
 from lightning_bnmonitor import BatchNormMonitor, BatchNormTracker
@@ -91,6 +93,24 @@ def test_where_every_warning_and_every_numpy_flag_is_an_error_odd_layers_are_rep
         assert_population(layer, batches, 2e-5)
         if layer.has_running_stats:
             assert torch.equal(layer.running_mean.nan_to_num(), model[0].running_mean.double().nan_to_num())
+
+
+class Jittered(nn.Module):
+    """A weight that is another one whenever it is looked up."""
+
+    def forward(self, weight):
+        return weight + 0.1 * torch.randn_like(weight)
+
+
+def test_a_weight_that_is_computed_whenever_it_is_looked_up_is_not_looked_up(tmp_path):
+    def states(*callbacks):
+        torch.manual_seed(0)
+        model = Net()
+        register_parametrization(model.a, "weight", Jittered())
+        trainer_for(tmp_path, *callbacks, max_epochs=2).fit(model, data(), data())
+        return [*model.state_dict().values(), torch.rand(3)]
+
+    assert all(map(torch.equal, states(BatchNormMonitor(on_unhealthy="ignore")), states()))
 
 
 def test_a_layer_without_eps_that_is_frozen_is_counted():
