@@ -23,7 +23,7 @@ kept as at most 16 blocks of consecutive batches, so that state and work do not 
 
 **What the model is given** is looked at, too, to tell data that come in an order from weights that move: two to four
 operations on 16 random projections of at most 64 samples and 256 values of each (token ids are looked up), in each of
-the first 64 steps of a window, and in 32 of each doubling of their number from then on. In Lightning that is the batch
+the first 64 steps of a window, and in 16 of each doubling of their number from then on. In Lightning that is the batch
 of ``on_train_batch_start``, otherwise what the root module is called with; a loop that calls parts of the model can
 tell by :meth:`BatchNormTracker.see_inputs`. On several ranks it is rank 0's. What mixes or augments the batch within
 the model or ``training_step`` comes later and is not seen.

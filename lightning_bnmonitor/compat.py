@@ -63,6 +63,8 @@ def _private(path: str, otherwise: Any, without: str) -> Any:
 _module = vars(nn.Module())
 BUFFERS = "_buffers" if "_buffers" in _module else "_modules"  # where none is found: it is then looked up as any other
 """Where a module's ``__dict__`` has its buffers. ``module.running_mean`` looks there last, which takes long."""
+PARAMETERS = "_parameters" if "_parameters" in _module else "_modules"
+"""Where it has its parameters, likewise."""
 FORWARD_PRE_HOOKS = "_forward_pre_hooks"
 """Where a module's ``__dict__`` has what is called before its ``forward``, and may enter a context that this is in."""
 HAS_PRE_HOOKS = FORWARD_PRE_HOOKS in _module

@@ -17,6 +17,7 @@ from lightning_bnmonitor.compat import (
     FORWARD_PRE_HOOKS,
     HAS_PRE_HOOKS,
     HAS_UNPACK_HOOKS,
+    PARAMETERS,
     SAVED_INVSTD,
     SAVED_MEAN,
     BatchNorm,
@@ -122,7 +123,11 @@ def at_end_of(way: Way, node: Any, module: BatchNorm, before: Any) -> Any:
             return None
     index, name = way.mark
     marked = node.next_functions[index][0]
-    is_own = getattr(marked, "variable", None) is getattr(module, name) if name else marked is before is not None
+    if name:
+        own = vars(module)[PARAMETERS].get(name)
+        is_own = own is not None and getattr(marked, "variable", None) is own
+    else:
+        is_own = marked is before is not None
     return node if is_own and node is not before else None
 
 

@@ -46,7 +46,7 @@ LIMIT = 2.0
 """Score from which on data are not in random order."""
 _CHANNELS = 16
 _POINTS, _SAMPLES = 256, 64
-_STEPS = 64  # of a window that are all looked at
+_STEPS = 64  # of a window that are all looked at, and then a quarter as many of each doubling
 _TOGETHER = 2 * _SAMPLES  # samples that are summed up at once,
 _ROWS = 16  # of at most so many batches
 _WAITING = 64  # batches that may wait to be merged
@@ -115,7 +115,8 @@ class InputProbe:
     @property
     def is_due(self) -> bool:
         """Whether the next training step would be looked at."""
-        return self._is_complete and not self._num_steps % (1 << (self._num_steps // _STEPS).bit_length())
+        doublings = (self._num_steps // _STEPS).bit_length()
+        return self._is_complete and not self._num_steps % (2 << doublings if doublings else 1)
 
     def skip(self) -> None:
         """Count a training step without looking at it."""
@@ -130,7 +131,7 @@ class InputProbe:
     def see(self, inputs: Sequence[Tensor]) -> None:
         """Look at what a training step is given: floating-point inputs or token ids ``(B, *)`` on one device.
 
-        Of the first 64 steps of a window each is looked at; from then on 32 in each doubling of their number.
+        Of the first 64 steps of a window each is looked at; from then on 16 in each doubling of their number.
         """
         is_due = self.is_due
         self.skip()

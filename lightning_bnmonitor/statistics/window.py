@@ -19,8 +19,8 @@ import math
 from collections import defaultdict, deque
 from collections.abc import Iterable, Mapping, Sequence
 from functools import partial
-from itertools import accumulate, chain, compress
-from operator import setitem
+from itertools import accumulate, chain, compress, groupby
+from operator import itemgetter, setitem
 from typing import Any, ClassVar, NamedTuple
 
 import numpy as np
@@ -35,6 +35,7 @@ from lightning_bnmonitor.statistics.side_by_side import joined, on_device, rows_
 
 _BESIDE = MAX_BLOCKS  # the row of batches that updated no running statistics
 _ROWS = MAX_BLOCKS + 1
+_PORTION = 8192  # channels that are merged at once on the CPU
 _VALUE, _M2 = range(2)  # what a row keeps per channel, for the running mean and for the running variance
 # What a row sums per layer: K, n, W, Q of both buffers, samples.
 _NUM_BATCHES, _NUM_SAMPLES, _WEIGHT, _NOISE_OF_MEAN, _NOISE_OF_VAR, _BATCH_SIZE = range(6)
@@ -163,8 +164,9 @@ class Window:
             blocks = np.arange(first, old_blocks) * old_size // size, np.arange(before, before + added) // size
             union = np.concatenate(blocks) - first
             rows = slice(first, old_blocks), slice(first, first + int(union[-1]) + 1)
-            weights, members = _merge_sums(group, *rows, union, sums, decays)
-            writes += self._merge_channels(group, *rows, weights, members)
+            for part in self._portions(group):
+                weights, members = _merge_sums(part, *rows, union, sums, decays)
+                writes += self._merge_channels(part, *rows, weights, members)
         for added, group in beside.items():
             rows = slice(_BESIDE, _ROWS), slice(_BESIDE, _ROWS)
             weights, members = _merge_sums(group, *rows, np.zeros(1 + added, dtype=int), sums, decays)
@@ -262,7 +264,8 @@ class Window:
         expanded = on_device(np.concatenate(weights), self.device).index_select(1, layer_of)
         of_parts, of_unions, bessel, eps, lead = expanded.split_with_sizes([len(rows) for rows in weights])
 
-        rows = self._channels[:, old] if columns is None else self._channels[:, old].index_select(3, columns)
+        rows = self._channels[:, old]
+        rows = rows[..., columns] if isinstance(columns, slice) else rows.index_select(3, columns)
         parts = rows.new_empty(num_parts, 2, width)
         parts[:num_old] = rows[_VALUE]
         fields = [its.batches for its in group]
@@ -284,14 +287,13 @@ class Window:
             freed = merged.new_zeros(2, old.stop - new.stop, 2, width)
             merged, new = torch.cat([merged, freed], dim=1), slice(new.start, old.stop)
         target = self._channels[:, new]
-        if columns is None:
-            writes = [partial(Tensor.copy_, target, merged)]
+        if isinstance(columns, slice):
+            writes = [partial(Tensor.copy_, target[..., columns], merged)]
         else:
             writes = [partial(Tensor.index_copy_, target, 3, columns, merged)]
         if bad is not None:
-            everywhere = bad if columns is None else torch.full_like(self._first_bad, math.inf)
-            if columns is not None:
-                everywhere[columns] = bad
+            everywhere = torch.full_like(self._first_bad, math.inf)
+            everywhere[columns] = bad
             writes.append(partial(torch.minimum, self._first_bad, everywhere, out=self._first_bad))
         return writes
 
@@ -309,12 +311,19 @@ class Window:
         index = torch.arange(len(mean), dtype=torch.float64, device=self.device)[:, None]
         return torch.where(nothing == 0, torch.inf, index).add_(lead).amin(dim=0)
 
-    def _columns_of(self, layers: list[int]) -> tuple[Tensor | None, Tensor]:
-        """The flat columns of some layers (None: all of them), and for each of these which of the layers it is of."""
+    def _portions(self, group: list[_LayerBatches]) -> list[list[_LayerBatches]]:
+        """A group of layers, in parts of so few channels that what a merge computes stays in the caches."""
+        last_columns = np.cumsum([self.widths[its.layer] for its in group]) - 1
+        portion_of = last_columns // _PORTION if self.device.type == "cpu" else np.zeros_like(last_columns)
+        return [[its for its, _ in part] for _, part in groupby(zip(group, portion_of, strict=True), itemgetter(1))]
+
+    def _columns_of(self, layers: list[int]) -> tuple[slice | Tensor, Tensor]:
+        """The flat columns of some layers, in their order, and for each of these which of the layers it is of."""
         widths = np.array([self.widths[layer] for layer in layers])
         layer_of = np.repeat(np.arange(len(layers)), widths)
-        if len(layers) == len(self.widths):
-            return None, on_device(layer_of, self.device)
+        if len(layers) == layers[-1] - layers[0] + 1:
+            own = slice(self._starts[layers[0]], self._starts[layers[-1] + 1])
+            return own, on_device(layer_of, self.device)
         shifts = np.array([self._starts[layer] for layer in layers]) - (np.cumsum(widths) - widths)
         columns = np.arange(len(layer_of)) + shifts[layer_of]
         return on_device(columns, self.device), on_device(layer_of, self.device)

@@ -157,7 +157,8 @@ class BatchNormTracker:
 
         By this a report tells data that come in an order from weights that move. It is needed only where the model
         itself is not called, but parts of it: what the model is given is seen without. The first 64 samples of a batch
-        are looked at, and 256 values of each, in half of the steps beyond 64, a quarter of those beyond 128, and so on.
+        are looked at, and 256 values of each, in each of the first 64 steps, a quarter of those up to 128, an eighth of
+        those up to 256, and so on.
         """
         self._recorder.see_inputs(batch)
 

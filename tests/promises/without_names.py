@@ -57,7 +57,7 @@ WHILE_IMPORTED: dict[str, Callable[[], contextlib.AbstractContextManager[Any]]] 
     "_dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint": lambda: without_entries(
         _settings(), "skip_fwd_side_effects_in_bwd_under_checkpoint"
     ),
-    "nn.Module._buffers, _forward_pre_hooks": patched(nn.Module, "__init__", lambda self: None),
+    "nn.Module._buffers, _parameters, _forward_pre_hooks": patched(nn.Module, "__init__", lambda self: None),
 }
 """Names that torch itself needs: they are gone while ``compat.py`` looks for them."""
 
