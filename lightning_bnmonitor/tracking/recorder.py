@@ -253,7 +253,8 @@ class Recorder:
         if called_again and self.is_attached and not any(layer.counts.paths["traced"] for layer in self.layers):
             self.places.follow(called_again)
         for layer in called_again:
-            layer.calls_per_model_call = self.places.calls_per_model_call(layer)
+            if not math.isnan(counted := self.places.calls_per_model_call(layer)):
+                layer.calls_per_model_call = counted
 
     def _new_layer(self, name: str, module: BatchNorm) -> TrackedLayer:
         layer = TrackedLayer(name, module, self.gate, self.flush)
