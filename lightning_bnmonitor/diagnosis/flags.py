@@ -261,7 +261,8 @@ _TABLE = (
         ),
         remedy=(
             "Look for what calls `train()` in validation (`validation_step`, a hook, an `on_validation_model_eval` of "
-            "your own). To have dropout on alone: `for m in model.modules(): m.train(isinstance(m, nn.Dropout))`.",
+            "your own). To have dropout on alone: "
+            "`for m in model.modules(): m.training = isinstance(m, nn.modules.dropout._DropoutNd)`.",
         ),
     ),
     Flag(

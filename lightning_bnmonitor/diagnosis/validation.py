@@ -6,7 +6,8 @@ said:
 
 1. ``never-updated``: the running statistics are the initial zeros and ones.
 2. ``other-weights``: running statistics or affine weights are not those that the window ended with (unless with the
-   same weights they fit training), or the layer was not called in training. Needs attention beyond 0.15.
+   same weights they fit training, or we have written them and validation differs from training), or the layer was not
+   called in training. Needs attention beyond 0.15.
 3. ``domain-shift``: validation differs from training by more than 0.1, and by more than three times what the running
    statistics of this layer and those before it are themselves off training (an error in one of them reaches all later
    layers, enlarged up to three times). Needs attention if ``val_error`` is beyond 0.2, too.
@@ -110,6 +111,7 @@ def _flag(layer: Validated, evidence: Evidence, wrong: float, is_explained: bool
     is_unused = verdict == "unused" and not evidence.get("calls_skipped")
     is_other = layer.standing == Standing.OTHER
     is_other |= layer.standing == Standing.REWRITTEN and _own_fault(layer, evidence) > WARNING
+    is_other |= _is_of_other_data(layer, evidence)
     if is_off and (is_other or is_unused):
         return "other-weights"
     # Exact statistics of training: what they are off is the data.
@@ -121,12 +123,24 @@ def _flag(layer: Validated, evidence: Evidence, wrong: float, is_explained: bool
 
 def _own_fault(layer: Validated, evidence: Evidence) -> float:
     """How far the running statistics that validation used are off training, chance taken off."""
-    if layer.standing == Standing.REPAIRED:
+    is_other = layer.standing in (Standing.OTHER, Standing.INITIAL) or _is_of_other_data(layer, evidence)
+    if layer.standing == Standing.REPAIRED and not is_other:
         return 0.0
-    if layer.standing in (Standing.OTHER, Standing.INITIAL) or math.isnan(layer.misfit):
+    if is_other or math.isnan(layer.misfit):
         return net_error(evidence)
-    chance = math.hypot(evidence.get("now_error", 0.0), evidence.get("noise_error", 0.0))
     error = evidence.get("eval_error", 0.0) if layer.standing != Standing.REWRITTEN else layer.misfit
+    return _beyond_noise(error, evidence)
+
+
+def _is_of_other_data(layer: Validated, evidence: Evidence) -> bool:
+    """Whether what we have written is of other data than training's: validation has these, and it fits neither."""
+    is_off = layer.standing == Standing.REPAIRED and net_error(evidence) > WARNING
+    return is_off and net_shift(evidence) <= WARNING and _beyond_noise(layer.misfit, evidence) > WARNING
+
+
+def _beyond_noise(error: float, evidence: Evidence) -> float:
+    """An error of running statistics on what training receives, chance taken off."""
+    chance = math.hypot(evidence.get("now_error", 0.0), evidence.get("noise_error", 0.0))
     return math.sqrt(max(error**2 - chance**2, 0.0))
 
 

@@ -140,15 +140,17 @@ class InputProbe:
         if self._num_waiting >= _WAITING:
             self._merge()
         device = inputs[0].device if inputs else None
-        if self._projection is None and device is not None:
-            self._place(device)
-        if device is None or self._projection is None or device != self._projection.device:
+        projection = self._projection
+        is_elsewhere = projection is None or projection.device != device
+        if device is not None and is_elsewhere and self._center is None:  # nothing of this window was seen
+            projection, is_elsewhere = self._place(device), False
+        if projection is None or is_elsewhere:
             self._is_complete = False
-        elif torch.is_autocast_enabled(device.type):
-            with torch.autocast(device.type, enabled=False):
-                self._take(self._projection, inputs)
+        elif torch.is_autocast_enabled(projection.device.type):
+            with torch.autocast(projection.device.type, enabled=False):
+                self._take(projection, inputs)
         else:
-            self._take(self._projection, inputs)
+            self._take(projection, inputs)
 
     @torch.no_grad()
     def _merge(self) -> None:
@@ -193,17 +195,18 @@ class InputProbe:
         """Go on from a :meth:`state`, on a device, where nothing was seen yet."""
         self._num_steps, self._is_complete = state["num_steps"], state["is_complete"]
         if state["channels"] is not None:
-            window = self._place(device)
+            self._place(device)
+            assert self._window is not None
             for layer, own in enumerate(state["channels"].split(_CHANNELS, dim=1)):
-                window.restore(layer, own, state["layers"][layer])
+                self._window.restore(layer, own, state["layers"][layer])
             self._center = None if state["center"] is None else state["center"].to(device)
             self._scales = state["scales"].to(device)
 
-    def _place(self, device: torch.device) -> Window:
+    def _place(self, device: torch.device) -> _Projection:
         self._projection = _Projection(device)
         self._window = Window(torch.device("cpu") if device.type == "mps" else device)
         self._window.add_layers([_CHANNELS] * 2)
-        return self._window
+        return self._projection
 
     def _take(self, projection: _Projection, inputs: Sequence[Tensor]) -> None:
         first, *others = inputs

@@ -81,9 +81,9 @@ class Recorder:
 
     def see_arguments(self, arguments: object) -> None:
         """Look at what the model is given, unless somebody else tells of that, or has been given in this step."""
-        if not (self._is_told_of_inputs or (self._is_told_of_steps and self._has_seen_step)):
+        is_told = self._is_told_of_inputs or (self._is_told_of_steps and self._has_seen_step)
+        if not is_told and self._see(arguments):
             self._last_seen_step = self.gate.steps
-            self._see(arguments)
 
     @property
     def _is_told_of_steps(self) -> bool:
@@ -93,16 +93,18 @@ class Recorder:
     def _has_seen_step(self) -> bool:
         return self._last_seen_step == self.gate.steps
 
-    def _see(self, batch: object) -> None:
+    def _see(self, batch: object) -> bool:
+        """Returns whether it counts."""
         gate, probe = self.gate, self.windows.probe
         root = gate.root()
         if root is None or not root.training or gate.paused or gate.is_closed:
-            return
+            return False
         with gate.lock:
             if probe.is_due:
                 self._look_at(batch)
             else:
                 probe.skip()
+        return True
 
     @never_compiled
     def _look_at(self, batch: object) -> None:
@@ -251,7 +253,8 @@ class Recorder:
         if called_again and self.is_attached and not any(layer.counts.paths["traced"] for layer in self.layers):
             self.places.follow(called_again)
         for layer in called_again:
-            layer.calls_per_model_call = self.places.calls_per_model_call(layer)
+            if not math.isnan(counted := self.places.calls_per_model_call(layer)):
+                layer.calls_per_model_call = counted
 
     def _new_layer(self, name: str, module: BatchNorm) -> TrackedLayer:
         layer = TrackedLayer(name, module, self.gate, self.flush)

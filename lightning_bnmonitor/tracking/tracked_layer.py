@@ -68,7 +68,7 @@ class TrackedLayer:
         self.end_edges: Edges | None = None  # and of the one that has ended
         self.call_shift = math.nan  # of the last window that had one
         self.bad: BadBatch | None = None  # what the running statistics are not finite of, if it is known
-        self.calls_per_model_call = math.nan
+        self.calls_per_model_call = math.nan  # as it was last known
 
     def begin_window(self, now: Snapshot) -> None:
         """Count calls from 0, on the running statistics as they are now."""
@@ -263,7 +263,7 @@ class TrackedLayer:
         self.window, self.index, self.width = None, -1, 0
         self.hook.traced, self.end, self.written, self.earlier = (), None, None, ()
         self.edges = self.end_edges = self.bad = None
-        self.call_shift = math.nan
+        self.call_shift = self.calls_per_model_call = math.nan
 
     def buffer_state(self, width: int) -> Tensor:
         """What :meth:`restore` needs per channel, ``(6, C)``: the buffers at the windows' ends, and written since."""
@@ -289,6 +289,7 @@ class TrackedLayer:
             "updates_per_call": self.assumed_updates,
             "next_updates_per_call": self.next_assumed_updates,
             "call_shift": self.call_shift,
+            "calls_per_model_call": self.calls_per_model_call,
             "bad": self.bad and tuple(self.bad),
             "edges": [edges and edges.state() for edges in (self.edges, self.end_edges)],
             "tracked_before": self.start.num_tracked,
@@ -319,6 +320,7 @@ class TrackedLayer:
         self.interrupted = state["interrupted"] or state["within_step"]
         self.written_outside = state["written_outside"]
         self.call_shift = state["call_shift"]
+        self.calls_per_model_call = state.get("calls_per_model_call", math.nan)  # the first states had none
         self.bad = state["bad"] and BadBatch(*state["bad"])
         self.edges, self.end_edges = (saved and Edges.of_state(saved) for saved in state["edges"])
         self.assumed_updates, self.next_assumed_updates = state["updates_per_call"], state["next_updates_per_call"]

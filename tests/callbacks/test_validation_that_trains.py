@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import re
+
 import pytest
 import torch
 from lightning.pytorch import LightningModule, Trainer
@@ -9,6 +11,7 @@ from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
 from lightning_bnmonitor import BatchNormMonitor
+from lightning_bnmonitor.diagnosis.flags import FLAGS
 
 FLAG = "updated-in-validation"
 
@@ -47,10 +50,15 @@ class NeverInEval(Net):
         """Not what Lightning does."""
 
 
+def dropout_alone(model):
+    """As the remedy says."""
+    [code] = re.findall("`(for .*?)`", FLAGS[FLAG].prescribe({}))
+    exec(code, {"nn": nn}, {"model": model})
+
+
 class DropoutAlone(Net):
     def validation_step(self, batch, batch_idx):
-        for m in self.modules():
-            m.train(isinstance(m, nn.Dropout))
+        dropout_alone(self)
         super().validation_step(batch, batch_idx)
 
 
@@ -79,6 +87,14 @@ def test_other_validations_are_not(kind):
     layer = fitted(kind())
     assert FLAG not in layer.flags
     assert "val_error" in layer.evidence
+
+
+def test_dropout_alone_is_any_kind_of_it_also_where_several_modules_share_one():
+    shared = nn.Dropout()
+    parts = [nn.Sequential(nn.Linear(2, 2), shared), nn.Sequential(nn.BatchNorm1d(2), shared), nn.Dropout2d()]
+    model = nn.Sequential(*parts, nn.AlphaDropout())
+    dropout_alone(model)
+    assert [module for module in model.modules() if module.training] == [shared, parts[2], model[3]]
 
 
 def test_within_an_epoch_it_is_seen_too():

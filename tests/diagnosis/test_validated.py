@@ -103,6 +103,14 @@ def test_exact_statistics_that_were_written_since_are_off_by_the_data_alone():
     assert flags_of(layer(bad, Standing.REPAIRED, error=0.5, shift=0.5)) == [("domain-shift",)]
 
 
+@pytest.mark.parametrize(("misfit", "flag"), [(0.12, "domain-shift"), (0.13, "other-weights")])
+def test_exact_statistics_of_other_data_than_training_are_named_where_validation_has_those_of_training(misfit, flag):
+    written = layer({}, Standing.REPAIRED, misfit, error=0.6, shift=0.05)
+    later = layer({}, Standing.REPAIRED, error=1.7, shift=1.7)  # what the first one makes of it
+    assert flags_of(written, later) == [(flag,), (flag,) if flag == "domain-shift" else ()]
+    assert flags_of(layer({}, Standing.REPAIRED, misfit, error=0.6, shift=0.6)) == [("domain-shift",)]
+
+
 @pytest.mark.parametrize(("misfit", "flag"), [(0.12, "domain-shift"), (0.13, "other-weights"), (0.9, "other-weights")])
 def test_others_with_the_weights_of_training_are_judged_by_how_they_fit_it(misfit, flag):
     # Beyond a noise of 0.05 and 0.06, a tenth is 0.127.

@@ -376,6 +376,19 @@ def test_a_window_that_begins_anew_is_as_the_first():
     assert probe.scores() == scores(second)
 
 
+def test_inputs_that_are_on_another_device_than_before_are_seen_from_the_next_window_on():
+    steps = moving(40, 8, 6, seed=2)
+    probe = InputProbe()
+    probe.restore(probed(steps[:20]).state(), torch.device("meta"))  # where the model was, before it moved to the CPU
+    probe.see([steps[20]])
+    assert not probe.is_due  # the part of this window that was seen is lost
+    probe.reset()
+    for x in steps:
+        probe.see([x])
+    probe._merge()
+    assert probe.scores() == scores(steps)
+
+
 @pytest.mark.parametrize("case", ["numbers", "images of several sizes", "token ids", "several of unlike scale"])
 def test_when_it_is_merged_changes_no_score(case):
     steps = CASES[case](100)

@@ -356,6 +356,22 @@ def test_a_layer_at_several_places_is_told_from_a_model_that_is_called_several_t
     assert called_twice.needs_attention
 
 
+def test_where_a_layer_stands_is_known_after_the_tracker_was_detached_and_after_a_resume() -> None:
+    model = Twice()
+    with BatchNormTracker(model) as tracker:
+        train(tracker, model, steps_of(60, 1))
+        known = tracker.report()["bn"]
+    detached = tracker.report()["bn"]
+    resumed = BatchNormTracker(model)
+    resumed.load_state_dict(saved_and_loaded(tracker.state_dict()))
+    with resumed:
+        later = train(resumed, model, steps_of(2, 1))  # too few to count anew
+    for report in (detached, later):
+        assert report.evidence["calls_per_model_call"] == known.evidence["calls_per_model_call"] > 1.9
+        assert report.flags == known.flags == ("calls-differ",)
+        assert not report.needs_attention
+
+
 def test_what_counts_places_is_gone_when_the_window_ends() -> None:
     model = layer()
     with BatchNormTracker(model) as tracker:

@@ -193,6 +193,29 @@ def test_of_a_step_with_several_calls_the_first_is_seen_if_the_loop_tells_of_ste
     assert_seen(tracker, seen)
 
 
+def _in_eval_mode(tracker: BatchNormTracker, model: nn.Module, x: Tensor) -> None:
+    model.eval()
+    model(x)
+    model.train()
+
+
+def _paused(tracker: BatchNormTracker, model: nn.Module, x: Tensor) -> None:
+    with tracker.paused():
+        model(x)
+
+
+@pytest.mark.parametrize("called", [_in_eval_mode, _paused])
+def test_a_call_that_does_not_count_is_not_taken_for_the_first_of_its_step(called: Callable[..., None]) -> None:
+    """As of a model that labels a batch before it is trained on it."""
+    model, steps = network(), batches()
+    with BatchNormTracker(model) as tracker:
+        for x in steps:
+            called(tracker, model, x + 100)
+            model(x)
+            tracker.step()
+    assert_seen(tracker, steps)
+
+
 @pytest.mark.parametrize("tells", [True, False])
 def test_of_accumulated_gradients_the_first_call_or_each_is_seen(tells: bool) -> None:
     model, steps = network(), batches(40)

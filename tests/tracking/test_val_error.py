@@ -180,6 +180,19 @@ def test_validated_with_others_than_trained_is_noticed(what):
         assert "PreciseBatchNorm(restore=True)" in report["2"].remedy
 
 
+def test_statistics_of_other_data_are_named_and_not_those_that_validation_has():
+    net, batches = network(), data(60, 1)
+    with BatchNormTracker(net) as tracker:
+        train(net, batches)
+        tracker.close()
+        recalibrate(net, [x + 3 for x in batches])
+        report = validate(tracker, net, batches)
+        assert flags_of(report) == {"0": {"other-weights"}, "2": set()}
+        assert report["0"].evidence["val_shift"] < 3 * report["0"].evidence["val_noise"]
+        recalibrate(net, batches)  # as the remedy says
+        assert flags_of(validate(tracker, net, batches)) == {"0": set(), "2": set()}
+
+
 @pytest.mark.parametrize("how", ["recalibrate", "update_bn"])
 def test_repaired_statistics_are_not_others_and_data_that_differ_still_are(how):
     batches = data(40, 1)
