@@ -115,6 +115,13 @@ class Recorder:
             probe.give_up()
             warnings.warn(f"What the model is given cannot be looked at: {error!r}", stacklevel=5)
 
+    def step_ended(self) -> None:
+        """Count a training step. The first is merged at once if it called a layer twice: where that stands is asked."""
+        self.gate.steps += 1
+        if self.gate.steps == 1 and any(len(layer.hook.stash) > 1 for layer in self.layers):
+            self.gate.is_full = True
+        self.merge_if_full()
+
     # Where a graph breaks, what runs eagerly is compiled, too, function by function.
     @never_compiled
     def merge_if_full(self) -> None:

@@ -149,8 +149,7 @@ class BatchNormTracker:
         good time to merge what waits, too, as after the steps of ``torch.optim``
         optimizers, which are noticed without it.
         """
-        self._recorder.gate.steps += 1
-        self._recorder.merge_if_full()
+        self._recorder.step_ended()
 
     def see_inputs(self, batch: object) -> None:
         """Tell what a training step is given, before it: a batch ``(B, *)``, or any structure with its tensors.

@@ -372,17 +372,35 @@ def test_where_a_layer_stands_is_known_after_the_tracker_was_detached_and_after_
         assert not report.needs_attention
 
 
-def test_what_counts_places_is_gone_when_the_window_ends() -> None:
+def test_what_counts_places_is_gone_when_a_window_ends_in_which_it_has_counted_enough() -> None:
     model = layer()
     with BatchNormTracker(model) as tracker:
         hooks = hooks_on(model)
-        train(tracker, model, steps_of(20))
-        for _ in range(2):  # of the first window, in which calls were merged at its end, nothing was counted
+        for steps, is_left in ((2, True), (20, False)):
+            train(tracker, model, steps_of(steps))
             assert len(hooks_on(model)) > len(hooks)
+            tracker.close()
+            assert (hooks_on(model) != hooks) == is_left
             tracker.reset()
-            train(tracker, model, steps_of(20))
-        assert hooks_on(model) == hooks
-        assert tracker.report()["0"].evidence["calls_per_model_call"] == pytest.approx(1, abs=0.1)
+
+
+def test_where_a_layer_stands_is_known_at_the_end_of_a_short_first_window() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bn = nn.BatchNorm1d(C)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.bn(self.bn(x).relu())
+
+    model = Tied()
+    with BatchNormTracker(model) as tracker:
+        for step in steps_of(20):
+            model(step[0])
+            tracker.step()
+        report = tracker.close()["bn"]
+    assert report.evidence["calls_per_model_call"] == 2
+    assert "Give each place" in report.remedy
 
 
 def test_a_step_of_two_calls_has_few_more_operations() -> None:
