@@ -113,6 +113,7 @@ EVIDENCE: Mapping[str, str] = {
     "val_error_noise": "the part of val_error that is chance",
     "val_shift": "RMS over channels of the layer's val_shift",
     "val_noise": "the part of val_shift that is chance",
+    "val_non_finite": "channels that received a value in validation that is not finite",
     "val_batches": "calls in validation that were looked at",
     "val_layers_before": "BatchNorm layers before it that were called in validation",
     "val_shifted_before": "those of them for which validation differs from training, too",

@@ -205,6 +205,20 @@ _TABLE = (
         remedy=(_OF_COPIES, _ALONE),
     ),
     Flag(
+        name="non-finite-validation",
+        rule=None,
+        attention=lambda _: True,
+        explanation=(
+            "In validation {val_non_finite} of {num_features} channels received a value that is not finite: what is "
+            "evaluated is NaN, whatever the running statistics. It begins at this layer: in the data of validation, or "
+            "in what precedes it.",
+        ),
+        remedy=(
+            "Look for it in what the model is given: `torch.isfinite(x).all()` for each batch of validation. If all "
+            "are, it is in the layers before this one.",
+        ),
+    ),
+    Flag(
         name="not-updating",
         rule=lambda _, evidence: "calls_not_updating" in evidence,
         explanation=("{calls_not_updating} calls in training mode left the running statistics as they were.",),

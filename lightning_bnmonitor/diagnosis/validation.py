@@ -14,7 +14,9 @@ said:
 4. Else it is the running statistics: the verdict speaks. Where neither it nor an earlier layer does, and ``val_error``
    is beyond 0.2: ``unexplained-error``.
 
-Whatever these are, ``updated-in-validation``: validation has changed them, as it ran in training mode.
+Whatever these are, ``updated-in-validation``: validation has changed them, as it ran in training mode. And the first
+layer that received what is not finite there has ``non-finite-validation``, unless training has spoilt it or one before
+it: nothing else is known then of the channels that did.
 
 In small trainings whose loss is harmed by less than 5 %, none of 358 alarms; of 72 with a strong shift all do, of 72
 with statistics that were never updated all do, of 45 with averaged weights that are harmed 41.
@@ -76,8 +78,10 @@ def diagnose_validation(layers: Iterable[Validated]) -> list[Diagnosis]:
     """
     described: list[Diagnosis] = []
     wrong, called, shifted, is_explained = 0.0, 0, 0, False  # of this layer and those before it
+    is_finite = True
     for layer in layers:
         known = {**layer.diagnosis.evidence, **layer.evidence}
+        begins, is_finite = is_finite, is_finite and not _has_non_finite(known)
         wrong = math.hypot(wrong, _own_fault(layer, known))
         is_explained |= layer.diagnosis.needs_attention
         flag = _flag(layer, known, wrong, is_explained) if layer.evidence else None
@@ -88,6 +92,8 @@ def diagnose_validation(layers: Iterable[Validated]) -> list[Diagnosis]:
             known["val_shifted_before"] = float(shifted)
             shifted += 1
         added = [*([flag] if flag else []), *(["updated-in-validation"] if layer.is_updated else [])]
+        if begins and not is_finite and not known.get("non_finite_channels"):
+            added.append("non-finite-validation")
         flags = {*layer.diagnosis.flags, *added}
         needs_attention = layer.diagnosis.needs_attention or any(FLAGS[name].attention(known) for name in added)
         is_explained |= needs_attention
@@ -119,6 +125,11 @@ def _flag(layer: Validated, evidence: Evidence, wrong: float, is_explained: bool
     if shift > max(WARNING, _REACH * wrong):
         return "domain-shift"
     return "unexplained-error" if error > SERIOUS and not is_explained else None
+
+
+def _has_non_finite(evidence: Evidence) -> bool:
+    """Whether a layer received, or will give in eval(), what is not finite."""
+    return bool(evidence.get("val_non_finite") or evidence.get("non_finite_channels"))
 
 
 def _own_fault(layer: Validated, evidence: Evidence) -> float:

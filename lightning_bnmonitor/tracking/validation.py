@@ -97,7 +97,10 @@ def with_validation(report: Report, layers: Sequence[TrackedLayer], all_ranks: b
     else:
         comparisons = [_compared(report, layers, statistics, layout) for statistics in received]
     index = {layer.name: position for position, layer in enumerate(layers)}
-    worst = {name: _worst(index[name], comparisons) if name in index else (None, {}) for name in report}
+    worst = {
+        name: _worst(index[name], layout.slices[index[name]], comparisons) if name in index else (None, {})
+        for name in report
+    }
     standings = {name: Standing(int(comparisons[0].standing[position])) for name, position in index.items()}
     misfits = {name: float(comparisons[0].misfit[position]) for name, position in index.items()}
     updated = {name for name, position in index.items() if comparisons[0].is_updated[position]}
@@ -127,13 +130,18 @@ def _with_values(layer: LayerReport, comparison: Comparison, own: slice, standin
     return replace(layer, validation=received, val_running=None if standing == Standing.ABSENT else running)
 
 
-def _worst(layer: int, comparisons: Sequence[Comparison]) -> tuple[int | None, Evidence]:
-    """Of the loaders by which a layer was called, the one whose data differ most; and what that says."""
+def _worst(layer: int, own: slice, comparisons: Sequence[Comparison]) -> tuple[int | None, Evidence]:
+    """Of the loaders by which a layer was called, the one whose data differ most; and what that says.
+
+    ``own`` are the layer's channels.
+    """
     worst: tuple[int | None, Evidence] = None, {}
     for loader, comparison in enumerate(comparisons):
         if not comparison.num_batches[layer]:
             continue
+        non_finite = np.count_nonzero(~np.isfinite(comparison.population[0, own]))
         known = {
+            "val_non_finite": float(non_finite or math.nan),
             "val_batches": float(comparison.num_batches[layer]),
             "val_error": float(comparison.error[layer]),
             "val_error_noise": float(comparison.error_noise[layer]),
@@ -149,7 +157,7 @@ def _worst(layer: int, comparisons: Sequence[Comparison]) -> tuple[int | None, E
 
 def _severity(evidence: Evidence) -> tuple[float, float]:
     """What certainly differs, whatever from, comes first."""
-    certain = max(net_error(evidence), net_shift(evidence))
+    certain = max(net_error(evidence), net_shift(evidence)) if "val_non_finite" not in evidence else math.inf
     return certain, max(evidence.get("val_error", 0.0), evidence.get("val_shift", 0.0))
 
 

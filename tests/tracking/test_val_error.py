@@ -280,6 +280,54 @@ def train_in_eval(net, batches, optimizer=None):
         optimizer.step()
 
 
+@pytest.mark.parametrize("value", [math.nan, math.inf, -math.inf])
+@pytest.mark.parametrize("trained", [True, False])
+def test_what_is_not_finite_in_validation_is_told_of_the_layer_where_it_begins(value, trained):
+    net, batches = network(), data(60, seed=1)
+    with BatchNormTracker(net) as tracker:
+        if trained:
+            train(net, batches)
+            tracker.close()
+        evaluated = data(3, seed=2)
+        evaluated[1][3, 1] = value
+        report = validate(tracker, net, evaluated)
+    first, second = report.values()
+    assert "non-finite-validation" in first.flags
+    assert first.evidence["val_non_finite"] == 1
+    assert "1 of 4 channels" in first.explanation
+    assert "isfinite" in first.remedy
+    assert report.unhealthy == [first] if trained else first in report.unhealthy
+    assert "non-finite-validation" not in second.flags
+    assert second.evidence["val_non_finite"] == 8
+
+
+def test_of_several_loaders_the_one_with_what_is_not_finite_is_told_of():
+    net, (shifted, good) = network(), data(2, seed=2)
+    with BatchNormTracker(net) as tracker:
+        train(net, data(60, seed=1))
+        tracker.close()
+        net.eval()
+        with torch.no_grad():
+            for loader, x in enumerate((shifted + 3, good * math.nan, good)):
+                tracker.start_validation(loader)
+                net(x)
+        report = tracker.validation_report(num_loaders=3)
+    assert report["0"].evidence["val_loader"] == 1
+    assert report["0"].evidence["val_non_finite"] == C
+
+
+def test_nothing_is_blamed_on_validation_behind_a_layer_that_gives_nan_by_its_own_statistics():
+    net = network()
+    with BatchNormTracker(net) as tracker:
+        batches = data(60, seed=1)
+        batches[30][0, 0] = math.nan
+        train(net, batches)
+        tracker.close()
+        report = validate(tracker, net, data(1, seed=2))
+    assert report["2"].evidence["val_non_finite"] == 8
+    assert not any("non-finite-validation" in layer.flags for layer in report.values())
+
+
 def test_a_model_that_is_trained_in_eval_mode_is_told_so_with_counts():
     net = network()
     with BatchNormTracker(net) as tracker:
