@@ -99,6 +99,9 @@ class Analysis:
     """RMS error of being made of earlier weights or data, chance taken off, ``(L,)``; 0 if it may be chance."""
     drift_error: FloatArray
     """RMS error of the whole window's statistics against now's, chance taken off, ``(L,)``; 0 if it may be chance."""
+    unseen_error: FloatArray
+    """RMS error of the mean of batch means and of batch variances against ``now``: of the variance between batches that
+    samples do not explain, which no average of their variances has, ``(L,)``."""
     max_score: FloatArray
     """Largest magnitude of any channel's score in any of these comparisons, ``(L,)``."""
     slope: FloatArray
@@ -201,6 +204,7 @@ def _analyse(blocks: Blocks, running: RunningStats, eps: FloatArray) -> Analysis
         reference_error=np.sqrt(_variance_of_reference(blocks, densities, noise, unit)),
         initial_distance=np.sqrt(layout.mean(((_INITIAL - sums.reference) / unit) ** 2).sum(axis=0)),
         jitter=noise.error(of_one_batch, unit),
+        unseen_error=_unseen(present, eps, layout),
         max_score=comparisons.max_score,
         first_bad=blocks.first_bad,
         **_movements(window, present, comparisons),
@@ -278,6 +282,14 @@ def _present(window: _Window) -> _Present:
     now_var = np.maximum(value[VAR] + between * (noise.scale[MEAN] - value[VAR]), 0)
     variance = (densities.weights * density**2).sum(axis=2)
     return _Present(density, value, np.stack([value[MEAN], now_var]), variance)
+
+
+def _unseen(present: _Present, eps: FloatArray, layout: ChannelLayout) -> FloatArray:
+    """RMS error that the mean of batch variances makes where the variance of all values is to be, ``(L,)``."""
+    own, scaled = layout.spread(eps), present.now[VAR] + layout.spread(eps)
+    stretched = np.sqrt(scaled / (present.value[VAR] + own)) - 1
+    error: FloatArray = np.sqrt(layout.mean(stretched**2 * present.now[VAR] / scaled))
+    return error
 
 
 def _compare(window: _Window, present: _Present) -> _Comparisons:
