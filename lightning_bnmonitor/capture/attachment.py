@@ -145,6 +145,8 @@ def _after_step(gate: Gate, merge: Callable[[], None]) -> Callable[..., None]:
     reference = weakref.WeakMethod(merge)
 
     def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if not is_dynamo_compiling():
+            gate.parts += 1
         root = gate.root()
         if root is not None and not root.training and not is_dynamo_compiling() and _updates(optimizer, root):
             gate.steps_in_eval_mode += 1
