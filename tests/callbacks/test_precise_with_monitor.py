@@ -200,6 +200,6 @@ def test_statistics_that_were_lent_to_other_weights_are_known_to_fit_them(tmp_pa
     bare = {flag for layer in last().values() for flag in layer.flags}
     assert bare & names == {"other-weights"}
     lent = last(PreciseBatchNorm(restore=True))
-    assert all(layer.evidence["val_error"] < 0.2 for layer in lent.values())
+    assert all(layer.evidence["val_error"] < 2 * layer.evidence["val_error_noise"] for layer in lent.values())
     assert max(layer.evidence["val_shift"] for layer in lent.values()) > 0.3
     assert not {flag for layer in lent.values() for flag in layer.flags} & names
