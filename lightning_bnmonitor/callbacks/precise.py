@@ -192,6 +192,7 @@ class PreciseBatchNorm(Callback):
         if not self._is_restoring:
             self._recalibration.tell_trackers()
             return
+        self._recalibration.tell_trackers_of_loan()
         for name in self._recalibration.after:
             if name not in self._recalibration.left_alone:
                 if name not in self._training or not torch.equal(before[name], self._exact[name]):

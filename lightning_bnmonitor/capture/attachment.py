@@ -145,10 +145,13 @@ def _after_step(gate: Gate, merge: Callable[[], None]) -> Callable[..., None]:
     reference = weakref.WeakMethod(merge)
 
     def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
+        if is_dynamo_compiling():
+            return
+        gate.parts += 1
         root = gate.root()
-        if root is not None and not root.training and not is_dynamo_compiling() and _updates(optimizer, root):
+        if root is not None and not root.training and _updates(optimizer, root):
             gate.steps_in_eval_mode += 1
-        is_due = not is_dynamo_compiling() and (gate.is_full or gate.is_traced) and not is_capturing()
+        is_due = (gate.is_full or gate.is_traced) and not is_capturing()
         if is_due and (alive := reference()) is not None:
             alive()
 

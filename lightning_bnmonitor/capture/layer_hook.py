@@ -55,12 +55,20 @@ class Gate:
         self.paused = 0  # pauses that are in force
         self.is_closed = False  # whether the window has ended
         self.steps = 0  # training steps that have ended
+        self.parts = 0  # parts of training steps that have ended: at a step of an optimizer the weights change
+        self.parts_before = 0  # those of the steps that have ended
         self.steps_in_eval_mode = 0  # of the root's optimizers in this window while the root was in eval mode
         self.is_full = False  # whether as many calls of a layer wait as may
         self.has_warned_of_graph = False  # that is captured
         self.is_traced = False  # whether compiled graphs may have left anything behind
         # Replicas of a model may be called in several threads. They need no lock to append to a list.
         self.lock = threading.RLock()
+
+    def end_step(self) -> None:
+        """A training step has ended."""
+        self.steps += 1
+        self.parts += 1
+        self.parts_before = self.parts
 
 
 class Hook:
@@ -204,7 +212,7 @@ class LayerHook(Hook):
             ):
                 mean, spread = getattr(node, SAVED_MEAN), getattr(node, SAVED_INVSTD)
                 if mean.nbytes == nbytes and not mean.is_meta and not (mean.is_cuda and is_stream_capturing()):
-                    stash.append((mean, spread, gate.steps, last))
+                    stash.append((mean, spread, gate.parts, last))
                     if len(stash) >= limit:
                         gate.is_full = True
                     return
@@ -308,7 +316,7 @@ class LayerHook(Hook):
             self.is_wide = True
         if len(self.stash) >= self.limit:
             self.flush()
-        self.stash.append((moments.mean, moments.spread, self.gate.steps, call))
+        self.stash.append((moments.mean, moments.spread, self.gate.parts, call))
         if len(self.stash) >= self.limit:
             self.gate.is_full = True
 

@@ -19,6 +19,7 @@ import math
 
 from lightning_bnmonitor.diagnosis.circumstances import Circumstances
 from lightning_bnmonitor.diagnosis.evidence import WARNING, Evidence
+from lightning_bnmonitor.diagnosis.rules import is_noisy_by_calls
 
 _TARGET = WARNING / 2  # what a remedy aims at
 _TOLERABLE = 0.8 * WARNING  # what is as good as that, if it costs less
@@ -38,7 +39,7 @@ def advice(verdict: str, layer: Circumstances, evidence: Evidence) -> dict[str, 
     if layer.updates_twice and layer.momentum is not None:
         # So that all updates of a call together weigh what was asked for.
         numbers["compensated_momentum"] = 1 - max(1 - layer.momentum, 0.0) ** (1 / layer.updates_per_call)
-    if verdict not in ("warming-up", "lagging", "noisy"):
+    if verdict not in ("warming-up", "lagging", "noisy") or (verdict == "noisy" and is_noisy_by_calls(evidence)):
         return numbers
     momentum = min(max(evidence["effective_momentum"], 0.0), 1.0)
     if verdict == "warming-up" and 0 < momentum < 1:

@@ -52,7 +52,7 @@ class Circumstances(NamedTuple):
     written_outside: bool
     """Whether the buffers changed between the last window and this one."""
     has_frozen_weights: bool
-    """Whether it has weights, and none of them trains."""
+    """Whether it has weights, and none of them trains or changes otherwise."""
     own_forward: bool
     """Whether its output was made without a BatchNorm kernel."""
     interrupted: bool

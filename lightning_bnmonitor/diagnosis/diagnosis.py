@@ -10,7 +10,7 @@ from lightning_bnmonitor.diagnosis.advice import advice
 from lightning_bnmonitor.diagnosis.circumstances import Circumstances
 from lightning_bnmonitor.diagnosis.evidence import Evidence
 from lightning_bnmonitor.diagnosis.flags import FLAGS
-from lightning_bnmonitor.diagnosis.rules import moves_with_weights, updates_nothing
+from lightning_bnmonitor.diagnosis.rules import is_noisy_by_calls, moves_with_weights, updates_nothing
 from lightning_bnmonitor.diagnosis.sentences import RECALIBRATE_CALL, RECALIBRATE_FROZEN_CALL, Statement
 from lightning_bnmonitor.diagnosis.verdicts import VERDICTS, verdict_on
 
@@ -25,8 +25,8 @@ _UNSEEN = Statement(
 _WITH_WEIGHTS = Statement(
     name="moves with the weights",
     explanation=(
-        "Its inputs move with the weights: what the model is given is in random order ({order_score} and {group_score} "
-        "standard deviations from it, where chance explains two).",
+        "Its inputs move with the weights, or by what is drawn for a whole batch: what the model is given is in random "
+        "order ({order_score} and {group_score} standard deviations from it, where chance explains two).",
     ),
 )
 
@@ -48,7 +48,9 @@ class Diagnosis:
 
     @property
     def cause(self) -> str:
-        """What is the matter in a word: the verdict, unless that needs no attention and a flag does."""
+        """What is the matter in a word: the verdict, unless that needs none or comes of calls, and a flag does."""
+        if self.verdict == "noisy" and "calls-differ" in self.flags and is_noisy_by_calls(self.evidence):
+            return "calls-differ"
         if not self.needs_attention or VERDICTS[self.verdict].needs_attention(self.evidence.get("eval_error", 0.0)):
             return self.verdict
         return next((flag for flag in self.flags if FLAGS[flag].attention(self.evidence)), self.verdict)

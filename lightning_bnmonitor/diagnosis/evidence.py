@@ -51,6 +51,8 @@ EVIDENCE: Mapping[str, str] = {
     "off; 0 where it may be chance",
     "drift_error": "RMS error of the window's statistics against the present ones, chance taken off; 0 where it may "
     "be chance",
+    "unseen_error": "the part of eval_error that running statistics which follow everything would have: they average "
+    "the variances of batches, without the variance between these",
     "initial_weight": "weight of the initial zeros and ones in the running statistics",
     "z_mean": "RMS of the layer's z_mean: about 1 if only chance is at work",
     "z_var": "RMS of the layer's z_var: about 1 if only chance is at work",
@@ -117,6 +119,9 @@ EVIDENCE: Mapping[str, str] = {
     "val_batches": "calls in validation that were looked at",
     "val_layers_before": "BatchNorm layers before it that were called in validation",
     "val_shifted_before": "those of them for which validation differs from training, too",
+    "val_alone": "1 if no layer was called in training: there was an evaluation alone",
+    "val_spoiled_before": "layers before it that training normalises by what evaluation does not have: few samples, "
+    "groups, parts of an order, the calls of a step",
     "val_loader": "the validation loader that val_shift is of, counted from 0, if there are several",
 }
 """Every number that a verdict, an explanation or a remedy may rest on, and what it is.
@@ -213,6 +218,7 @@ def observations(
             "warmup_error": analysis.warmup_error,
             "lag_error": analysis.lag_error,
             "drift_error": analysis.drift_error,
+            "unseen_error": analysis.unseen_error,
             "z_mean": np.sqrt(layout.mean(analysis.z[0] ** 2)),
             "z_var": np.sqrt(layout.mean(analysis.z[1] ** 2)),
             "max_score": analysis.max_score,

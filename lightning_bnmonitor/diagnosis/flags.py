@@ -13,7 +13,6 @@ from lightning_bnmonitor.diagnosis.circumstances import Circumstances
 from lightning_bnmonitor.diagnosis.evidence import WARNING, Evidence
 from lightning_bnmonitor.diagnosis.sentences import RECALIBRATE, RECALIBRATE_CALL, Statement
 
-_OTHER_WEIGHTS = 0.15  # error in validation from which on other weights or running statistics need attention
 _OF_COPIES = (
     "If it is a copy with averaged weights, average or copy the buffers with the weights "
     "(`AveragedModel(model, use_buffers=True)`), or recompute them "
@@ -39,26 +38,39 @@ def _explain_shift(evidence: Evidence) -> list[str]:
         + " is {val_shift} off what it receives in training (chance explains {val_noise}, in {val_batches} batches)"
     )
     error = "Its running statistics are {val_error} off what it receives there."
+    if evidence.get("val_spoiled_before"):
+        return [
+            f"{sentence}. A layer before it is normalised by its batches in training, as eval() cannot do it (its own "
+            "verdict and flags say why): that alone can make such a difference, with the same data.",
+            error,
+        ]
     if evidence.get("val_shifted_before"):
         return [f"{sentence}, as in a layer before it.", error]
     if evidence.get("val_layers_before"):
         return [
-            f"{sentence}, and no layer before it shows that: dropout or augmentation before it in training, "
-            "overfitting, or the inputs.",
+            f"{sentence}, and no layer before it shows that: dropout, augmentation or normalising by small batches "
+            "before it in training, other frequencies of classes, overfitting, or the inputs.",
             error,
         ]
     return [f"{sentence}. It is the first BatchNorm layer: the inputs differ.", error]
 
 
 def _cure_shift(evidence: Evidence) -> list[str]:
+    if evidence.get("val_spoiled_before"):
+        return ["Begin with that layer."]
     if evidence.get("val_shifted_before"):
         return ["Begin with the first layer that has this flag."]
-    of_layer = ["Put dropout behind this layer rather than before it."] if evidence.get("val_layers_before") else []
-    return [
-        *of_layer,
+    prepare = (
         "Prepare validation data as training data. If they are what the model will be given, recompute the running "
-        f"statistics from data of that kind ({RECALIBRATE_CALL}).",
-    ]
+        f"statistics from data of that kind ({RECALIBRATE_CALL})."
+    )
+    if evidence.get("val_layers_before"):
+        return [
+            "Put dropout behind this layer rather than before it.",
+            prepare,
+            "Where only classes are more or less frequent, leave it.",
+        ]
+    return [prepare]
 
 
 def _explain_other_weights(evidence: Evidence) -> list[str]:
@@ -79,6 +91,33 @@ def _cure_other_weights(evidence: Evidence) -> list[str]:
             f"{RECALIBRATE}."
         ]
     return [_OF_COPIES, _ALONE]
+
+
+def _explain_unexplained(evidence: Evidence) -> list[str]:
+    if evidence.get("val_alone"):
+        return [
+            "Its running statistics are {val_error} off what it receives here (chance explains {val_error_noise}): "
+            "these data are other than those it was trained with, or its running statistics do not belong to its "
+            "weights."
+        ]
+    return [
+        "In validation eval() is off by {val_error}, more than chance explains ({val_error_noise}). The cause is not "
+        "known: neither this layer nor one before it has shown anything that explains it.",
+        "Against what it receives in training, its running statistics are off by {eval_error}.",
+    ]
+
+
+def _cure_unexplained(evidence: Evidence) -> list[str]:
+    if evidence.get("val_alone"):
+        return [
+            "Evaluate training data in the same way (`trainer.validate(model, train_loader)`). If it is as far off "
+            f"there, load the running statistics that belong to the weights, or recompute them ({RECALIBRATE_CALL}). "
+            "If not, the data differ: prepare them as training data."
+        ]
+    return [
+        "See whether better running statistics help: `print(lightning_bnmonitor.attribute_eval_gap(model, loader, "
+        f"loss))`. If so, {RECALIBRATE}."
+    ]
 
 
 def _explain_last_batch(evidence: Evidence) -> list[str]:
@@ -118,7 +157,8 @@ def _explain_calls(evidence: Evidence) -> list[str]:
     named = which.get(int(evidence["call_shift_index"]), "those from the fourth on are")
     if evidence["calls_per_step"] == 2:
         named = "each is"
-    differ = f"of {{calls_per_step}} a step, {named} {{call_shift}} standard deviations off the mean of all"
+    several = "those between two optimizer steps" if evidence["calls_per_step"] < 2 else "{calls_per_step} a step"
+    differ = f"of {several}, {named} {{call_shift}} standard deviations off the mean of all"
     if rules.is_at_several_places(evidence):
         return [
             "The model calls it {calls_per_model_call} times, at several places, and its calls differ by more than "
@@ -202,7 +242,7 @@ _TABLE = (
             "Its running statistics were never updated: they are the initial zeros and ones (`num_batches_tracked` is "
             "zero), {val_error} off what it receives in validation (chance explains {val_error_noise}).",
         ),
-        remedy=(_OF_COPIES, _ALONE),
+        remedy=lambda evidence: [_ALONE] if evidence.get("val_alone") else [_OF_COPIES, _ALONE],
     ),
     Flag(
         name="non-finite-validation",
@@ -226,7 +266,7 @@ _TABLE = (
     Flag(
         name="other-weights",
         rule=None,
-        attention=lambda evidence: rules.net_error(evidence) > _OTHER_WEIGHTS,
+        attention=lambda evidence: rules.net_error(evidence) > rules.OF_OTHER_WEIGHTS,
         explanation=_explain_other_weights,
         remedy=_cure_other_weights,
     ),
@@ -255,15 +295,8 @@ _TABLE = (
         name="unexplained-error",
         rule=None,
         attention=lambda _: True,
-        explanation=(
-            "In validation eval() is off by {val_error}, more than chance explains ({val_error_noise}). The cause is "
-            "not known: neither this layer nor one before it has shown anything that explains it.",
-            "Against what it receives in training, its running statistics are off by {eval_error}.",
-        ),
-        remedy=(
-            "See whether better running statistics help: `print(lightning_bnmonitor.attribute_eval_gap(model, loader, "
-            f"loss))`. If so, {RECALIBRATE}.",
-        ),
+        explanation=_explain_unexplained,
+        remedy=_cure_unexplained,
     ),
     Flag(
         name="updated-in-validation",

@@ -14,6 +14,8 @@ from lightning_bnmonitor.statistics.probe import LIMIT
 
 SERIOUS = 0.2
 """An error in validation from which on it needs attention, whatever the reason."""
+OF_OTHER_WEIGHTS = 0.15
+"""From which on it needs attention where weights or running statistics are not known to be those of training."""
 _CHANCE = 3  # times its noise floor that a number of validation must exceed
 _MIN_BATCHES, _MIN_DOF = 8, 4
 _FAR, _FLOORS = 0.2, 3  # from which error on, and from how many times its floor, running statistics are certainly wrong
@@ -43,9 +45,17 @@ def _is_of_one_window(evidence: Evidence) -> bool:
 
 
 def _error(evidence: Evidence, unknown: float) -> float:
-    """What has to be worth a warning: over several windows, whose last batches are few, not ``eval_error`` alone."""
+    """What has to be worth a warning: over several windows, whose last batches are few, not ``eval_error`` alone.
+
+    Where calls differ, without what no running average sees: running statistics that follow everything have that, too.
+    """
     error = evidence.get("eval_error", unknown)
-    return evidence.get("least_error", error) if evidence.get("windows", 1) > 1 else error
+    return _seen(evidence.get("least_error", error) if evidence.get("windows", 1) > 1 else error, evidence)
+
+
+def _seen(error: float, evidence: Evidence) -> float:
+    unseen = evidence.get("unseen_error", 0.0) if differs_by_calls(evidence) else 0.0
+    return math.sqrt(max(error**2 - unseen**2, 0.0))
 
 
 def _is_initial(layer: Circumstances, evidence: Evidence) -> bool:
@@ -65,7 +75,7 @@ def is_far(layer: Circumstances, evidence: Evidence) -> bool:
     By 0.2, and by three times what chance explains in both.
     """
     chance = math.hypot(evidence.get("reference_error", math.inf), evidence.get("noise_error", 0.0))
-    return layer.weights_known and evidence.get("least_error", 0.0) > max(_FAR, _FLOORS * chance)
+    return layer.weights_known and _seen(evidence.get("least_error", 0.0), evidence) > max(_FAR, _FLOORS * chance)
 
 
 def is_not_updated(layer: Circumstances, evidence: Evidence) -> bool:
@@ -218,6 +228,23 @@ def is_noisy_at_last(evidence: Evidence) -> bool:
     return is_small and evidence.get("last_batch_share", 0.0) > 0.5 and noise**2 - without**2 > _WORTH_DROPPING**2
 
 
+def differs_by_calls(evidence: Evidence) -> bool:
+    """Whether the calls of a step differ by so much that it is worth a warning."""
+    return evidence.get("call_shift", 0.0) >= WARNING
+
+
+def is_noisy_by_calls(evidence: Evidence) -> bool:
+    """Whether batches scatter as the calls of a step differ, and not by more than is tolerable without that.
+
+    Contrasts of J calls sum to zero: if one of them is D, their variance is at least D squared over J - 1.
+    """
+    if not (differs_by_calls(evidence) and evidence.get("jitter")):
+        return False
+    of_calls = evidence["call_shift"] ** 2 / max(evidence["calls_per_step"] - 1, 1)
+    rest = max(1 - of_calls / evidence["jitter"] ** 2, 0.0)
+    return evidence.get("noise_error", 0.0) * math.sqrt(rest) <= WARNING
+
+
 def has_unlike_calls(layer: Circumstances, evidence: Evidence) -> bool:
     """Whether the calls of a step differ, each is normalised by itself in training, and all alike in eval mode."""
     normalises_by_batch = layer.training_calls > 0 and layer.has_running_stats and not layer.own_forward
@@ -225,8 +252,12 @@ def has_unlike_calls(layer: Circumstances, evidence: Evidence) -> bool:
 
 
 def is_spoiled_by_calls(evidence: Evidence) -> bool:
-    """Whether they differ by so much that it is worth a warning. One layer at several places did no harm in trials."""
-    return evidence["call_shift"] >= WARNING and not is_at_several_places(evidence)
+    """Whether they differ by so much that it is worth a warning.
+
+    One layer at several places did no harm in trials, unless eval() normalises all of them badly.
+    """
+    is_harmless = is_at_several_places(evidence) and evidence.get("unseen_error", 0.0) <= SERIOUS
+    return differs_by_calls(evidence) and not is_harmless
 
 
 def is_at_several_places(evidence: Evidence) -> bool:

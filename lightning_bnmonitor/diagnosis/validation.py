@@ -10,9 +10,14 @@ said:
    called in training. Needs attention beyond 0.15.
 3. ``domain-shift``: validation differs from training by more than 0.1, and by more than three times what the running
    statistics of this layer and those before it are themselves off training (an error in one of them reaches all later
-   layers, enlarged up to three times). Needs attention if ``val_error`` is beyond 0.2, too.
+   layers, enlarged up to three times). Needs attention if ``val_error`` is beyond 0.2, too. Behind a layer that
+   training normalises by few samples, by groups, by parts of an order, or call by call, that is said to be the reason.
+   With other weights than training ended with, nothing is said of it: training does not tell.
 4. Else it is the running statistics: the verdict speaks. Where neither it nor an earlier layer does, and ``val_error``
    is beyond 0.2: ``unexplained-error``.
+
+Where no layer was called in training (``validate`` or ``test`` alone), nothing tells 2 from 3: ``unexplained-error``
+beyond 0.15.
 
 Whatever these are, ``updated-in-validation``: validation has changed them, as it ran in training mode. And the first
 layer that received what is not finite there has ``non-finite-validation``, unless training has spoilt it or one before
@@ -33,7 +38,7 @@ from typing import NamedTuple
 from lightning_bnmonitor.diagnosis.diagnosis import Diagnosis
 from lightning_bnmonitor.diagnosis.evidence import WARNING, Evidence
 from lightning_bnmonitor.diagnosis.flags import FLAGS
-from lightning_bnmonitor.diagnosis.rules import SERIOUS, net_error, net_shift
+from lightning_bnmonitor.diagnosis.rules import OF_OTHER_WEIGHTS, SERIOUS, net_error, net_shift, was_called
 
 _REACH = 3.0  # times what running statistics are off by themselves, that later layers may differ from training
 
@@ -76,11 +81,14 @@ def diagnose_validation(layers: Iterable[Validated]) -> list[Diagnosis]:
     Args:
         layers: In the order of the model.
     """
-    described: list[Diagnosis] = []
+    in_order, described = list(layers), list[Diagnosis]()
+    is_alone = not any(was_called(layer.diagnosis.evidence) or _was_trained(layer) for layer in in_order)
     wrong, called, shifted, is_explained = 0.0, 0, 0, False  # of this layer and those before it
-    is_finite = True
-    for layer in layers:
+    spoiled, is_finite = 0, True  # of those before it
+    for layer in in_order:
         known = {**layer.diagnosis.evidence, **layer.evidence}
+        if layer.evidence and is_alone:
+            known["val_alone"] = 1.0
         begins, is_finite = is_finite, is_finite and not _has_non_finite(known)
         wrong = math.hypot(wrong, _own_fault(layer, known))
         is_explained |= layer.diagnosis.needs_attention
@@ -89,8 +97,9 @@ def diagnose_validation(layers: Iterable[Validated]) -> list[Diagnosis]:
             known["val_layers_before"] = float(called)
             called += 1
         if flag == "domain-shift":
-            known["val_shifted_before"] = float(shifted)
+            known |= {"val_shifted_before": float(shifted), "val_spoiled_before": float(spoiled)}
             shifted += 1
+        spoiled += _is_normalised_otherwise(layer.diagnosis)
         added = [*([flag] if flag else []), *(["updated-in-validation"] if layer.is_updated else [])]
         if begins and not is_finite and not known.get("non_finite_channels"):
             added.append("non-finite-validation")
@@ -99,9 +108,9 @@ def diagnose_validation(layers: Iterable[Validated]) -> list[Diagnosis]:
         is_explained |= needs_attention
         if _is_harmless(layer, known):
             needs_attention = False
-        in_order = tuple(name for name in FLAGS if name in flags)
+        sorted_flags = tuple(name for name in FLAGS if name in flags)
         described.append(
-            replace(layer.diagnosis, evidence=known, flags=in_order, needs_attention=needs_attention),
+            replace(layer.diagnosis, evidence=known, flags=sorted_flags, needs_attention=needs_attention),
         )
     return described
 
@@ -118,8 +127,12 @@ def _flag(layer: Validated, evidence: Evidence, wrong: float, is_explained: bool
     is_other = layer.standing == Standing.OTHER
     is_other |= layer.standing == Standing.REWRITTEN and _own_fault(layer, evidence) > WARNING
     is_other |= _is_of_other_data(layer, evidence)
+    if evidence.get("val_alone") and layer.standing in (Standing.TRAINED, Standing.REWRITTEN):
+        return "unexplained-error" if error > OF_OTHER_WEIGHTS else None
     if is_off and (is_other or is_unused):
         return "other-weights"
+    if layer.standing == Standing.OTHER:
+        return None  # repaired since; what training received with its own weights says nothing of it
     # Exact statistics of training: what they are off is the data.
     shift = error if layer.standing == Standing.REPAIRED else net_shift(evidence)
     if shift > max(WARNING, _REACH * wrong):
@@ -153,6 +166,17 @@ def _beyond_noise(error: float, evidence: Evidence) -> float:
     """An error of running statistics on what training receives, chance taken off."""
     chance = math.hypot(evidence.get("now_error", 0.0), evidence.get("noise_error", 0.0))
     return math.sqrt(max(error**2 - chance**2, 0.0))
+
+
+def _was_trained(layer: Validated) -> bool:
+    """Whether it was called in training, though not looked at, or trained in eval mode."""
+    return layer.diagnosis.verdict == "trained-in-eval" or bool(layer.diagnosis.evidence.get("calls_skipped"))
+
+
+def _is_normalised_otherwise(diagnosis: Diagnosis) -> bool:
+    """Whether training normalises by what evaluation does not have, which changes what later layers receive."""
+    differ = "calls-differ" in diagnosis.flags and FLAGS["calls-differ"].attention(diagnosis.evidence)
+    return differ or diagnosis.verdict in ("tiny-batch", "ordered-batches", "grouped-batches")
 
 
 def _is_harmless(layer: Validated, evidence: Evidence) -> bool:

@@ -207,10 +207,7 @@ _TABLE = (
         color="#0072B2",
         attention="never",
         rule=lambda layer, _: layer.weights_known,
-        explanation=(
-            "The running statistics fit what it receives: {act_rmse} off all batches of the window, of which their own "
-            "sampling noise is {noise_error}, and {eval_error} off the last ones, which are known to {now_error}.",
-        ),
+        explanation=wording.explain_healthy,
     ),
 )
 

@@ -4,11 +4,18 @@ from __future__ import annotations
 
 from lightning_bnmonitor.diagnosis.evidence import WARNING, Evidence
 from lightning_bnmonitor.diagnosis.rules import (
+    differs_by_calls,
     is_noisy_at_last,
+    is_noisy_by_calls,
     is_of_few_samples,
     moves_with_weights,
 )
 from lightning_bnmonitor.diagnosis.sentences import RECALIBRATE
+
+_BY_CALLS = (
+    "The calls of a step differ, and the running statistics average the variances of calls, without what lies between "
+    "them: eval() is off by {eval_error}, and with any momentum by about {unseen_error}."
+)
 
 
 def explain_non_finite(evidence: Evidence) -> list[str]:
@@ -76,6 +83,8 @@ def explain_unused(evidence: Evidence) -> list[str]:
     """Explain ``unused``."""
     if evidence.get("calls_skipped"):
         return ["No call of it was counted in this window."]
+    if evidence.get("val_alone"):
+        return ["No training was seen."]
     return ["It was not called in this window while the model was in training mode."]
 
 
@@ -114,7 +123,7 @@ def explain_tiny(evidence: Evidence) -> list[str]:
         alone = evidence["batch_size"] == 1
         who = "each sample" if alone else "batches of {batch_size} samples"
         return [
-            f"Training normalises {who} alone, which takes out what the values of {'it' if alone else 'them'} have in "
+            f"Training normalises {who} alone, which takes out what {'its' if alone else 'their'} values have in "
             "common, such as brightness and contrast. The network comes to rely on that, and eval() does not do it: "
             "activations differ by {batch_jitter} standard deviations. Better running statistics do not repair that."
         ]
@@ -197,6 +206,9 @@ def explain_noisy(evidence: Evidence) -> list[str]:
     """Explain ``noisy``."""
     if is_noisy_at_last(evidence):  # and the flag says the rest
         return ["Sampling noise alone is an error of {noise_error}."]
+    if is_noisy_by_calls(evidence):
+        follows = "The running statistics follow the last of a step's calls, which differ: an error of {noise_error}."
+        return [follows, *([_BY_CALLS] if evidence.get("unseen_error", 0.0) > WARNING else [])]
     if "momentum" not in evidence:
         return [
             "The running statistics are the plain average of batches with {samples_per_batch} values per channel, of "
@@ -213,7 +225,9 @@ def explain_noisy(evidence: Evidence) -> list[str]:
 
 def cure_noisy(evidence: Evidence) -> list[str]:
     """What to do about ``noisy``."""
-    if is_noisy_at_last(evidence) and not evidence["noise_without_last_batch"] > WARNING:
+    if is_noisy_by_calls(evidence) or (
+        is_noisy_at_last(evidence) and not evidence["noise_without_last_batch"] > WARNING
+    ):
         return []
     larger = f"{RECALIBRATE} before you evaluate."
     if "recommended_batch_size" in evidence:
@@ -222,6 +236,16 @@ def cure_noisy(evidence: Evidence) -> list[str]:
         return [f"Train on, or {larger}"]
     momentum = "set `momentum={recommended_momentum}` (predicted error {recommended_error}), or "
     return _with_momentum(momentum, larger, evidence)
+
+
+def explain_healthy(evidence: Evidence) -> list[str]:
+    """Explain ``healthy``."""
+    if differs_by_calls(evidence) and evidence.get("unseen_error", 0.0) > WARNING:
+        return [_BY_CALLS]
+    return [
+        "The running statistics fit what it receives: {act_rmse} off all batches of the window, of which their own "
+        "sampling noise is {noise_error}, and {eval_error} off the last ones, which are known to {now_error}.",
+    ]
 
 
 def explain_warming_up(evidence: Evidence) -> list[str]:

@@ -163,6 +163,12 @@ class Recalibration:
         for recorder in recorders_of(self._histories):
             recorder.rewritten(self._histories)
 
+    def tell_trackers_of_loan(self) -> None:
+        """Tell attached trackers between two windows what is evaluated: training goes on from what was there before."""
+        for recorder in recorders_of(self._histories):
+            if recorder.is_closed:
+                recorder.rewritten(self._histories)
+
     def restore(self) -> None:
         """Put the old running statistics back, to the bit, whatever has been written since."""
         self._old.restore()

@@ -99,6 +99,9 @@ class Analysis:
     """RMS error of being made of earlier weights or data, chance taken off, ``(L,)``; 0 if it may be chance."""
     drift_error: FloatArray
     """RMS error of the whole window's statistics against now's, chance taken off, ``(L,)``; 0 if it may be chance."""
+    unseen_error: FloatArray
+    """RMS error of the mean of batch variances in the place of the variance of all values, ``(L,)``, without movements
+    from block to block: of the variance between batches that their samples do not explain, which no average has."""
     max_score: FloatArray
     """Largest magnitude of any channel's score in any of these comparisons, ``(L,)``."""
     slope: FloatArray
@@ -201,6 +204,7 @@ def _analyse(blocks: Blocks, running: RunningStats, eps: FloatArray) -> Analysis
         reference_error=np.sqrt(_variance_of_reference(blocks, densities, noise, unit)),
         initial_distance=np.sqrt(layout.mean(((_INITIAL - sums.reference) / unit) ** 2).sum(axis=0)),
         jitter=noise.error(of_one_batch, unit),
+        unseen_error=_unseen(window, eps),
         max_score=comparisons.max_score,
         first_bad=blocks.first_bad,
         **_movements(window, present, comparisons),
@@ -274,10 +278,24 @@ def _present(window: _Window) -> _Present:
     reach = trust * densities.step
     density = last + reach[..., None] * (last - before)
     value = sums.last + layout.spread(reach) * (sums.last - sums.before)
-    between = layout.spread((densities.num_batches - 1) / (densities.total[MEAN] - 1))
-    now_var = np.maximum(value[VAR] + between * (noise.scale[MEAN] - value[VAR]), 0)
+    now_var = np.maximum(value[VAR] + _between(densities, layout) * (noise.scale[MEAN] - value[VAR]), 0)
     variance = (densities.weights * density**2).sum(axis=2)
     return _Present(density, value, np.stack([value[MEAN], now_var]), variance)
+
+
+def _unseen(window: _Window, eps: FloatArray) -> FloatArray:
+    """RMS error that the mean of batch variances makes where the variance of all values is to be, ``(L,)``."""
+    _, densities, sums, noise, _, _, layout = window
+    seen, own = sums.reference[VAR], layout.spread(eps)
+    everything = np.maximum(seen + _between(densities, layout) * (noise.scale[MEAN] - seen), 0)
+    stretched = np.sqrt((everything + own) / (seen + own)) - 1
+    error: FloatArray = np.sqrt(layout.mean(stretched**2 * everything / (everything + own)))
+    return error
+
+
+def _between(densities: Densities, layout: ChannelLayout) -> FloatArray:
+    """What the variance between batches, over that of one batch, counts in the variance of all values, ``(C,)``."""
+    return layout.spread((densities.num_batches - 1) / (densities.total[MEAN] - 1))
 
 
 def _compare(window: _Window, present: _Present) -> _Comparisons:

@@ -19,7 +19,7 @@ layer's channels (:func:`~lightning_bnmonitor.statistics.scores.exceeds_chance`,
 calls, and 12 where they have more, as more is compared), else 0; and 0 with fewer than 8 steps. Calls that could be
 exchanged, such as micro-batches or crops, cannot have one but by chance.
 
-*Not established:* steps in which an optimizer moves the weights between the calls.
+Where an optimizer moves the weights between the calls of a step, it counts as several steps.
 """
 
 from __future__ import annotations

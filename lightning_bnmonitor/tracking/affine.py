@@ -51,6 +51,12 @@ class AffineWeights:
         return changed
 
 
+def has_frozen_weights(layer: BatchNorm) -> bool:
+    """Whether a layer has weights, and none of them trains."""
+    parameters = list(layer.parameters(recurse=False))
+    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
+
+
 def _plain(layer: BatchNorm) -> Iterator[tuple[str, Tensor]]:
     parameters, attributes = dict(layer.named_parameters(recurse=False)), vars(layer)
     for name in ("weight", "bias"):

@@ -24,8 +24,8 @@ class CallCounts(NamedTuple):
     """The effective one of the last of these, also of an earlier window."""
     last_num_samples: int = 0
     """Values per channel in the last of these in this window; 0 before the first."""
-    last_step: int = -1
-    """Training steps that had ended before the last call."""
+    last_part: int = -1
+    """Parts of training steps that had ended before the last call."""
     num_ranks: int = 1
     """Over how many ranks SyncBatchNorm takes the moments."""
     serial: bool = False
@@ -52,5 +52,5 @@ class WaitingCalls(NamedTuple):
     """Those that contribute nothing, as they are of another width."""
     num_calls: int
     """All of them."""
-    steps: tuple[int, ...] = ()
-    """Training steps that had ended before each of those that contribute."""
+    parts: tuple[int, ...] = ()
+    """Parts of training steps that had ended before each of those that contribute."""

@@ -1,5 +1,7 @@
 """The layers that are called several times in a training step: the contrasts of their calls, merged with the window.
 
+Steps that an optimizer divides, as that of a GAN, are as many as their parts: the calls of each have the same weights.
+
 Nothing is kept of a layer before a step with two of its calls has ended; from then on 192 bytes a channel. Layers whose
 calls have come in the same steps are merged together.
 """
@@ -48,14 +50,14 @@ class CallSites:
         """What is to be written to add calls that wait, to layers that are called several times in a step."""
         rows, sites = dict(self._rows), dict(self._sites)
         _place(
-            [layer for layer, calls in waiting.items() if layer not in sites and _is_called_again(layer, calls.steps)],
+            [layer for layer, calls in waiting.items() if layer not in sites and _is_called_again(layer, calls.parts)],
             rows,
             sites,
         )
         groups: dict[tuple[torch.device, Progress, tuple[int, ...]], list[TrackedLayer]] = defaultdict(list)
         for layer, site in sites.items():
-            steps = waiting[layer].steps if layer in waiting else ()
-            if steps or (site.progress.open_calls and site.progress.open_step < layer.gate.steps):
+            steps = waiting[layer].parts if layer in waiting else ()
+            if steps or (site.progress.open_calls and site.progress.open_step < layer.gate.parts):
                 groups[site.device, site.progress, steps].append(layer)
         writes: list[Write] = []
         for (device, progress, steps), layers in groups.items():
@@ -63,7 +65,7 @@ class CallSites:
             old = rows[device] if columns is None else rows[device].index_select(3, columns)
             batches = [calls.batches for layer in layers if (calls := waiting.get(layer)) and calls.batches]
             values = _values_of(batches, device) if batches else old.new_empty(0, *old.shape[2:])
-            new, progress = with_steps(old, progress, values, steps, layers[0].gate.steps)
+            new, progress = with_steps(old, progress, values, steps, layers[0].gate.parts)
             if columns is None:
                 writes.append(partial(Tensor.copy_, rows[device], new))
             else:
@@ -132,7 +134,7 @@ _OPEN_ROW = ROWS[0] - 1
 
 def _is_called_again(layer: TrackedLayer, steps: tuple[int, ...]) -> bool:
     """Whether a step has two of these calls. A loop that does not tell of its steps has one that goes on for ever."""
-    before, ended = layer.counts.last_step, layer.gate.steps
+    before, ended = layer.counts.last_part, layer.gate.steps
     if steps[:1] != (before,) and len(set(steps)) == len(steps):
         return False
     return ended > 0 and any(step == after for step, after in pairwise((before, *steps)))
@@ -147,7 +149,7 @@ def _place(layers: Sequence[TrackedLayer], rows: dict[torch.device, Tensor], sit
         start = added[device] + (rows[device].shape[-1] if device in rows else 0)
         added[device] += layer.width
         channels = slice(start, start + layer.width)
-        sites[layer] = _Site(device, channels, Progress(lost_step=layer.counts.last_step))
+        sites[layer] = _Site(device, channels, Progress(lost_step=layer.counts.last_part))
     for device, width in added.items():
         fresh = torch.zeros(*ROWS, width, dtype=torch.float64, device=device)
         rows[device] = torch.cat([rows[device], fresh], dim=-1) if device in rows else fresh

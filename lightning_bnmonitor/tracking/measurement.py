@@ -11,7 +11,6 @@ import torch
 from torch import Tensor
 
 from lightning_bnmonitor.capture.batch_moments import PATHS
-from lightning_bnmonitor.compat import BatchNorm
 from lightning_bnmonitor.diagnosis.circumstances import Circumstances
 from lightning_bnmonitor.statistics.analysis import Analysis, analyse, of_the_last
 from lightning_bnmonitor.statistics.blocks import Blocks
@@ -21,6 +20,7 @@ from lightning_bnmonitor.statistics.channel_layout import ChannelLayout, FloatAr
 from lightning_bnmonitor.statistics.joined_windows import ENOUGH, KeptWindow, fewest, joined, kept_window
 from lightning_bnmonitor.statistics.noise import LastBatch, RunningStats
 from lightning_bnmonitor.statistics.probe import Scores
+from lightning_bnmonitor.tracking.affine import has_frozen_weights
 from lightning_bnmonitor.tracking.buffers import History, Snapshot, snapshots
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 from lightning_bnmonitor.tracking.windows import Windows
@@ -257,7 +257,7 @@ def _circumstances(layer: TrackedLayer, now: Snapshot) -> Circumstances:
         assumed_updates=layer.assumed_updates_of_a_call,
         checkpointed=layer.hook.checkpointed,
         written_outside=layer.written_outside,
-        has_frozen_weights=_has_frozen_weights(module),
+        has_frozen_weights=has_frozen_weights(module) and not layer.has_moving_weights,
         own_forward=bool(layer.hook.own_forward),
         interrupted=layer.interrupted,
         num_tracked=now.num_tracked,
@@ -268,11 +268,6 @@ def _circumstances(layer: TrackedLayer, now: Snapshot) -> Circumstances:
         steps_in_eval_mode=layer.gate.steps_in_eval_mode,
         has_initial_stats=now.buffers is not None and now.is_initial,
     )
-
-
-def _has_frozen_weights(module: BatchNorm) -> bool:
-    parameters = list(module.parameters(recurse=False))
-    return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 
 
 def is_inexact(ending: Ending) -> bool:

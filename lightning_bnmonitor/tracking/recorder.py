@@ -19,7 +19,7 @@ from lightning_bnmonitor.compat import BatchNorm, never_compiled
 from lightning_bnmonitor.diagnosis.circumstances import bad_batch
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.tracking import collectives
-from lightning_bnmonitor.tracking.affine import AffineWeights
+from lightning_bnmonitor.tracking.affine import AffineWeights, has_frozen_weights
 from lightning_bnmonitor.tracking.assessment import assess
 from lightning_bnmonitor.tracking.buffers import History, Snapshot, snapshots
 from lightning_bnmonitor.tracking.measurement import is_inexact, keep_short_windows
@@ -51,6 +51,7 @@ class Recorder:
         self._was_told_of_steps = False  # before the state that was restored was saved
         self._last_seen_step = -1  # of which the model's arguments were seen
         self._affine: AffineWeights | None = None  # as the window has ended, while nothing waits to be merged
+        self._untrained = AffineWeights([])  # of layers whose weights do not train, as the window began
         _recorders.add(self)
 
     @property
@@ -63,6 +64,7 @@ class Recorder:
         known = {layer.module: layer for layer in self.layers}
         self.layers = [known.get(module) or self._new_layer(name, module) for name, module in modules.items()]
         self._begin([layer for layer in self.layers if layer.module not in known])
+        self._keep_untrained_weights()
 
     @torch.inference_mode(False)
     def flush(self) -> None:
@@ -117,7 +119,7 @@ class Recorder:
 
     def step_ended(self) -> None:
         """Count a training step. The first is merged at once if it called a layer twice: where that stands is asked."""
-        self.gate.steps += 1
+        self.gate.end_step()
         if self.gate.steps == 1 and any(len(layer.hook.stash) > 1 for layer in self.layers):
             self.gate.is_full = True
         self.merge_if_full()
@@ -154,6 +156,7 @@ class Recorder:
     def end_window(self, all_ranks: bool) -> Report:
         """Report the window, keep what the next one goes on from, and count no more until that begins."""
         self.flush()
+        self.look_at_untrained_weights()
         report, endings = assess(self.layers, self.windows, all_ranks=all_ranks)
         for ending in endings:
             layer, known, now = ending.state
@@ -169,6 +172,12 @@ class Recorder:
         self._stop_counting()
         return report
 
+    def look_at_untrained_weights(self) -> None:
+        """Find out which weights that do not train have changed in this window, as those of an averaged copy."""
+        moving = self._untrained.changed()
+        for layer in self.layers:
+            layer.has_moving_weights = layer.module in moving
+
     def begin_window(self) -> None:
         """Begin the next window, after one has ended."""
         keep_short_windows(self.layers, self.windows)
@@ -176,6 +185,7 @@ class Recorder:
         self.gate.steps_in_eval_mode = 0
         self.windows.reset()
         self._begin(self.layers)
+        self._keep_untrained_weights()
         self.windows.make_room()
         self._reopen()
 
@@ -246,6 +256,7 @@ class Recorder:
             self.gate.steps_in_eval_mode = 0
             for layer, now in _with_snapshots(self.layers):
                 layer.restart(layer.end if state["closed"] and layer.end is not None else now)
+        self._keep_untrained_weights()
         if state["closed"]:
             self._stop_counting()
         differences = {
@@ -262,6 +273,10 @@ class Recorder:
         for layer in called_again:
             if not math.isnan(counted := self.places.calls_per_model_call(layer)):
                 layer.calls_per_model_call = counted
+
+    def _keep_untrained_weights(self) -> None:
+        untrained = [layer.module for layer in self.layers if has_frozen_weights(layer.module)]
+        self._untrained = AffineWeights(untrained)
 
     def _new_layer(self, name: str, module: BatchNorm) -> TrackedLayer:
         layer = TrackedLayer(name, module, self.gate, self.flush)

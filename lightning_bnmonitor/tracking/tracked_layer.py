@@ -66,6 +66,7 @@ class TrackedLayer:
         self.earlier: Sequence[KeptWindow] = ()  # short windows that this one goes on from
         self.edges: Edges | None = None  # of the window before, if its data may have come in an order,
         self.end_edges: Edges | None = None  # and of the one that has ended
+        self.has_moving_weights = False  # though they are not trained, when last looked at
         self.call_shift = math.nan  # of the last window that had one
         self.bad: BadBatch | None = None  # what the running statistics are not finite of, if it is known
         self.calls_per_model_call = math.nan  # as it was last known
@@ -190,7 +191,7 @@ class TrackedLayer:
 
     def waiting(self, calls: Sequence[Call]) -> WaitingCalls:
         """Calls that wait to be merged, field by field. Those of another width than the first contribute nothing."""
-        mean, spread, steps, kinds = zip(*calls, strict=True)
+        mean, spread, parts, kinds = zip(*calls, strict=True)
         num_calls = len(calls)
         if kinds.count(kinds[0]) == num_calls:  # as a rule: one for all
             kinds = kinds[:1]
@@ -214,11 +215,11 @@ class TrackedLayer:
             repeated=self.counts.repeated + times * sum(kind.updating and kind.intercepted for kind in kinds),
             momentum=self.counts.momentum if last is None else last[0],
             last_num_samples=self.counts.last_num_samples if last is None else last[1].num_samples,
-            last_step=steps[-1],
+            last_part=parts[-1],
             num_ranks=kinds[-1].num_ranks,
             serial=self.counts.serial or any(kind.serial for kind in kinds),
         )
-        return WaitingCalls(batches, counts, 0, num_calls, steps)
+        return WaitingCalls(batches, counts, 0, num_calls, parts)
 
     def taken(self, waiting: WaitingCalls) -> list[Write]:
         """What is to be written when calls that waited, from the first on, are merged."""
@@ -231,7 +232,7 @@ class TrackedLayer:
     @property
     def is_within_step(self) -> bool:
         """Whether it was called since a training step was last told to have ended. False before the first was."""
-        return self.counts.last_step == self.gate.steps > self.steps_before
+        return self.gate.steps > self.steps_before and self.counts.last_part >= self.gate.parts_before
 
     def updates_of_a_call(self, now: Snapshot) -> float:
         """Updates of the buffers for each call that was to update them; NaN before the first, or if not counted.

@@ -145,9 +145,9 @@ class BatchNormTracker:
         """Tell that a training step has ended, one batch with all that belongs to it.
 
         A loop that does so is told when a window was resumed from a state saved in the middle of a step (flag
-        ``interrupted-batch``), and whether the calls of a layer within a step differ (flag ``calls-differ``). It is a
-        good time to merge what waits, too, as after the steps of ``torch.optim``
-        optimizers, which are noticed without it.
+        ``interrupted-batch``), and whether the calls of a layer within a step differ (flag ``calls-differ``): those
+        that no step of a ``torch.optim`` optimizer lies between. It is a good time to merge what waits, too, as after
+        these, which are noticed without it.
         """
         self._recorder.step_ended()
 
@@ -260,6 +260,8 @@ class BatchNormTracker:
             return self._closing
         self.flush()
         recorder = self._recorder
+        if not recorder.is_closed:
+            recorder.look_at_untrained_weights()
         report, _ = assess(recorder.layers, recorder.windows, ended=recorder.is_closed)
         self._closing = report if recorder.is_closed else None
         return report

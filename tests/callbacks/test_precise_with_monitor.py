@@ -175,3 +175,31 @@ def test_the_example_is_repaired(tmp_path):
     assert all(layer.needs_attention for layer in [layers[0], *sick])
     assert [(layer.verdict, layer.flags) for layer in layers[1:]] == [("healthy", ())] * 2
     assert all(loss < other for loss, other in zip(losses, before, strict=True))
+
+
+class OtherWeights(Callback):
+    """Validates with weights that training does not have."""
+
+    def on_validation_start(self, trainer, pl_module):
+        self.own = [parameter.detach().clone() for parameter in pl_module.parameters()]
+        for parameter in pl_module.parameters():
+            parameter.data.mul_(1.5).add_(0.1)
+
+    def on_validation_end(self, trainer, pl_module):
+        for parameter, own in zip(pl_module.parameters(), self.own, strict=True):
+            parameter.data.copy_(own)
+
+
+def test_statistics_that_were_lent_to_other_weights_are_known_to_fit_them(tmp_path):
+    def last(*callbacks):
+        monitor = BatchNormMonitor(on_unhealthy="ignore")
+        fit(tmp_path, OtherWeights(), *callbacks, monitor, data=train_data(40 * BATCH_SIZE), max_epochs=2)
+        return monitor.report()
+
+    names = {"other-weights", "domain-shift", "unexplained-error", "written-outside"}
+    bare = {flag for layer in last().values() for flag in layer.flags}
+    assert bare & names == {"other-weights"}
+    lent = last(PreciseBatchNorm(restore=True))
+    assert all(layer.evidence["val_error"] < 2 * layer.evidence["val_error_noise"] for layer in lent.values())
+    assert max(layer.evidence["val_shift"] for layer in lent.values()) > 0.3
+    assert not {flag for layer in lent.values() for flag in layer.flags} & names

@@ -40,6 +40,7 @@ OBSERVED = {
     "warmup_error": 0.01,
     "lag_error": 0.0,
     "drift_error": 0.0,
+    "unseen_error": 0.01,
     "z_mean": 1.0,
     "z_var": 1.1,
     "max_score": 2.5,

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 
 from lightning_bnmonitor.diagnosis.evidence import EVIDENCE
@@ -72,3 +74,53 @@ def test_of_one_layer_at_several_places_that_is_said():
     assert "at several places" in diagnosis.explanation
     assert "Give each place a BatchNorm layer of its own" in diagnosis.remedy
     assert "torch.cat" not in diagnosis.remedy
+
+
+# Of two calls that are 0.5 off their mean, batches scatter by that: 0.6 in all leaves 0.33, which momentum 0.1 takes
+# down from 0.2 to 0.11.
+NOISY = TWO | {"call_shift": 0.5, "jitter": 0.6, "noise_error": 0.2}
+
+
+@pytest.mark.parametrize(
+    ("symptoms", "rest"),
+    [
+        ({}, 0.2 * math.sqrt(1 - 25 / 36)),
+        ({"jitter": 0.55}, 0.2 * math.sqrt(1 - 0.25 / 0.3025)),
+        ({"jitter": 0.45}, 0.0),
+        ({"calls_per_step": 3.0}, 0.2 * math.sqrt(1 - 12.5 / 36)),
+        ({"noise_error": 0.15}, 0.15 * math.sqrt(1 - 25 / 36)),
+        ({"call_shift": 0.09, "jitter": 0.09}, 0.2),
+    ],
+    ids=str,
+)
+def test_what_is_no_more_than_their_difference_is_not_taken_for_sampling_noise(symptoms, rest):
+    diagnosis = diagnosed(symptoms, NOISY)
+    assert diagnosis.verdict == "noisy"
+    is_of_calls = rest <= 0.1
+    assert diagnosis.cause == ("calls-differ" if is_of_calls else "noisy")
+    assert ("sampling noise alone" in diagnosis.explanation) is not is_of_calls
+    assert ("recommended_momentum" in diagnosis.evidence) is not is_of_calls
+    assert ("momentum=" in diagnosis.remedy) is not is_of_calls
+    words_are_sound(diagnosis)
+
+
+def test_what_no_running_average_sees_is_not_taken_for_a_lag_where_calls_differ():
+    far = {"eval_error": 0.6, "act_rmse": 0.6, "least_error": 0.6, "reference_error": 0.05}
+    assert diagnosed(far).verdict == "lagging"
+    assert diagnosed(far, {"unseen_error": 0.58}).verdict == "lagging"
+    seen = diagnosed(far, TWO, {"unseen_error": 0.58})
+    assert (seen.verdict, seen.cause) == ("healthy", "calls-differ")
+    assert "off by 0.6, and with any momentum by about 0.58" in seen.explanation
+    words_are_sound(seen)
+    assert diagnosed(far, TWO, {"unseen_error": 0.5}).verdict == "lagging"
+
+
+@pytest.mark.parametrize(("unseen", "attention"), [(0.2, False), (beside(0.2, ABOVE), True)])
+def test_one_layer_at_several_places_needs_attention_if_eval_mode_normalises_none_of_them(unseen, attention):
+    assert diagnosed(TWO, {"calls_per_model_call": 3.0, "unseen_error": unseen}).needs_attention is attention
+
+
+def test_of_steps_that_an_optimizer_divides_the_mean_number_of_calls_is_not_said():
+    diagnosis = diagnosed({"calls_per_step": 1.5}, TWO)
+    assert "of those between two optimizer steps, the first is 0.2" in diagnosis.explanation
+    words_are_sound(diagnosis)

@@ -55,11 +55,49 @@ def test_statistics_that_training_has_not_left_are_named_beyond_a_tenth(standing
 
 
 def test_what_was_not_called_in_training_is_judged_by_validation():
-    small, said, bad = (diagnose_validation([layer(UNUSED, error=total(net))])[0] for net in (0.09, 0.14, 0.16))
+    nets = (0.09, 0.14, 0.16)
+    small, said, bad = (diagnose_validation([layer(), layer(UNUSED, error=total(net))])[1] for net in nets)
     assert (small.flags, said.flags, bad.flags) == ((), ("other-weights",), ("other-weights",))
     assert (small.needs_attention, said.needs_attention, bad.needs_attention) == (False, False, True)
     assert "was not called in training" in bad.explanation
     assert "recalibrate(averaged, loader)" in bad.remedy
+
+
+def test_without_any_training_data_and_weights_are_not_told_apart():
+    right, said, initial = (
+        diagnose_validation([layer(UNUSED, standing, error=total(net))])[0]
+        for net, standing in ((0.149, Standing.TRAINED), (0.151, Standing.TRAINED), (0.151, Standing.INITIAL))
+    )
+    assert (right.flags, right.needs_attention) == ((), False)
+    assert (said.flags, said.needs_attention, said.cause) == (("unexplained-error",), True, "unexplained-error")
+    assert "trainer.validate(model, train_loader)" in said.remedy
+    for diagnosis in (said, initial):
+        words_are_sound(diagnosis)
+        assert "training mode" not in diagnosis.explanation
+        assert "averag" not in diagnosis.explanation + diagnosis.remedy
+    assert initial.flags == ("never-updated",)
+
+
+def test_with_other_weights_that_their_statistics_fit_training_says_nothing_of_validation():
+    assert flags_of(layer({}, Standing.OTHER, error=0.05, shift=0.9)) == [()]
+    assert flags_of(layer({}, Standing.TRAINED, error=0.05, shift=0.9)) == [("domain-shift",)]
+
+
+APART = {"call_shift": 0.5, "call_shift_index": 1.0, "calls_per_step": 2.0, "eval_error": 0.0}
+
+
+@pytest.mark.parametrize("cause", ["tiny-batch", "ordered-batches", "grouped-batches", "calls-differ"])
+def test_behind_a_layer_that_training_normalises_otherwise_the_data_are_not_blamed(cause):
+    spoiled = APART if cause == "calls-differ" else SYMPTOMS[cause] | {"eval_error": 0.0}
+    earlier, behind = diagnose_validation([layer(spoiled), layer({"eval_error": 0.0}, error=0.5, shift=0.5)])
+    assert earlier.cause == cause
+    assert behind.flags == ("domain-shift",)
+    assert "normalised by its batches in training" in behind.explanation
+    assert behind.remedy.endswith("Begin with that layer.")
+    assert "Prepare" not in behind.remedy
+    words_are_sound(behind)
+    *_, first = diagnose_validation([layer(spoiled, error=0.5, shift=0.5)])
+    assert "the inputs differ" in first.explanation
 
 
 def test_what_was_called_where_it_could_not_be_seen_was_called():

@@ -247,6 +247,8 @@ def expected_analysis(layer, index):
     ref_window, ref_now = average(window).sum(axis=1), average(now).sum(axis=1)
     ratio = (num_batches - 1) / (len(values) - 1)
     now_var = np.maximum(ref_now[1] + ratio * (noise_scale[0] - ref_now[1]), 0)
+    everything = np.maximum((1 - ratio) * ref_window[1] + ratio * noise_scale[0], 0)
+    stretched = 1 / np.sqrt(ref_window[1] + layer.eps) - 1 / np.sqrt(everything + layer.eps)  # by eval()
 
     # The buffers against them.
     reach = 1 - initial_weight
@@ -320,6 +322,7 @@ def expected_analysis(layer, index):
         "warmup_error": known * rms((warm / unit) ** 2),
         "lag_error": known * net(lags[1], c2_lag[1], lagging),
         "drift_error": net(ref_now - ref_window, variance((now - window) * g), moving),
+        "unseen_error": np.sqrt(np.mean(everything[fine] * stretched[fine] ** 2)),
         "max_score": np.fmax.reduce(np.abs(scores), axis=None),
         "slope": net(trend / c2_trend[:, None], 1 / c2_trend, moving),
         "jitter": rms(relative * (num_batches / g.sum(axis=1))[:, None]),

@@ -300,9 +300,9 @@ def fitted(module: pl.LightningModule, **options: int) -> LayerReport:
 
 
 @pytest.mark.parametrize("apart", [0.0, 2.0])
-def test_the_steps_of_two_optimizers_in_one_training_batch_are_one(apart: float) -> None:
+def test_of_two_optimizers_in_one_training_batch_each_has_a_step_of_its_own(apart: float) -> None:
     report = fitted(Adversary(apart))
-    assert report.evidence["calls_per_step"] == 3
+    assert report.evidence["calls_per_step"] == 1.5
     assert ("calls-differ" in report.flags) == (apart > 0)
 
 
@@ -416,3 +416,55 @@ def test_a_step_of_two_calls_has_few_more_operations() -> None:
         return len(seen.names)
 
     assert 0 < operations(monitored=True) - operations(monitored=False) <= 5 * 160
+
+
+@pytest.mark.parametrize("divided", [False, True])
+def test_calls_that_an_optimizer_step_lies_between_are_not_compared(divided: bool) -> None:
+    """As a GAN's: real and fake together in the discriminator's step, fake alone in the generator's."""
+    model = nn.Sequential(nn.Linear(C, C), nn.BatchNorm1d(C))
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    with BatchNormTracker(model) as tracker:
+        for first, second in steps_of(40):
+            loss = model(first).square().mean()
+            if divided:
+                loss.backward()
+                optimizer.step()
+                loss = torch.zeros(())
+            (loss + model(second).square().mean()).backward()
+            optimizer.step()
+            tracker.step()
+        report = tracker.report()["1"]
+    assert ("call_shift" in report.evidence) is not divided
+    assert ("calls-differ" in report.flags) is not divided
+
+
+def test_in_a_step_that_an_optimizer_divides_calls_are_compared_part_by_part() -> None:
+    model = layer()
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+    steps = steps_of(40)
+    with BatchNormTracker(model) as tracker:
+        for index in range(0, 40, 2):
+            for batches in steps[index : index + 2]:
+                for x in batches:
+                    model(x)
+                optimizer.step()
+            model(steps[index][1])  # alone
+            tracker.step()
+        report = tracker.report()["0"]
+    assert report.evidence["call_shift"] == pytest.approx(shift_in_float64(steps), rel=0.02)
+
+
+def test_what_no_running_average_sees_is_the_variance_between_batches() -> None:
+    generator = torch.Generator().manual_seed(3)
+    places = 0.8 * torch.randn(256, 1, C, generator=generator)
+    batches = [2 * torch.randn(32, C, generator=generator) + 2 * place for place in places]
+    model = layer()
+    with BatchNormTracker(model) as tracker:
+        for x in batches:
+            model(x)
+        unseen = tracker.report()["0"].evidence["unseen_error"]
+    values = torch.stack(batches).double().numpy()
+    between, within = values.reshape(-1, C).var(axis=0, ddof=1), values.var(axis=1, ddof=1).mean(axis=0)
+    by_hand = float(np.sqrt(((np.sqrt(between / within) - 1) ** 2).mean()))
+    assert by_hand > 0.2
+    assert unseen == pytest.approx(by_hand, rel=0.1)

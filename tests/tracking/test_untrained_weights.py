@@ -1,0 +1,60 @@
+"""Layers whose weights do not train: whether they stay as they are, or follow others."""
+
+from __future__ import annotations
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+from lightning_bnmonitor import BatchNormTracker
+
+
+class WithTeacher(nn.Module):
+    """A model with a copy of it whose weights do not train, called with the same batches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+        self.teacher = copy.deepcopy(self.net).requires_grad_(False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return (self.net(x) - self.teacher(x) - 1).square().mean()
+
+
+def train(model: WithTeacher, rate: float, steps: int = 12) -> None:
+    """Train the model; the teacher follows it at this rate."""
+    optimizer = torch.optim.SGD(model.net.parameters(), lr=0.1)
+    for _ in range(steps):
+        optimizer.zero_grad()
+        model(torch.randn(16, 4)).backward()
+        optimizer.step()
+        for own, other in zip(model.teacher.parameters(), model.net.parameters(), strict=True):
+            own.data.lerp_(other.data, rate)
+
+
+@pytest.mark.parametrize("closed", [False, True])
+def test_an_averaged_copy_is_not_half_frozen_and_what_stays_is(closed: bool) -> None:
+    torch.manual_seed(0)
+    model = WithTeacher()
+    with BatchNormTracker(model) as tracker:
+        for rate, flags in ((0.1, ()), (0.0, ("half-frozen",)), (0.1, ())):
+            tracker.reset()
+            train(model, rate)
+            report = tracker.close() if closed else tracker.report()
+            assert report["teacher.1"].flags == flags
+            assert report["net.1"].flags == ()
+
+
+def test_a_resumed_window_tells_from_there_on() -> None:
+    torch.manual_seed(0)
+    model = WithTeacher()
+    with BatchNormTracker(model) as tracker:
+        train(model, 0.0)
+        state = tracker.state_dict()
+    with BatchNormTracker(model) as tracker:
+        tracker.load_state_dict(state)
+        assert tracker.report()["teacher.1"].flags == ("half-frozen",)
+        train(model, 0.1)
+        assert tracker.report()["teacher.1"].flags == ()
