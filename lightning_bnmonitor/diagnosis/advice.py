@@ -5,7 +5,9 @@ A running average with momentum m of values that drift by :math:`\delta` a batch
 
 .. math:: \delta^2 \Bigl(\frac{1 - m}{m}\Bigr)^2 + V_b \frac{m}{2 - m},
 
-which is smallest where :math:`m^3 = r (1 - m)(2 - m)^2` with :math:`r = \delta^2 / V_b`: about :math:`(4 r)^{1/3}`.
+which is smallest where :math:`m^3 = r (1 - m)(2 - m)^2` with :math:`r = \delta^2 / V_b`: about :math:`(4 r)^{1/3}`. Of
+values that move at random, by :math:`\sigma` a batch, the first term is :math:`\sigma^2 (1 - m)^2 / (m (2 - m))`, and
+:math:`m^2 = (1 - m) \sigma^2 / V_b`.
 Of noise alone, the first term is 0 and a smaller momentum is always better; of what the running statistics began with,
 :math:`(1 - m)^T` is left after T batches. What is recommended has to do in as many batches as there were: the memory is
 that of the window, longer where that is too noisy, and never so long that much is left of the initial values after all
@@ -19,7 +21,7 @@ import math
 
 from lightning_bnmonitor.diagnosis.circumstances import Circumstances
 from lightning_bnmonitor.diagnosis.evidence import WARNING, Evidence
-from lightning_bnmonitor.diagnosis.rules import is_noisy_by_calls
+from lightning_bnmonitor.diagnosis.rules import is_noisy_by_calls, is_outrun
 
 _TARGET = WARNING / 2  # what a remedy aims at
 _TOLERABLE = 0.8 * WARNING  # what is as good as that, if it costs less
@@ -58,7 +60,10 @@ def advice(verdict: str, layer: Circumstances, evidence: Evidence) -> dict[str, 
 def _best_momentum(verdict: str, layer: Circumstances, evidence: Evidence, momentum: float) -> tuple[float, float]:
     """The momentum of the smallest error after as many batches as there were, and that error."""
     batches, jitter, drift = evidence["batches"], evidence["jitter"], evidence.get("drift_per_batch", 0.0)
-    if verdict == "lagging" and layer.momentum is not None and momentum < 1:
+    walk = 0.0
+    if verdict == "lagging" and is_outrun(evidence):
+        drift, walk = 0.0, evidence["walk_error"] * math.sqrt(momentum * (2 - momentum)) / (1 - momentum)
+    elif verdict == "lagging" and layer.momentum is not None and momentum < 1:
         # The buffers may lag for what moved in windows before: this one's trend does not show it.
         drift = max(drift, (evidence.get("lag_error") or evidence.get("least_error", 0.0)) * momentum / (1 - momentum))
     in_all = max((layer.num_tracked or 0) / max(layer.assumed_updates, 1), batches)
@@ -72,10 +77,10 @@ def _best_momentum(verdict: str, layer: Circumstances, evidence: Evidence, momen
     if verdict == "noisy":
         variance = momentum / (2 - momentum) * (_TARGET / evidence["noise_error"]) ** 2
         lower = max(lower, 2 * variance / (1 + variance))
-    if verdict == "warming-up" and _expected_error(lower, drift, jitter) <= _TARGET:
-        return lower, _expected_error(lower, drift, jitter)
-    best = max(_optimal_momentum(drift, jitter), lower)
-    return best, _expected_error(best, drift, jitter)
+    if verdict == "warming-up" and _expected_error(lower, drift, walk, jitter) <= _TARGET:
+        return lower, _expected_error(lower, drift, walk, jitter)
+    best = max(_optimal_momentum(drift, walk, jitter), lower)
+    return best, _expected_error(best, drift, walk, jitter)
 
 
 def _batch_size(evidence: Evidence) -> dict[str, float]:
@@ -94,18 +99,21 @@ def _momentum_of_noise(error: float, jitter: float) -> float:
     return 2 * variance / (1 + variance)
 
 
-def _expected_error(momentum: float, drift: float, jitter: float) -> float:
-    """Error of a running average of values that drift by so much a batch, and are noisy by so much."""
-    return math.hypot(drift * (1 - momentum) / momentum, jitter * math.sqrt(momentum / (2 - momentum)))
+def _expected_error(momentum: float, drift: float, walk: float, jitter: float) -> float:
+    """Error of a running average of values that drift, move at random and are noisy by so much a batch."""
+    memory = momentum * (2 - momentum)
+    lag = math.hypot(drift / momentum, walk / math.sqrt(memory)) * (1 - momentum)
+    return math.hypot(lag, jitter * momentum / math.sqrt(memory))
 
 
-def _optimal_momentum(drift: float, jitter: float) -> float:
+def _optimal_momentum(drift: float, walk: float, jitter: float) -> float:
     """Momentum with the smallest :func:`_expected_error`, by bisection."""
-    if not drift or not jitter:
+    if not (drift or walk) or not jitter:
         return float(not jitter)
-    ratio = (drift / jitter) ** 2
+    drifting, walking = (drift / jitter) ** 2, (walk / jitter) ** 2
     low, high = 0.0, 1.0
     for _ in range(24):
         middle = (low + high) / 2
-        low, high = (middle, high) if middle**3 < ratio * (1 - middle) * (2 - middle) ** 2 else (low, middle)
+        is_too_small = middle**3 < (1 - middle) * (drifting * (2 - middle) ** 2 + walking * middle)
+        low, high = (middle, high) if is_too_small else (low, middle)
     return (low + high) / 2

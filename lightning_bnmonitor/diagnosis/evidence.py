@@ -53,6 +53,8 @@ EVIDENCE: Mapping[str, str] = {
     "be chance",
     "unseen_error": "the part of eval_error that running statistics which follow everything would have: they average "
     "the variances of batches, without the variance between these",
+    "walk_error": "RMS error of running statistics with this momentum behind inputs that move at random as these do, "
+    "chance taken off; 0 where it may be chance. The last batches, which eval_error is measured by, may not show it",
     "initial_weight": "weight of the initial zeros and ones in the running statistics",
     "z_mean": "RMS of the layer's z_mean: about 1 if only chance is at work",
     "z_var": "RMS of the layer's z_var: about 1 if only chance is at work",
@@ -219,6 +221,7 @@ def observations(
             "lag_error": analysis.lag_error,
             "drift_error": analysis.drift_error,
             "unseen_error": analysis.unseen_error,
+            "walk_error": analysis.walk_error,
             "z_mean": np.sqrt(layout.mean(analysis.z[0] ** 2)),
             "z_var": np.sqrt(layout.mean(analysis.z[1] ** 2)),
             "max_score": analysis.max_score,

@@ -11,12 +11,13 @@ import math
 from lightning_bnmonitor.diagnosis.circumstances import Circumstances
 from lightning_bnmonitor.diagnosis.evidence import WARNING, Evidence
 from lightning_bnmonitor.statistics.probe import LIMIT
+from lightning_bnmonitor.statistics.random_walk import WALK_SPREAD
 
 SERIOUS = 0.2
 """An error in validation from which on it needs attention, whatever the reason."""
 OF_OTHER_WEIGHTS = 0.15
 """From which on it needs attention where weights or running statistics are not known to be those of training."""
-_CHANCE = 3  # times its noise floor that a number of validation must exceed
+_CHANCE = 3  # times its noise floor, or its standard error, that a number must exceed
 _MIN_BATCHES, _MIN_DOF = 8, 4
 _FAR, _FLOORS = 0.2, 3  # from which error on, and from how many times its floor, running statistics are certainly wrong
 _TINY = 4  # values per channel in a batch
@@ -186,9 +187,25 @@ def is_lagging(layer: Circumstances, evidence: Evidence) -> bool:
     """Whether the inputs have moved away from the running statistics."""
     if is_far(layer, evidence) or is_behind(layer, evidence):
         return True
+    is_left_behind = not _seems_to_follow(evidence) or is_outrun(evidence)
+    return is_moving(layer, evidence) and not is_noisy(layer, evidence) and is_left_behind
+
+
+def _seems_to_follow(evidence: Evidence) -> bool:
     chance = math.hypot(evidence.get("noise_error", 0.0), evidence.get("now_error", 0.0))
-    follows = _error(evidence, 0.0) <= math.hypot(WARNING, chance)
-    return is_moving(layer, evidence) and not is_noisy(layer, evidence) and not follows
+    return _error(evidence, 0.0) <= math.hypot(WARNING, chance)
+
+
+def is_outrun(evidence: Evidence) -> bool:
+    """Whether inputs that move at random leave the running statistics behind, and the last batches do not show it.
+
+    An average over these may be as old. By more than three standard errors of what makes an error worth a warning.
+    """
+    pairs = evidence.get("batches", 0.0) - evidence.get("degrees_of_freedom", math.inf) - 1  # of neighbouring blocks
+    if pairs < 1:
+        return False
+    limit = WARNING * math.sqrt(1 + _CHANCE * WALK_SPREAD / math.sqrt(pairs))
+    return evidence.get("walk_error", 0.0) > limit and _seems_to_follow(evidence)
 
 
 def is_tiny(_: Circumstances, evidence: Evidence) -> bool:

@@ -8,6 +8,7 @@ from lightning_bnmonitor.diagnosis.rules import (
     is_noisy_at_last,
     is_noisy_by_calls,
     is_of_few_samples,
+    is_outrun,
     moves_with_weights,
 )
 from lightning_bnmonitor.diagnosis.sentences import RECALIBRATE
@@ -258,10 +259,14 @@ def explain_warming_up(evidence: Evidence) -> list[str]:
 
 def explain_lagging(evidence: Evidence) -> list[str]:
     """Explain ``lagging``."""
-    sentences = [
-        "The running statistics are those of earlier batches, from which the layer's inputs have moved away: eval() is "
-        f"off by {{eval_error}}{_where_noise_explains(evidence)}."
-    ]
+    moved = "The running statistics are those of earlier batches, from which the layer's inputs have moved away"
+    sentences = [f"{moved}: eval() is off by {{eval_error}}{_where_noise_explains(evidence)}."]
+    if is_outrun(evidence):
+        sentences = [
+            f"{moved}: they move at random, and with an effective momentum of {{effective_momentum}} eval() is then "
+            "off by {walk_error}, where sampling noise explains {noise_error}.",
+            "Beside the last batches alone, whose average is as old, it seems to be off by {eval_error}.",
+        ]
     if not moves_with_weights(evidence):
         sentences.append(
             "Whether the weights or the data have moved, or the running statistics came from other data, the inputs "

@@ -70,6 +70,8 @@ class Sums(NamedTuple):
     """Weighted sum of squares of the blocks' means about the window's, ``(C,)``."""
     smooth: FloatArray
     """The part of it that a cubic in time is, ``(C,)``."""
+    steps: FloatArray
+    """Sum of squared differences between neighbouring blocks, ``(2, C)``."""
 
 
 def densities_of(blocks: Blocks) -> Densities:
@@ -110,22 +112,24 @@ def sums_of(blocks: Blocks, densities: Densities, layout: ChannelLayout) -> Sums
         axis=2,
     )  # (2, L, 6, 16)
     sums, contrasts = np.empty((6, 2, layout.num_channels)), np.empty((3, layout.num_channels))
-    within, between = np.empty((2, layout.num_channels)), np.empty(layout.num_channels)
+    (within, steps), between = np.empty((2, 2, layout.num_channels)), np.empty(layout.num_channels)
     for layer, own in enumerate(layout.slices):
         num_blocks = int(densities.num_blocks[layer])
         if not num_blocks:
-            sums[..., own] = contrasts[:, own] = within[:, own] = between[own] = np.nan
+            sums[..., own] = contrasts[:, own] = within[:, own] = steps[:, own] = between[own] = np.nan
             continue
         value = blocks.value[:num_blocks, :, own]
         for f in (MEAN, VAR):
             np.matmul(coefficients[f, layer, :, :num_blocks], value[:, f], out=sums[:, f, own])
         blocks.m2[:num_blocks, :, own].sum(axis=0, out=within[:, own])
+        step = value[1:] - value[:-1]
+        np.square(step, out=step).sum(axis=0, out=steps[:, own])
         difference = value[:, MEAN] - sums[1, MEAN, own]
         np.matmul(densities.cubic[layer, :, :num_blocks], difference, out=contrasts[:, own])
         np.matmul(weights[MEAN, layer, :num_blocks], np.square(difference, out=difference), out=between[own])
     weighted, reference, last, before, earlier, trend = sums
     smooth = np.square(contrasts, out=contrasts).sum(axis=0)
-    return Sums(weighted, reference, last, before, earlier, trend, within, between, smooth)
+    return Sums(weighted, reference, last, before, earlier, trend, within, between, smooth, steps)
 
 
 def squares_of(densities: Densities, sums: Sums, layout: ChannelLayout) -> FloatArray:

@@ -41,6 +41,7 @@ OBSERVED = {
     "lag_error": 0.0,
     "drift_error": 0.0,
     "unseen_error": 0.01,
+    "walk_error": 0.0,
     "z_mean": 1.0,
     "z_var": 1.1,
     "max_score": 2.5,
@@ -138,6 +139,7 @@ def telling_evidence() -> dict[str, float]:
     return {name: 1.01 + 0.01 * index for index, name in enumerate(names)}
 
 
-def squared_error(momentum, drift: float, jitter: float):
-    """Of a running average with this momentum behind a drifting mean, in the mean over time."""
-    return (drift * (1 - momentum) / momentum) ** 2 + jitter**2 * momentum / (2 - momentum)
+def squared_error(momentum, drift: float, jitter: float, walk: float = 0.0):
+    """Of a running average with this momentum behind a drifting mean that walks, in the mean over time."""
+    lag = (drift / momentum) ** 2 + walk**2 / (momentum * (2 - momentum))
+    return lag * (1 - momentum) ** 2 + jitter**2 * momentum / (2 - momentum)

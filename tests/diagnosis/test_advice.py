@@ -32,6 +32,27 @@ def test_the_recommended_momentum_is_that_of_the_smallest_error(drift, jitter):
     assert evidence["recommended_error"] == pytest.approx(math.sqrt(errors.min()), rel=1e-6)
 
 
+OUTRUN = {"drift_error": 0.3, "drift_per_batch": 0.01, "batches": 1e7, "degrees_of_freedom": 1e7 - 16}
+
+
+@pytest.mark.parametrize("momentum", [0.02, 0.1])
+@pytest.mark.parametrize("jitter", [0.02, 0.05, 0.1, 0.2])
+@pytest.mark.parametrize("walk_error", [0.15, 0.2, 0.4])
+def test_the_momentum_recommended_where_inputs_move_at_random_is_that_of_the_smallest_error(
+    walk_error, jitter, momentum
+):
+    symptoms = {"walk_error": walk_error, "jitter": jitter, "momentum": momentum, "effective_momentum": momentum}
+    evidence = diagnosed(symptoms, OUTRUN).evidence
+    momenta = np.geomspace(1e-3, 1, 200_001)
+    per_batch = walk_error / math.sqrt(squared_error(momentum, 0.0, 0.0, walk=1.0))
+    errors = squared_error(momenta, 0.0, jitter, walk=per_batch)
+    if math.sqrt(errors.min()) > 0.1:  # and only a new calibration helps
+        assert "recommended_momentum" not in evidence
+        return
+    assert evidence["recommended_momentum"] == pytest.approx(momenta[errors.argmin()], rel=1e-3)
+    assert evidence["recommended_error"] == pytest.approx(math.sqrt(errors.min()), rel=1e-6)
+
+
 @pytest.mark.parametrize("ratio", [1e-3, 3e-3])
 def test_for_a_slow_drift_it_is_about_the_cube_root_of_four_times_the_squared_ratio(ratio):
     symptoms = {"drift_per_batch": ratio / 5, "jitter": 0.2, "momentum": 1e-6, "effective_momentum": 1e-6}
@@ -203,6 +224,40 @@ def test_the_predicted_error_is_that_of_a_simulation(drift, jitter):
 
 
 # Remedies that are applied
+
+
+def outrun(momentum, seed, num_batches=128):
+    """A layer whose inputs, by a random walk, outrun its running statistics; and where the walk is after each call."""
+    walk = 0.08 * torch.randn(num_batches, 64, generator=torch.Generator().manual_seed(seed)).cumsum(0)
+    calls = iter(walk)
+    layer = norm(64, momentum=momentum)
+    layer.register_forward_pre_hook(lambda _, args: (args[0] + next(calls),))
+    return layer, walk
+
+
+def true_error(layer, walk):
+    """Of the normalised activation, for values of variance 1 about where the walk ended."""
+    end = walk[-1].double(), torch.ones(64, dtype=torch.float64)
+    errors = divergence.act_rmse(*end, layer.running_mean.double(), layer.running_var.double(), layer.eps)
+    return float(errors.square().mean().sqrt())
+
+
+def test_the_momentum_recommended_to_a_layer_that_is_outrun_keeps_up(monitored):
+    before, after, told, predicted = [], [], [], []
+    for seed in range(4):
+        layer, walk = outrun(0.1, seed)
+        report = monitored(layer).window(samples(128, 256, 64, seed + 100))
+        assert report.verdict == "lagging"
+        assert report.evidence["eval_error"] < 0.1
+        before.append(true_error(layer, walk))
+        told.append(report.evidence["walk_error"])
+        predicted.append(report.evidence["recommended_error"])
+        cured, walk = outrun(report.evidence["recommended_momentum"], seed + 10)
+        monitored(cured).window(samples(128, 256, 64, seed + 100))
+        after.append(true_error(cured, walk))
+    assert np.mean(before) == pytest.approx(np.mean(told), rel=0.2)
+    assert np.mean(after) == pytest.approx(np.mean(predicted), rel=0.3)
+    assert max(predicted) < 0.1 < min(told)
 
 
 def test_the_momentum_recommended_to_a_noisy_layer_makes_it_healthy(monitored):

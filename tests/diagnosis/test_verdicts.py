@@ -71,6 +71,7 @@ def test_the_verdict_is_the_first_that_holds(earlier, later, both):
 IMAGES = {"batch_size": 4.0, "samples_per_batch": 400.0}
 ONE_IMAGE = {"batch_size": 1.0, "samples_per_batch": 400.0, "independent_values": 50.0}
 OFF = math.hypot(math.hypot(0.05, 0.06), 0.1)  # a warning beyond chance, of the running statistics and of now
+WALK = 0.1 * math.sqrt(1 + 3 * 1.5 / math.sqrt(12))  # a warning, and three standard errors by 12 pairs of 13 blocks
 THRESHOLDS = [
     # what decides, the threshold, the verdict below it, at it, and above it, and what else holds
     ("non_finite_channels", 0.0, None, "healthy", "non-finite", {}),
@@ -110,6 +111,10 @@ THRESHOLDS = [
     ("noise_error", 0.1, "healthy", "healthy", "noisy", {}),
     ("drift_error", 0.1, "healthy", "healthy", "drifting", {}),
     ("eval_error", math.hypot(0.1, math.hypot(0.05, 0.06)), "drifting", "drifting", "lagging", {"drift_error": 0.3}),
+    ("walk_error", WALK, "drifting", "drifting", "lagging", {"drift_error": 0.3}),
+    ("drift_error", 0.1, "healthy", "healthy", "lagging", {"walk_error": 0.3}),
+    ("noise_error", 0.1, "lagging", "lagging", "noisy", {"drift_error": 0.3, "walk_error": 0.3}),
+    ("degrees_of_freedom", 98.0, "lagging", "lagging", "drifting", {"drift_error": 0.3, "walk_error": 0.3}),
 ]
 
 
@@ -144,7 +149,15 @@ def test_an_error_that_cannot_be_told_does_not_acquit(verdict):
 
 
 def test_what_could_not_be_told_is_no_reason_for_a_verdict():
-    untold = ("ordering_ratio", "grouping_ratio", "noise_error", "warmup_error", "lag_error", "drift_error")
+    untold = (
+        "ordering_ratio",
+        "grouping_ratio",
+        "noise_error",
+        "warmup_error",
+        "lag_error",
+        "drift_error",
+        "walk_error",
+    )
     assert diagnosed(dict.fromkeys(untold)).verdict == "healthy"
     without_shares = ("ordering_ratio", "ordering_share", "smooth_share", "grouping_ratio", "grouping_share")
     assert diagnosed(dict.fromkeys(without_shares)).verdict == "healthy"
@@ -176,6 +189,12 @@ def is_off(numbers: dict) -> bool:
     """Whether the error is by a warning, and by as much again, more than chance."""
     chance = numbers["noise_error"] ** 2 + numbers["now_error"] ** 2
     return numbers["eval_error"] ** 2 > chance + max(0.1**2, chance)
+
+
+def is_walking(numbers: dict) -> bool:
+    """Whether a random movement leaves an average behind, by a warning and three standard errors."""
+    pairs = numbers["batches"] - numbers["degrees_of_freedom"] - 1
+    return pairs >= 1 and numbers["walk_error"] > 0.1 * math.sqrt(1 + 4.5 / math.sqrt(pairs))
 
 
 RULES: list[tuple[str, Callable[[Circumstances, dict], bool]]] = [
@@ -217,7 +236,8 @@ RULES: list[tuple[str, Callable[[Circumstances, dict], bool]]] = [
     (
         "lagging",
         lambda c, o: (
-            o["drift_error"] > 0.1 and o["eval_error"] > math.hypot(0.1, o["noise_error"], o.get("now_error", 0.0))
+            o["drift_error"] > 0.1
+            and (o["eval_error"] > math.hypot(0.1, o["noise_error"], o.get("now_error", 0.0)) or is_walking(o))
         ),
     ),
     ("drifting", lambda c, o: o["drift_error"] > 0.1),
@@ -256,7 +276,7 @@ def rarely(usual, *others):
             "smooth_share": st.sampled_from([0.2, 0.6, 0.9]),
             "grouping_ratio": rarely(1.0, 1.6, 2.0),
             "grouping_share": rarely(0.3, 0.02, 0.0),
-            **dict.fromkeys(("warmup_error", "lag_error", "noise_error", "drift_error"), ERRORS),
+            **dict.fromkeys(("warmup_error", "lag_error", "noise_error", "drift_error", "walk_error"), ERRORS),
         }
     ),
     error=st.sampled_from([0.0, 0.1, beside(0.1, ABOVE), 3.0, INF]),

@@ -76,6 +76,17 @@ def test_a_flag_adds_a_sentence_with_its_numbers(flag):
     words_are_sound(flagged)
 
 
+def test_a_layer_that_is_outrun_is_told_how_far_it_is_behind_and_why_that_is_not_seen():
+    diagnosis = diagnosed({"drift_error": 0.3, "walk_error": 0.345, "effective_momentum": 0.123, "noise_error": 0.06})
+    assert diagnosis.verdict == "lagging"
+    assert numbers(diagnosis.explanation) == ["0.123", "0.345", "0.06", "0.07"]
+    assert "move at random" in diagnosis.explanation
+    words_are_sound(diagnosis)
+    seen = diagnosed({"drift_error": 0.3, "walk_error": 0.345, "eval_error": 0.4})
+    assert "move at random" not in seen.explanation
+    words_are_sound(seen)
+
+
 def test_double_updates_are_compensated_once():
     evidence = telling_evidence()
     diagnosis = Diagnosis("noisy", ("double-update",), True, evidence)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
-from itertools import chain
+from itertools import chain, pairwise
 from typing import Any
 
 import numpy as np
@@ -323,6 +323,7 @@ def expected_analysis(layer, index):
         "lag_error": known * net(lags[1], c2_lag[1], lagging),
         "drift_error": net(ref_now - ref_window, variance((now - window) * g), moving),
         "unseen_error": np.sqrt(np.mean(everything[fine] * stretched[fine] ** 2)),
+        "walk_error": known * walk_error(blocks, g, block_mean, noise_scale, unit, calls[-1].momentum),
         "max_score": np.fmax.reduce(np.abs(scores), axis=None),
         "slope": net(trend / c2_trend[:, None], 1 / c2_trend, moving),
         "jitter": rms(relative * (num_batches / g.sum(axis=1))[:, None]),
@@ -355,6 +356,32 @@ def smooth_part(values, weights, time):
         return (weights[:, None] * (values - powers @ coefficients) ** 2).sum(axis=0)
 
     return residual(0) - residual(3)
+
+
+@np.errstate(divide="ignore", invalid="ignore")
+def walk_error(blocks, weights, block_mean, noise_scale, unit, momentum):
+    """How far an average lags behind a random walk, by what each single step of one adds to every difference."""
+    num_batches = weights.shape[1]
+    steps = np.tri(num_batches)  # a batch's value is the sum of the steps up to it
+    inner = sum(((steps[block] - steps[block].mean(axis=0)) ** 2).sum() for block in blocks)
+    inner /= np.float64(num_batches - len(blocks))
+
+    def square(values):
+        return mean_of(values[0] / unit[0] ** 2) + mean_of(values[1] / unit[1] ** 2)
+
+    differences = by_chance = extent = 0.0
+    for one, other in pairwise(blocks):
+        differences += square((block_mean[:, other[0]] - block_mean[:, one[0]]) ** 2)
+        added = 1 / weights[:, one].sum(axis=1) + 1 / weights[:, other].sum(axis=1)
+        by_chance += square(noise_scale * added[:, None])
+        extent += ((steps[other].mean(axis=0) - steps[one].mean(axis=0)) ** 2).sum()
+        extent -= inner * (1 / len(one) + 1 / len(other))
+    if len(blocks) == 1 or np.isnan(by_chance):
+        return np.nan
+    excess = differences - by_chance
+    if excess <= 3 * np.sqrt(3 / (len(blocks) - 1)) * by_chance:
+        return 0.0
+    return np.sqrt(excess / extent * (1 - momentum) ** 2 / (1 - (1 - momentum) ** 2))
 
 
 def reference_error(observed, dof, num_samples):
