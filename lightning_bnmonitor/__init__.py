@@ -61,7 +61,7 @@ from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.statistics.moments import ChannelMoments, Moments
 from lightning_bnmonitor.tracking.tracker import BatchNormTracker
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"
 __all__ = [
     "Attribution",
     "BatchNormMonitor",
