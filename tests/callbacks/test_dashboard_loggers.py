@@ -9,7 +9,8 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
 from lightning_bnmonitor import BatchNormMonitor
-from lightning_bnmonitor.report.heatmap import Heatmap
+from lightning_bnmonitor.report.heatmap import draw
+from lightning_bnmonitor.report.history import History
 from tests.callbacks.dashboard_fits import OURS, STEPS, LikeWandb, OnlyImages, OnlyText, Plain, board, fit
 from tests.callbacks.event_files import events
 from tests.callbacks.expected_warnings import EXPECTED_WARNINGS
@@ -40,13 +41,13 @@ def assert_got_everything(logger, run):
         assert logger.texts == []
     if isinstance(logger, OnlyImages):
         assert [step for _, _, step, _ in logger.images] == STEPS[:2]
-        heatmap = Heatmap()
+        history = History()
         for (key, images, step, kwargs), report in zip(logger.images, run.reports[:2], strict=True):
             assert (key, kwargs) == ("bn/heatmap", {})
-            heatmap.add(report, step)
+            history.add(report, step)
             (image,) = images
             assert image.dtype == np.uint8
-            np.testing.assert_array_equal(image, heatmap.draw())
+            np.testing.assert_array_equal(image, draw(history.windows))
     else:
         assert logger.images == []
 
