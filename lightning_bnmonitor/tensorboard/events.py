@@ -1,6 +1,8 @@
-"""Documents in event files: how they are written, and how those of a log directory are found."""
+"""Documents as TensorBoard's events: their tags, and whose they are."""
 
 from __future__ import annotations
+
+import re
 
 from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR, Summary, SummaryMetadata
 from tensorboard.compat.proto.tensor_pb2 import TensorProto
@@ -25,3 +27,19 @@ def summary(tag: str, data: bytes) -> Summary:
     metadata = SummaryMetadata(data_class=DATA_CLASS_TENSOR, plugin_data=plugin_data)
     tensor = TensorProto(dtype=DT_STRING, tensor_shape=TensorShapeProto(), string_val=[data])
     return Summary(value=[Summary.Value(tag=tag, metadata=metadata, tensor=tensor)])
+
+
+def by_monitor(run: str, tags: list[str]) -> dict[str, dict[str, str]]:
+    """Tags by kind, under the name of the run; of further monitors in it, with their prefix behind that."""
+    monitors: dict[str, dict[str, str]] = {}
+    for tag in tags:
+        for kind in (HISTORY, CHANNELS):
+            if tag == kind or tag.startswith(f"{kind}/"):
+                monitors.setdefault(tag[len(kind) + 1 :], {})[kind] = tag
+    alone = len(monitors) == 1
+    return {run if alone or not prefix else f"{run} ({prefix})": kinds for prefix, kinds in monitors.items()}
+
+
+def in_natural_order(name: str) -> list[tuple[int, str]]:
+    """A key by which "run 9" comes before "run 10"."""
+    return [(int(part), "") if part.isdigit() else (-1, part) for part in re.split(r"([0-9]+)", name)]
