@@ -1,118 +1,100 @@
 /** Charts of a layer's channels: running against exact, the course of a window, validation beside training. */
 
-import { channelsOf } from "./decode.js";
-import { element } from "./dom.js";
 import { Chart, extent, linear, logarithmic } from "./charts.js";
+import { channelsOf } from "./decode.js";
+import { el } from "./dom.js";
 import { count, whole } from "./numbers.js";
 import { css, lineColor } from "./theme.js";
 
 const NAMED = 4; // channels
 const HEIGHT = 210;
 
-/**
- * All charts of a set of channels, each with a heading.
- * @param {object|null} encoded As in the document of channels.
- * @param {number} width In pixels, of two charts beside each other.
- */
+/** All charts of a set of channels, as it is in the document; so many pixels wide, two beside each other. */
 export function drawChannels(encoded, width) {
-  const set = channelsOf(encoded);
-  if (!set || !set.index.length) return [];
-  const shown = set.index.length < set.of ? `the ${whole(set.index.length)} worst of ${count(set.of, "channel")}` : count(set.of, "channel");
-  const half = Math.max(Math.floor((width - 16) / 2), 180);
-  const { values } = set;
-  const running = values.running_mean && values.exact_mean;
-  const validated = values.val_mean && values.exact_mean;
-  return [
-    running && section(`Running against exact statistics: ${shown}`, "On the line they agree; bars are ± 2 standard errors, which is as far as chance puts them.", [
-      scatter(half, set, ["exact mean", values.exact_mean], ["running mean", values.running_mean], doubled(values.stderr_mean), values.eval_error),
-      scatter(half, set, ["exact std", roots(values.exact_var)], ["running std", roots(values.running_var)], stdErrors(values.running_var, values.stderr_var), values.eval_error),
-    ]),
-    set.course && set.course.batches.length > 0 && section(`Over the window: channel ${set.course.channel}`, "Batches of training, beside the exact and the running value that the window ended with.", [
-      course(half, set, "mean", (value) => value),
-      course(half, set, "std", Math.sqrt),
-    ]),
-    validated && section("Validation beside training", "On the line the layer receives in validation what it receives in training.", [
-      scatter(half, set, ["training mean", values.exact_mean], ["validation mean", values.val_mean], null, values.val_error ?? values.eval_error, "val_error"),
-      scatter(half, set, ["training std", roots(values.exact_var)], ["validation std", roots(values.val_var)], null, values.val_error ?? values.eval_error, "val_error"),
-    ]),
-  ].filter(Boolean);
+	const set = channelsOf(encoded);
+	if (!set?.index.length) return [];
+	const { values: v, course, index, of } = set;
+	const half = Math.max(Math.floor((width - 16) / 2), 180);
+	const all = index.length < of ? `the ${whole(index.length)} worst of ${count(of, "channel")}` : count(of, "channel");
+	const stdErrors = v.stderr_var?.map((error, i) => error / Math.sqrt(v.running_var[i])); // two of them: 2·error / (2·std)
+	const pair = (names, means, stds, errors, badness, color) => [
+		scatter(half, index, [`${names[0]} mean`, means[0]], [`${names[1]} mean`, means[1]], errors?.[0], badness, color),
+		scatter(half, index, [`${names[0]} std`, roots(stds[0])], [`${names[1]} std`, roots(stds[1])], errors?.[1], badness, color),
+	];
+	const sections = [];
+	if (v.exact_mean && v.running_mean) {
+		const errors = v.stderr_mean && [v.stderr_mean.map((error) => 2 * error), stdErrors];
+		const charts = pair(["exact", "running"], [v.exact_mean, v.running_mean], [v.exact_var, v.running_var], errors, v.eval_error, "eval_error");
+		sections.push([`Running against exact statistics: ${all}`, "On the line they agree. Bars: 2 standard errors, as far as chance puts them.", charts]);
+	}
+	if (course?.batches.length) {
+		const charts = [drawCourse(half, set, "mean", (value) => value), drawCourse(half, set, "var", Math.sqrt)];
+		sections.push([`Over the window: channel ${course.channel}`, "Batches, beside the exact and the running value at the window’s end.", charts]);
+	}
+	if (v.exact_mean && v.val_mean) {
+		const charts = pair(["training", "validation"], [v.exact_mean, v.val_mean], [v.exact_var, v.val_var], null, v.val_error ?? v.eval_error, "val_error");
+		sections.push(["Validation beside training", "On the line the layer receives in validation what it receives in training.", charts]);
+	}
+	return sections.map(([title, note, charts]) => el("section.charts", el("h3", title), el("p.note", note), el("div.pair", charts)));
 }
 
-function section(title, explanation, charts) {
-  return element("section.charts", {}, element("h3", { title: explanation }, title), element("div.pair", {}, charts));
-}
-
-/** One value of each channel against another, with the line on which they agree. */
-function scatter(width, set, [xLabel, xs], [yLabel, ys], errors, badness, metric = "eval_error") {
-  const lows = ys.map((y, i) => y - (errors?.[i] || 0));
-  const highs = ys.map((y, i) => y + (errors?.[i] || 0));
-  const range = common(xs, ys);
-  const scale = range.log ? (pixels) => logarithmic(range.of, pixels) : (pixels) => linear(range.of, pixels);
-  const chart = new Chart({ width, height: HEIGHT, x: scale, y: scale, xLabel, yLabel, label: `${yLabel} of each channel against its ${xLabel}` });
-  chart.line(range.of, range.of, { color: css("--grid-strong"), width: 1 });
-  if (errors) chart.bars(xs, range.log ? lows.map((low) => Math.max(low, range.of[0])) : lows, highs, { color: css("--noise"), width: xs.length > 64 ? 2 : 4 });
-  const worst = worstOf(badness, NAMED);
-  const marked = new Set(worst);
-  const color = lineColor(metric);
-  const pick = (values, wanted) => [...values].map((value, i) => (marked.has(i) === wanted ? value : NaN));
-  chart.dots(pick(xs, false), ys, { color: css("--ink-quiet"), size: xs.length > 512 ? 2.5 : 4, name: "channels" });
-  chart.dots(pick(xs, true), ys, { color, size: 5.5, name: "worst" });
-  const taken = [];
-  for (const i of worst) {
-    if (!Number.isFinite(xs[i]) || !Number.isFinite(ys[i])) continue;
-    const at = [chart.x(xs[i]), chart.y(ys[i])];
-    if (taken.some(([x, y]) => Math.abs(x - at[0]) < 26 && Math.abs(y - at[1]) < 11)) continue;
-    taken.push(at);
-    chart.name(xs[i], ys[i], String(set.index[i]));
-  }
-  return chart.element;
+/** One value of each channel against another, with the line on which they agree; the worst are named. */
+function scatter(width, index, [xLabel, xs], [yLabel, ys], errors, badness, metric) {
+	const { log, range } = common(xs, ys);
+	const scale = (pixels) => (log ? logarithmic : linear)(range, pixels);
+	const chart = new Chart({ width, height: HEIGHT, x: scale, y: scale, xLabel, yLabel, label: `${yLabel} of channels against their ${xLabel}` });
+	chart.line(range, range, { color: css("--strong"), width: 1 });
+	if (errors) {
+		const lows = ys.map((y, i) => Math.max(y - errors[i], log ? range[0] : -Infinity));
+		chart.bars(xs, lows, ys.map((y, i) => y + errors[i]), { color: css("--noise"), width: xs.length > 64 ? 2 : 4 });
+	}
+	const known = [...(badness?.keys() ?? [])].filter((i) => !Number.isNaN(badness[i]) && Number.isFinite(xs[i]) && Number.isFinite(ys[i]));
+	const worst = known.sort((a, b) => badness[b] - badness[a]).slice(0, NAMED);
+	const pick = (wanted) => [...xs].map((x, i) => (worst.includes(i) === wanted ? x : NaN));
+	chart.dots(pick(false), ys, { color: css("--quiet"), size: xs.length > 512 ? 2.5 : 4, name: "channels" });
+	chart.dots(pick(true), ys, { color: lineColor(metric), size: 5.5, name: "worst" });
+	const named = [];
+	for (const i of worst) {
+		const [x, y] = [chart.x(xs[i]), chart.y(ys[i])];
+		if (named.some((other) => Math.abs(other[0] - x) < 26 && Math.abs(other[1] - y) < 11)) continue;
+		named.push([x, y]);
+		chart.name(xs[i], ys[i], String(index[i]));
+	}
+	return chart.element;
 }
 
 /** The range of both axes; logarithmic for positive values of several magnitudes. */
 function common(xs, ys) {
-  const finite = [...xs, ...ys].filter(Number.isFinite);
-  const positive = finite.filter((value) => value > 0);
-  const [low, high] = extent(positive, 0);
-  if (positive.length === finite.length && finite.length && high / low > 50) return { log: true, of: [low / 1.3, high * 1.3] };
-  return { log: false, of: extent(finite) };
+	const finite = [...xs, ...ys].filter(Number.isFinite);
+	const [low, high] = extent(finite, 0);
+	return low > 0 && high / low > 50 ? { log: true, range: [low / 1.3, high * 1.3] } : { log: false, range: extent(finite) };
 }
 
 /** Batches of the worst channel over the window. */
-function course(width, set, label, transform) {
-  const { channel, batches, mean, var: variance } = set.course;
-  const at = set.index.indexOf(channel);
-  const ends = batches.map((_, i) => batches.slice(0, i + 1).reduce((a, b) => a + b, 0));
-  const middles = ends.map((end, i) => end - batches[i] / 2);
-  const ys = (label === "mean" ? mean : variance).map(transform);
-  const of = (name) => (at < 0 || !set.values[name] ? NaN : set.values[name][at]);
-  const key = label === "mean" ? "mean" : "var";
-  const exact = transform(of(`exact_${key}`));
-  const running = transform(of(`running_${key}`));
-  const error = 2 * (label === "mean" ? of("stderr_mean") : of("stderr_var") / (2 * running)) || 0;
-  const chart = new Chart({
-    width,
-    height: HEIGHT,
-    x: (pixels) => linear([0, ends.at(-1)], pixels),
-    y: (pixels) => linear(extent([...ys, exact, running - error, running + error]), pixels),
-    xLabel: "batch in the window",
-    yLabel: `batch ${label}`,
-  });
-  const ends2 = [0, ends.at(-1)];
-  if (error) chart.band(ends2, [running - error, running - error], [running + error, running + error]);
-  if (Number.isFinite(exact)) chart.line(ends2, [exact, exact], { color: css("--ink-quiet"), width: 1, dash: "2 3", name: "exact" });
-  if (Number.isFinite(running)) chart.line(ends2, [running, running], { color: lineColor("eval_error"), dash: "6 4", name: "running" });
-  chart.line(middles, ys, { color: css("--ink-quiet"), width: 1, name: "batches" });
-  chart.dots(middles, ys, { color: css("--ink-quiet"), size: 5 });
-  for (const [value, word] of [[exact, "exact"], [running, "running"]]) if (Number.isFinite(value)) chart.name(ends.at(-1), value, word);
-  return chart.element;
-}
-
-function worstOf(badness, number) {
-  if (!badness) return [];
-  const known = [...badness.keys()].filter((i) => !Number.isNaN(badness[i]));
-  return known.sort((a, b) => badness[b] - badness[a]).slice(0, number);
+function drawCourse(width, { course, index, values }, moment, transform) {
+	const at = index.indexOf(course.channel);
+	const of = (name) => transform(values[`${name}_${moment}`]?.[at] ?? NaN);
+	const label = moment === "mean" ? "mean" : "std";
+	const ends = course.batches.map((_, i) => course.batches.slice(0, i + 1).reduce((a, b) => a + b));
+	const middles = ends.map((end, i) => end - course.batches[i] / 2);
+	const ys = course[moment].map(transform);
+	const [exact, running, stderr] = [of("exact"), of("running"), values[`stderr_${moment}`]?.[at]];
+	const error = (moment === "mean" ? 2 * stderr : stderr / running) || 0;
+	const chart = new Chart({
+		width,
+		height: HEIGHT,
+		x: (pixels) => linear([0, ends.at(-1)], pixels),
+		y: (pixels) => linear(extent([...ys, exact, running - error, running + error]), pixels),
+		xLabel: "batch in the window",
+		yLabel: `batch ${label}`,
+	});
+	const both = [0, ends.at(-1)];
+	chart.band(both, [running - error, running - error], [running + error, running + error]);
+	chart.line(both, [exact, exact], { color: css("--quiet"), width: 1, dash: "2 3", name: "exact" });
+	chart.line(both, [running, running], { color: lineColor("eval_error"), dash: "6 4", name: "running" });
+	chart.line(middles, ys, { color: css("--quiet"), width: 1, name: "batches" }).dots(middles, ys, { color: css("--quiet"), size: 5 });
+	for (const [value, word] of [[exact, "exact"], [running, "running"]]) if (Number.isFinite(value)) chart.name(both[1], value, word);
+	return chart.element;
 }
 
 const roots = (values) => values.map((value) => Math.sqrt(Math.max(value, 0)));
-const doubled = (errors) => errors && errors.map((error) => 2 * error);
-const stdErrors = (variances, errors) => errors && errors.map((error, i) => error / Math.sqrt(variances[i]));

@@ -1,158 +1,143 @@
 /** Charts in SVG: axes, lines, bands, dots. */
 
-import { drawn } from "./dom.js";
-import { distance, general, ticks, whole } from "./numbers.js";
+import { svg } from "./dom.js";
+import { general, ticks, whole } from "./numbers.js";
 
-const MARGIN = { left: 44, right: 10, top: 8, bottom: 30 };
+const [LEFT, RIGHT, TOP, BOTTOM] = [44, 10, 8, 30]; // margins
 
 /** A linear scale from values to pixels. */
 export function linear([low, high], [from, to]) {
-  const span = high - low || 1;
-  const scale = (value) => from + ((value - low) / span) * (to - from);
-  scale.ticks = (about) => ticks(low, high, about).map((value) => [value, general(value)]);
-  return scale;
+	const scale = (value) => from + ((value - low) / (high - low || 1)) * (to - from);
+	scale.ticks = (about) => ticks(low, high, about).map((value) => [value, general(value)]);
+	return scale;
 }
 
-/** A logarithmic scale; values below its beginning stand at its beginning. */
+/** A logarithmic scale; what is outside stands at its ends. */
 export function logarithmic([low, high], [from, to]) {
-  const scale = (value) => from + (Math.log(Math.min(Math.max(value, low), high) / low) / Math.log(high / low)) * (to - from);
-  scale.ticks = () => {
-    const decades = [];
-    for (let power = Math.ceil(Math.log10(low) - 1e-9); power <= Math.log10(high) + 1e-9; power++) decades.push(10 ** power);
-    const every = Math.ceil(decades.length / 6);
-    const values = decades.length > 1 ? decades.filter((_, i) => !(i % every)) : [low, high];
-    return values.map((value) => [value, value >= 0.001 && value < 1e4 ? general(value) : distance(value)]);
-  };
-  return scale;
+	const scale = (value) => from + (Math.log(Math.min(Math.max(value, low), high) / low) / Math.log(high / low)) * (to - from);
+	scale.ticks = () => {
+		const first = Math.ceil(Math.log10(low) - 1e-9);
+		const decades = Array.from({ length: Math.floor(Math.log10(high) + 1e-9) - first + 1 }, (_, i) => 10 ** (first + i));
+		const every = Math.ceil(decades.length / 5);
+		return (decades.length > 1 ? decades.filter((_, i) => !(i % every)) : [low, high]).map((value) => [value, general(Number(value.toPrecision(2)))]);
+	};
+	return scale;
+}
+
+/** Windows, evenly spaced, by their steps. */
+export function windows(steps, [from, to]) {
+	const gap = (to - from) / Math.max(steps.length - 1, 1);
+	const scale = (index) => (steps.length > 1 ? from + index * gap : (from + to) / 2);
+	scale.ticks = (about) => {
+		const every = Math.max(Math.ceil(steps.length / about), 1);
+		return [...steps.entries()].filter(([index]) => !((steps.length - 1 - index) % every)).map(([index, step]) => [index, whole(step)]);
+	};
+	scale.index = (pixel) => Math.min(Math.max(Math.round((pixel - from) / gap), 0), steps.length - 1);
+	return scale;
 }
 
 /** From the least to the largest of the values that are finite, with some room. */
 export function extent(values, room = 0.06) {
-  let [low, high] = [Infinity, -Infinity];
-  for (const value of values) {
-    if (!Number.isFinite(value)) continue;
-    if (value < low) low = value;
-    if (value > high) high = value;
-  }
-  if (low > high) return [0, 1];
-  const more = (high - low) * room || Math.abs(high) * 0.1 || 1;
-  return [low - more, high + more];
+	const finite = values.filter(Number.isFinite);
+	if (!finite.length) return [0, 1];
+	const [low, high] = [finite.reduce((a, b) => Math.min(a, b)), finite.reduce((a, b) => Math.max(a, b))];
+	const more = (high - low) * room || (high === low ? Math.abs(high) * 0.1 || 1 : 0);
+	return [low - more, high + more];
 }
 
-/** An empty chart with axes; `x` and `y` are given the pixels that they may use and return scales. */
+/** A chart with axes: `x` and `y` are given the pixels that they may use and return scales. */
 export class Chart {
-  constructor({ width, height, x, y, xLabel, yLabel, label }) {
-    this.left = MARGIN.left;
-    this.right = width - MARGIN.right;
-    this.top = MARGIN.top + (yLabel ? 14 : 0);
-    this.bottom = height - MARGIN.bottom;
-    this.x = x([this.left, this.right]);
-    this.y = y([this.bottom, this.top]);
-    this.element = drawn("svg.chart", { width, height, viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": label ?? yLabel });
-    this.#axes(xLabel, yLabel);
-  }
+	constructor({ width, height, x, y, xLabel, yLabel, label = yLabel }) {
+		[this.left, this.right, this.top, this.bottom] = [LEFT, width - RIGHT, TOP + (yLabel ? 14 : 0), height - BOTTOM];
+		this.x = x([this.left, this.right]);
+		this.y = y([this.bottom, this.top]);
+		this.element = svg("svg.chart", { width, height, role: "img", "aria-label": label });
+		for (const [value, text] of this.y.ticks(4)) {
+			const at = Math.round(this.y(value)) + 0.5;
+			this.#line("grid", this.left, at, this.right, at).#text("tick", this.left - 6, at + 3.5, text, "end");
+		}
+		for (const [value, text] of this.x.ticks(Math.max(Math.floor((this.right - this.left) / 80), 2))) {
+			const at = this.x(value);
+			this.#line("grid", at, this.bottom, at, this.bottom + 3).#text("tick", at, this.bottom + 14, text, "middle");
+		}
+		this.#text("label", this.right, this.bottom + 27, xLabel ?? "", "end").#text("label", 4, 11, yLabel ?? "");
+	}
 
-  /** Add elements. */
-  add(...elements) {
-    this.element.append(...elements);
-    return this;
-  }
+	/** A line through points, interrupted where a value is not known; single points are dots. */
+	line(xs, ys, { color, width = 1.5, dash, name }) {
+		let path = "";
+		ys.forEach((y, i) => {
+			if (Number.isNaN(y)) return;
+			const isAlone = !(i + 1 in ys) || Number.isNaN(ys[i + 1]);
+			const joins = i > 0 && !Number.isNaN(ys[i - 1]);
+			path += `${joins ? "L" : "M"}${this.#point(xs[i], y)}${isAlone && !joins ? "h0" : ""}`;
+		});
+		return this.#path("line", path, { stroke: color, "stroke-width": `${width}px` }, { "data-name": name, "stroke-dasharray": dash });
+	}
 
-  #axes(xLabel, yLabel) {
-    for (const [value, text] of this.y.ticks(4)) {
-      const y = Math.round(this.y(value)) + 0.5;
-      this.add(drawn("line.grid", { x1: this.left, x2: this.right, y1: y, y2: y }));
-      this.add(drawn("text.tick", { x: this.left - 6, y: y + 3.5, "text-anchor": "end" }, text));
-    }
-    for (const [value, text] of this.x.ticks(Math.max(Math.floor((this.right - this.left) / 80), 2))) {
-      const x = this.x(value);
-      this.add(drawn("line.grid", { x1: x, x2: x, y1: this.bottom, y2: this.bottom + 3 }));
-      this.add(drawn("text.tick", { x, y: this.bottom + 14, "text-anchor": "middle" }, text));
-    }
-    if (xLabel) this.add(drawn("text.label", { x: this.right, y: this.bottom + 27, "text-anchor": "end" }, xLabel));
-    if (yLabel) this.add(drawn("text.label", { x: 4, y: 11 }, yLabel));
-  }
+	/** The area between two lines; of a single point four pixels to both sides. */
+	band(xs, lows, highs) {
+		let path = "";
+		for (let i = 0; i < xs.length; i++) {
+			const start = i;
+			while (Number.isFinite(lows[i]) && Number.isFinite(highs[i])) i++;
+			const its = [...xs.keys()].slice(start, i);
+			const upper = its.map((k) => this.#point(xs[k], highs[k]));
+			const lower = its.map((k) => this.#point(xs[k], lows[k])).reverse();
+			if (its.length === 1) path += `M${upper}m-4 0h8V${this.y(lows[start])}h-8z`;
+			else if (its.length) path += `M${[...upper, ...lower].join("L")}z`;
+		}
+		return this.#path("band", path, {});
+	}
 
-  /** A line through points, interrupted where a value is not known; single points are dots. */
-  line(xs, ys, { color, width = 1.5, dash, name } = {}) {
-    let path = "";
-    let before = false;
-    ys.forEach((y, i) => {
-      const known = !Number.isNaN(y);
-      const after = i + 1 < ys.length && !Number.isNaN(ys[i + 1]);
-      const point = known && `${this.x(xs[i]).toFixed(1)} ${this.y(y).toFixed(1)}`;
-      if (known) path += before ? `L${point}` : after ? `M${point}` : `M${point}h0`;
-      before = known;
-    });
-    return this.add(drawn("path.line", { d: path, "data-name": name, "stroke-dasharray": dash, style: { stroke: color, "stroke-width": `${width}px` } }));
-  }
+	/** Dots, as one path. */
+	dots(xs, ys, { color, size = 4, name }) {
+		const known = [...xs.keys()].filter((i) => Number.isFinite(xs[i]) && Number.isFinite(ys[i]));
+		const path = known.map((i) => `M${this.#point(xs[i], ys[i])}h0`).join("");
+		return this.#path("dots", path, { stroke: color, "stroke-width": `${size}px` }, { "data-name": name });
+	}
 
-  /** The area between two lines. */
-  band(xs, lows, highs, className = "band") {
-    let path = "";
-    for (let i = 0; i < xs.length; ) {
-      const start = i;
-      while (i < xs.length && Number.isFinite(lows[i]) && Number.isFinite(highs[i])) i++;
-      const its = [...Array(i - start).keys()].map((k) => start + k);
-      if (its.length === 1) its.push(start);
-      const point = (k, y, shift) => `${(this.x(xs[k]) + shift).toFixed(1)} ${this.y(y).toFixed(1)}`;
-      const single = i - start === 1 ? 4 : 0;
-      const upper = its.map((k, n) => point(k, highs[k], n ? single : -single));
-      const lower = its.map((k, n) => point(k, lows[k], n ? single : -single)).reverse();
-      if (its.length) path += `M${[...upper, ...lower].join("L")}Z`;
-      i++;
-    }
-    return this.add(drawn(`path.${className}`, { d: path }));
-  }
+	/** Vertical bars from low to high, as one path. */
+	bars(xs, lows, highs, { color, width = 2 }) {
+		const known = [...xs.keys()].filter((i) => Number.isFinite(xs[i]) && Number.isFinite(lows[i]) && Number.isFinite(highs[i]));
+		const path = known.map((i) => `M${this.#point(xs[i], lows[i])}V${this.y(highs[i]).toFixed(1)}`).join("");
+		return this.#path("bars", path, { stroke: color, "stroke-width": `${width}px` });
+	}
 
-  /** Dots, as one path. */
-  dots(xs, ys, { color, size = 4, name } = {}) {
-    let path = "";
-    xs.forEach((x, i) => {
-      if (Number.isFinite(x) && Number.isFinite(ys[i])) path += `M${this.x(x).toFixed(1)} ${this.y(ys[i]).toFixed(1)}h0`;
-    });
-    return this.add(drawn("path.dots", { d: path, "data-name": name, style: { stroke: color, "stroke-width": `${size}px` } }));
-  }
+	/** A horizontal line with a word at its right end. */
+	level(value, text) {
+		const at = this.y(value);
+		return this.#line("level", this.left, at, this.right, at).#text("tick", this.right, at - 3, text, "end");
+	}
 
-  /** Vertical bars from low to high, as one path. */
-  bars(xs, lows, highs, { color, width = 2 } = {}) {
-    let path = "";
-    xs.forEach((x, i) => {
-      const known = [x, lows[i], highs[i]].every(Number.isFinite);
-      if (known) path += `M${this.x(x).toFixed(1)} ${this.y(lows[i]).toFixed(1)}V${this.y(highs[i]).toFixed(1)}`;
-    });
-    return this.add(drawn("path.bars", { d: path, style: { stroke: color, "stroke-width": `${width}px` } }));
-  }
+	/** A vertical line. */
+	cursor(value) {
+		return this.#line("cursor", this.x(value), this.top, this.x(value), this.bottom);
+	}
 
-  /** A horizontal line with a word at its right end. */
-  level(value, text) {
-    const y = this.y(value);
-    this.add(drawn("line.level", { x1: this.left, x2: this.right, y1: y, y2: y }));
-    return this.add(drawn("text.tick", { x: this.right, y: y - 3, "text-anchor": "end" }, text));
-  }
+	/** A word beside a point. */
+	name(x, y, text) {
+		const [left, top] = [this.x(x), Math.max(this.y(y) - 4, this.top + 8)];
+		const isAtRight = left > this.right - 30;
+		return this.#text("point", left + (isAtRight ? -6 : 6), top, text, isAtRight ? "end" : "start");
+	}
 
-  /** A vertical line with what is selected. */
-  cursor(value) {
-    const x = this.x(value);
-    return this.add(drawn("line.cursor", { x1: x, x2: x, y1: this.top, y2: this.bottom }));
-  }
+	#point(x, y) {
+		return `${this.x(x).toFixed(1)} ${this.y(y).toFixed(1)}`;
+	}
 
-  /** A word beside a point. */
-  name(x, y, text) {
-    const [left, top] = [this.x(x), this.y(y)];
-    const atRight = left > this.right - 30;
-    return this.add(drawn("text.point", { x: left + (atRight ? -6 : 6), y: Math.max(top - 4, this.top + 8), "text-anchor": atRight ? "end" : "start" }, text));
-  }
-}
+	#path(kind, d, style, more = {}) {
+		this.element.append(svg(`path.${kind}`, { d, style, ...more }));
+		return this;
+	}
 
-/** A scale of steps, evenly spaced: of each window the same room. */
-export function windows(steps, [from, to]) {
-  const gap = (to - from) / Math.max(steps.length - 1, 1);
-  const scale = (index) => (steps.length > 1 ? from + index * gap : (from + to) / 2);
-  scale.ticks = (about) => {
-    const every = Math.max(Math.ceil(steps.length / Math.min(about, 6)), 1);
-    return steps.map((step, index) => [index, whole(step)]).filter((_, index) => (steps.length - 1 - index) % every === 0);
-  };
-  scale.index = (pixel) => Math.min(Math.max(Math.round((pixel - from) / gap), 0), steps.length - 1);
-  return scale;
+	#line(kind, x1, y1, x2, y2) {
+		this.element.append(svg(`line.${kind}`, { x1, y1, x2, y2 }));
+		return this;
+	}
+
+	#text(kind, x, y, text, anchor = "start") {
+		this.element.append(svg(`text.${kind}`, { x, y, "text-anchor": anchor }, text));
+		return this;
+	}
 }

@@ -5,87 +5,87 @@ const PATIENCE = 800; // milliseconds
 
 /** The window of TensorBoard, if the page is a frame of it and may look at it. */
 export function outerWindow() {
-  try {
-    return window.parent !== window && window.parent.document.querySelector("tb-webapp, tensorboard-app") ? window.parent : null;
-  } catch {
-    return null;
-  }
+	try {
+		return window.parent !== window && window.parent.document.querySelector("tb-webapp, tensorboard-app") ? window.parent : null;
+	} catch {
+		return null;
+	}
 }
 
 /** What TensorBoard tells its plugins by messages: JSON over a port, each answered. */
 export class Host {
-  #port = null;
-  #waiting = new Map();
-  #listeners = new Map();
+	#port = null;
+	#waiting = new Map();
+	#listeners = new Map();
 
-  constructor() {
-    if (window.parent === window) return;
-    const channel = new MessageChannel();
-    this.#port = channel.port1;
-    this.#port.onmessage = (event) => this.#receive(JSON.parse(event.data));
-    window.parent.postMessage("experimental.bootstrap", "*", [channel.port2]);
-  }
+	constructor() {
+		if (window.parent === window) return;
+		const channel = new MessageChannel();
+		this.#port = channel.port1;
+		this.#port.onmessage = (event) => this.#receive(JSON.parse(event.data));
+		window.parent.postMessage("experimental.bootstrap", "*", [channel.port2]);
+	}
 
-  /** Call back whenever TensorBoard has reloaded its data. */
-  onReload(callback) {
-    this.#listeners.set("experimental.DataReloaded", callback);
-  }
+	/** Call back whenever TensorBoard has reloaded its data. */
+	onReload(callback) {
+		this.#listeners.set("experimental.DataReloaded", callback);
+	}
 
-  /** Names of all runs in the order in which TensorBoard gives them colours; empty if it does not tell. */
-  async runs() {
-    if (!this.#port) return [];
-    const answer = new Promise((resolve) => this.#waiting.set(0, resolve));
-    this.#send({ type: "experimental.GetRuns", id: 0, payload: null, error: null, isReply: false });
-    const silence = new Promise((resolve) => setTimeout(resolve, PATIENCE, []));
-    return (await Promise.race([answer, silence])) ?? [];
-  }
+	/** Names of all runs in the order in which TensorBoard gives them colours; empty if it does not tell. */
+	async runs() {
+		if (!this.#port) return [];
+		const answer = new Promise((resolve) => this.#waiting.set(0, resolve));
+		this.#send({ type: "experimental.GetRuns", id: 0, payload: null, error: null, isReply: false });
+		const silence = new Promise((resolve) => setTimeout(resolve, PATIENCE, []));
+		return (await Promise.race([answer, silence])) ?? [];
+	}
 
-  #receive({ type, id, payload, isReply }) {
-    if (isReply) {
-      this.#waiting.get(id)?.(payload);
-      return;
-    }
-    this.#listeners.get(type)?.(payload);
-    this.#send({ type, id, payload: null, error: null, isReply: true });
-  }
+	#receive({ type, id, payload, isReply }) {
+		if (isReply) {
+			this.#waiting.get(id)?.(payload);
+			return;
+		}
+		this.#listeners.get(type)?.(payload);
+		this.#send({ type, id, payload: null, error: null, isReply: true });
+	}
 
-  #send(message) {
-    this.#port.postMessage(JSON.stringify(message));
-  }
+	#send(message) {
+		this.#port.postMessage(JSON.stringify(message));
+	}
 }
 
 /** What the page keeps in the address: that of TensorBoard, or else its own. */
 export class Address {
-  constructor() {
-    this.outer = outerWindow();
-    this.window = this.outer ?? window;
-  }
+	constructor() {
+		this.outer = outerWindow();
+		this.window = this.outer ?? window;
+	}
 
-  /** The text that was kept. */
-  read() {
-    const hash = this.window.location.hash.slice(1);
-    if (!this.outer) return hash;
-    const kept = hash.split("&").find((item) => item.startsWith(`${HASH_KEY}=`));
-    return kept ? decodeURIComponent(kept.slice(HASH_KEY.length + 1)) : "";
-  }
+	/** The text that was kept. */
+	read() {
+		const hash = this.window.location.hash.slice(1);
+		if (!this.outer) return hash;
+		const kept = hash.split("&").find((item) => item.startsWith(`${HASH_KEY}=`));
+		return kept ? decodeURIComponent(kept.slice(HASH_KEY.length + 1)) : "";
+	}
 
-  /** Keep a text, without a new entry in the history. */
-  write(text) {
-    const { location, history } = this.window;
-    let hash = text;
-    if (this.outer) {
-      const others = location.hash.slice(1).split("&").filter((item) => item && !item.startsWith(`${HASH_KEY}=`));
-      hash = [...others, ...(text ? [`${HASH_KEY}=${encodeURIComponent(text)}`] : [])].join("&");
-    }
-    try {
-      history.replaceState(history.state, "", `${location.href.split("#")[0]}${hash ? `#${hash}` : ""}`);
-    } catch {
-      // A frame without an address of its own, as in a notebook: then there is nothing to keep it in.
-    }
-  }
+	/** Keep a text, without a new entry in the history. */
+	write(text) {
+		const { location, history } = this.window;
+		let hash = text;
+		if (this.outer) {
+			const others = location.hash.slice(1).split("&").filter((item) => item && !item.startsWith(`${HASH_KEY}=`));
+			hash = [...others, ...(text ? [`${HASH_KEY}=${encodeURIComponent(text)}`] : [])].join("&");
+		}
+		try {
+			history.replaceState(history.state, "", `${location.href.split("#")[0]}${hash ? `#${hash}` : ""}`);
+		} catch {
+			// A frame without an address of its own, as in a notebook: then there is nothing to keep it in.
+		}
+	}
 
-  /** Call back when the reader changes the address. */
-  onChange(callback) {
-    this.window.addEventListener("hashchange", callback);
-  }
+	/** Call back when the reader changes the address. */
+	onChange(callback) {
+		this.window.addEventListener("hashchange", callback);
+	}
 }

@@ -2,77 +2,75 @@
 
 import { Unreadable } from "./decode.js";
 
-/** Asks the server that the page came from. */
+/** Asks the server, below an address. */
 export class ServerSource {
-  /** @param {string} base Address below which the plugin answers. */
-  constructor(base) {
-    this.base = base;
-    this.title = "";
-  }
+	constructor(base) {
+		this.base = base;
+		this.title = "";
+	}
 
-  /** Names of the runs, in TensorBoard's order. */
-  async runs() {
-    return Object.keys((await this.#ask("runs")).runs);
-  }
+	/** Names of the runs, in TensorBoard's order. */
+	async runs() {
+		return Object.keys((await this.#ask("runs")).runs);
+	}
 
-  /** The document of a run. */
-  history(run) {
-    return this.#ask("history", { run });
-  }
+	/** The document of a run. */
+	history(run) {
+		return this.#ask("history", { run });
+	}
 
-  /** The channels of a layer: of its latest and of its worst window. */
-  channels(run, layer) {
-    return this.#ask("channels", { run, layer });
-  }
+	/** The channels of a layer: of its latest and of its worst window. */
+	channels(run, layer) {
+		return this.#ask("channels", { run, layer });
+	}
 
-  async #ask(route, query = {}) {
-    const address = new URL(route, this.base);
-    address.search = new URLSearchParams(query);
-    let answer;
-    try {
-      answer = await fetch(address);
-    } catch {
-      throw new Unreadable("TensorBoard does not answer. Is it still running?");
-    }
-    const document = await answer.json().catch(() => null);
-    if (!answer.ok) throw new Unreadable(document?.error ?? `TensorBoard answers ${answer.status} to \`${route}\`.`);
-    if (!document) throw new Unreadable(`What TensorBoard answers to \`${route}\` cannot be read.`);
-    return document;
-  }
+	async #ask(route, query = {}) {
+		const address = new URL(route, this.base);
+		address.search = new URLSearchParams(query);
+		let answer;
+		try {
+			answer = await fetch(address);
+		} catch {
+			throw new Unreadable("TensorBoard does not answer. Is it still running?");
+		}
+		const document = await answer.json().catch(() => null);
+		if (!answer.ok) throw new Unreadable(document?.error ?? `TensorBoard answers ${answer.status} to \`${route}\`.`);
+		if (!document) throw new Unreadable(`What TensorBoard answers to \`${route}\` cannot be read.`);
+		return document;
+	}
 }
 
-/** Reads what stands in the page. */
+/** Reads what stands in an element of the page. */
 export class InlineSource {
-  /** @param {Element} element The script element that holds the data. */
-  constructor(element) {
-    const data = JSON.parse(element.textContent);
-    this.documents = new Map(Object.entries(data.runs));
-    this.title = data.title;
-  }
+	constructor(element) {
+		const data = JSON.parse(element.textContent);
+		this.documents = new Map(Object.entries(data.runs));
+		this.title = data.title;
+	}
 
-  /** Names of the runs, in the order of the file. */
-  async runs() {
-    return [...this.documents.keys()];
-  }
+	/** Names of the runs, in the order of the file. */
+	async runs() {
+		return [...this.documents.keys()];
+	}
 
-  /** The document of a run. */
-  async history(run) {
-    return this.#of(run).history;
-  }
+	/** The document of a run. */
+	async history(run) {
+		return this.#of(run).history;
+	}
 
-  /** The channels of a layer: of its latest and of its worst window; null if none were kept. */
-  async channels(run, layer) {
-    return this.#of(run).channels?.layers?.[layer] ?? null;
-  }
+	/** The channels of a layer: of its latest and of its worst window; null if none were kept. */
+	async channels(run, layer) {
+		return this.#of(run).channels?.layers?.[layer] ?? null;
+	}
 
-  #of(run) {
-    if (!this.documents.has(run)) throw new Unreadable(`There is no run “${run}” in this file.`);
-    return this.documents.get(run);
-  }
+	#of(run) {
+		if (!this.documents.has(run)) throw new Unreadable(`There is no run “${run}” in this file.`);
+		return this.documents.get(run);
+	}
 }
 
 /** The data in the page if there are any, or else the server that the modules came from. */
 export function findSource() {
-  const element = document.getElementById("bnmonitor-data");
-  return element ? new InlineSource(element) : new ServerSource(new URL("./", import.meta.url).href);
+	const element = document.getElementById("bnmonitor-data");
+	return element ? new InlineSource(element) : new ServerSource(new URL("./", import.meta.url).href);
 }

@@ -1,85 +1,78 @@
 /** What is selected, and how the address holds it. */
 
 const DEFAULTS = {
-  run: "", // the first
-  versus: "", // "run:NAME" or "step:STEP": what is compared with
-  view: "side", // of two runs: "side" or "difference"
-  metric: "eval_error",
-  sort: "model", // "model", "worst" or "name"
-  filter: "",
-  cause: "",
-  layer: "",
-  window: "latest", // "latest", "worst" or a step
-  depth: 0, // of modules that are folded
+	run: "", // the first
+	versus: "", // "run:NAME" or "step:STEP": what is compared with
+	view: "side", // of two runs: "side" or "difference"
+	metric: "eval_error",
+	sort: "model", // "model", "worst" or "name"
+	filter: "",
+	cause: "",
+	layer: "",
+	window: "latest", // "latest", "worst" or a step
+	depth: 0, // of modules that are folded
 };
 
-/** What is selected; whoever subscribes is told of changes. */
+/** What is selected, kept in an address; whoever subscribes is told of changes. */
 export class State {
-  #address;
-  #callbacks = [];
+	#address;
+	#callbacks = [];
 
-  /** @param {object} address Reads and writes the text after "#". */
-  constructor(address) {
-    this.#address = address;
-    this.#read();
-    address.onChange(() => {
-      this.#read();
-      this.#tell({});
-    });
-  }
+	constructor(address) {
+		this.#address = address;
+		this.#read();
+		address.onChange(() => {
+			this.#read();
+			this.#tell();
+		});
+	}
 
-  /** Call back after each change with the state and what was changed. */
-  subscribe(callback) {
-    this.#callbacks.push(callback);
-  }
+	/** Call back after each change. */
+	subscribe(callback) {
+		this.#callbacks.push(callback);
+	}
 
-  /** Select something else. */
-  set(changes) {
-    if (Object.entries(changes).every(([key, value]) => this[key] === value)) return;
-    Object.assign(this, changes);
-    this.#address.write(this.toString());
-    this.#tell(changes);
-  }
+	/** Select something else. */
+	set(changes) {
+		if (Object.entries(changes).every(([key, value]) => this[key] === value)) return;
+		Object.assign(this, changes);
+		this.#address.write(this.toString());
+		this.#tell();
+	}
 
-  /** Whether a module is folded: by the depth of all, or by itself. */
-  isFolded(module) {
-    return (module.split(".").length === this.depth) !== this.folds.includes(module);
-  }
+	/** Whether a module is folded: by the depth of all, or by itself. */
+	isFolded(module) {
+		return (module.split(".").length === this.depth) !== this.folds.includes(module);
+	}
 
-  /** Fold or unfold a module. */
-  toggle(module) {
-    const folds = this.folds.includes(module) ? this.folds.filter((each) => each !== module) : [...this.folds, module];
-    this.set({ folds });
-  }
+	/** The run that is compared with, or null. */
+	get otherRun() {
+		return this.versus.startsWith("run:") ? this.versus.slice(4) : null;
+	}
 
-  /** The run that is compared with, or null. */
-  get otherRun() {
-    return this.versus.startsWith("run:") ? this.versus.slice(4) : null;
-  }
+	/** The step of the window that is compared with, or null. */
+	get otherStep() {
+		return this.versus.startsWith("step:") ? Number(this.versus.slice(5)) : null;
+	}
 
-  /** The step of the window that is compared with, or null. */
-  get otherStep() {
-    return this.versus.startsWith("step:") ? Number(this.versus.slice(5)) : null;
-  }
+	/** Everything that is not as at first, as in an address. */
+	toString() {
+		const query = new URLSearchParams();
+		for (const [key, value] of Object.entries(DEFAULTS)) if (this[key] !== value) query.set(key, this[key]);
+		for (const module of this.folds) query.append("fold", module);
+		return query.toString();
+	}
 
-  /** Everything that is not as at first, as in an address. */
-  toString() {
-    const query = new URLSearchParams();
-    for (const [key, value] of Object.entries(DEFAULTS)) if (this[key] !== value) query.set(key, this[key]);
-    for (const module of this.folds) query.append("fold", module);
-    return query.toString();
-  }
+	#read() {
+		const query = new URLSearchParams(this.#address.read());
+		for (const [key, value] of Object.entries(DEFAULTS)) {
+			const text = query.get(key);
+			this[key] = text === null ? value : typeof value === "number" ? Number(text) || 0 : text;
+		}
+		this.folds = query.getAll("fold");
+	}
 
-  #read() {
-    const query = new URLSearchParams(this.#address.read());
-    for (const [key, value] of Object.entries(DEFAULTS)) {
-      const text = query.get(key);
-      this[key] = text === null ? value : typeof value === "number" ? Number(text) || 0 : text;
-    }
-    this.folds = query.getAll("fold");
-  }
-
-  #tell(changes) {
-    for (const callback of this.#callbacks) callback(this, changes);
-  }
+	#tell() {
+		for (const callback of this.#callbacks) callback();
+	}
 }

@@ -1,57 +1,36 @@
 /** What a cell says when the pointer is over it. */
 
 import { letterOf } from "./cells.js";
-import { element } from "./dom.js";
+import { dot, el, table, tr } from "./dom.js";
 import { difference, distance, whole } from "./numbers.js";
 import { causeColor } from "./theme.js";
 
 /** Elements that describe a row's cell in a column of a pane. */
 export function describeCell(row, pane, column) {
-  const series = pane.series(row);
-  const head = element("strong", {}, row.label);
-  const step = element("div.quiet", {}, `step ${whole(pane.steps[column])}${pane.run && pane.title ? ` · ${pane.title}` : ""}`);
-  if (!series) return [head, step, element("div", {}, "This run has no such layer.")];
-  if (pane.isDifference) return [head, step, differenceTable(row, pane, column)];
-  const { run } = pane;
-  const layer = series.member[column];
-  if (layer < 0) return [head, step, element("div", {}, "The layer is not in this window.")];
-  const window = pane.windows[column];
-  const member = row.isModule && element("div.quiet", {}, `worst of ${row.names.length}: ${run.names[layer]}`);
-  return [head, step, member, causeLine(run, series.cause[column], series.attention[column]), metricTable(run, window, layer, pane.metric)].filter(Boolean);
+	const series = pane.series(row);
+	const titled = pane.run && pane.title ? ` · ${pane.title}` : "";
+	const head = [el("strong", row.label), el("div.quiet", `step ${whole(pane.steps[column])}${titled}`)];
+	if (!series) return [...head, "This run has no such layer."];
+	if (pane.isDifference) return [...head, differences(row, pane, column)];
+	const { run } = pane;
+	const layer = series.member[column];
+	if (layer < 0) return [...head, "The layer is not in this window."];
+	const cause = run.causes[series.cause[column]];
+	const letter = letterOf(run, series.cause[column]);
+	const said = `${cause.name}${letter && ` (${letter})`}${series.attention[column] ? ": needs attention" : ""}`;
+	const rows = run.metrics.map((metric) => {
+		const number = distance(run.value(metric, pane.windows[column], layer));
+		return tr([metric === pane.metric ? "chosen" : "", metric], [metric === pane.metric ? "number.chosen" : "number", number]);
+	});
+	const member = row.isModule ? [el("div.quiet", `worst of ${row.names.length}: ${run.names[layer]}`)] : [];
+	return [...head, ...member, el("div.cause", dot(causeColor(cause)), said), table("metrics", rows)];
 }
 
-/** A cause by its colour, letter and name. */
-export function causeLine(run, cause, attention) {
-  const { name } = run.causes[cause];
-  const letter = letterOf(run, cause);
-  const dot = element("span.dot", { style: { background: causeColor(run.causes[cause]) } });
-  return element("div.cause", {}, dot, `${name}${letter ? ` (${letter})` : ""}${attention ? ": needs attention" : ""}`);
-}
-
-function metricTable(run, window, layer, chosen) {
-  const rows = run.metrics.map((metric) =>
-    element(
-      metric === chosen ? "tr.chosen" : "tr",
-      {},
-      element("td", {}, metric),
-      element("td.number", {}, distance(run.value(metric, window, layer))),
-    ),
-  );
-  return element("table", {}, element("tbody", {}, rows));
-}
-
-function differenceTable(row, pane, column) {
-  const partner = pane.partners[column];
-  const first = pane.first.series(row)?.values[column] ?? NaN;
-  const second = partner < 0 ? NaN : (pane.second.series(row)?.values[partner] ?? NaN);
-  const lines = [
-    [pane.first.title, distance(first)],
-    [partner < 0 ? pane.second.title : `${pane.second.title}${pane.second.steps[partner] === pane.steps[column] ? "" : ` (step ${whole(pane.second.steps[partner])})`}`, distance(second)],
-    ["change", difference(second - first)],
-  ];
-  return element(
-    "table",
-    {},
-    lines.map(([name, value]) => element("tr", {}, element("td", {}, name), element("td.number", {}, value))),
-  );
+function differences(row, { first, second, partners, steps }, column) {
+	const partner = partners[column];
+	const before = first.series(row)?.values[column] ?? NaN;
+	const after = partner < 0 ? NaN : (second.series(row)?.values[partner] ?? NaN);
+	const elsewhere = partner >= 0 && second.steps[partner] !== steps[column] ? ` (step ${whole(second.steps[partner])})` : "";
+	const lines = [[first.title, distance(before)], [second.title + elsewhere, distance(after)], ["change", difference(after - before)]];
+	return table("metrics", lines.map(([name, value]) => tr(["", name], ["number", value])));
 }

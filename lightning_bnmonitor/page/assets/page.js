@@ -1,0 +1,226 @@
+/** Loads runs and draws what is selected. */
+
+import { Run, Unreadable } from "./decode.js";
+import { el, prose } from "./dom.js";
+import { copied, download, pictureOf, tableOf } from "./export.js";
+import { drawHeader } from "./header.js";
+import { Heatmap } from "./heatmap.js";
+import { drawModule, drawPanel } from "./panel.js";
+import { moduleAround, modulesOf } from "./rows.js";
+import { Toolbar } from "./toolbar.js";
+import { View } from "./view.js";
+
+const LISTED = 60; // runs whose sentences are loaded without being asked for
+const EMPTY = [
+	"No BatchNorm data yet",
+	"Give the Trainer the callback of `lightning_bnmonitor`: `Trainer(callbacks=[BatchNormMonitor()])`.",
+	"It writes here as soon as a window has ended: at the end of the first epoch, or after `every_n_train_batches`. Then reload.",
+];
+const WITHOUT_LAYERS = [
+	"No BatchNorm layer was monitored",
+	"The model of this run has no BatchNorm layer of PyTorch’s, or `BatchNormMonitor` was told to leave them all out.",
+];
+const WITHOUT_WINDOWS = ["No window has ended yet", "The first ends with the first epoch, or after `every_n_train_batches`. Then reload."];
+
+/** The page of a source of runs. */
+export class Page {
+	#entries = []; // of the runs: {name, place among the colours, run, error}
+	#channels = new Map();
+	#loading = 0;
+
+	constructor(source, state, host) {
+		Object.assign(this, { source, state, host, view: null });
+		document.title = source.title || "BatchNorm";
+		this.toolbar = new Toolbar(state, {
+			table: () => this.#download("csv", "text/csv", tableOf(this.view.rows, this.view.panes)),
+			picture: () => this.#download("svg", "image/svg+xml", pictureOf(this.view.rows, this.view.panes, this.view.title)),
+		});
+		this.heatmap = new Heatmap({
+			select: (row, step) => state.set({ layer: row.isModule ? row.key : row.names[0], ...(step === undefined ? {} : { window: this.#windowOf(step) }) }),
+			fold: (row, outer) => this.#fold(row, outer),
+			unselect: () => state.set({ layer: "", window: "latest" }),
+		});
+		this.head = el("div");
+		this.message = el("main.message", { hidden: true });
+		this.changes = el("p.changes");
+		this.panel = el("aside.panel", { "aria-label": "Layer" });
+		this.main = el("main.main", el("div.left", this.toolbar.element, this.toolbar.legend, this.changes, this.heatmap.element), this.panel);
+		document.body.replaceChildren(this.head, this.message, this.main);
+		state.subscribe(() => this.#follow());
+		new ResizeObserver(() => this.#drawPanel()).observe(this.panel);
+		document.addEventListener("keydown", (event) => {
+			if (event.key !== "/" || event.target.matches("input, select")) return;
+			event.preventDefault();
+			this.toolbar.filter.focus();
+		});
+	}
+
+	/** Load what is shown, then the sentences of the other runs; what is selected stays so. */
+	async load() {
+		const turn = ++this.#loading;
+		let names;
+		try {
+			names = await this.source.runs();
+		} catch (error) {
+			this.#say("The runs cannot be loaded", wordsOf(error));
+			return;
+		}
+		const before = new Map(this.#entries.map((entry) => [entry.name, entry]));
+		const places = this.#places(names, turn);
+		this.#entries = names.map((name, place) => ({ place, run: null, error: null, ...before.get(name), name }));
+		const { state } = this;
+		if (!names.includes(state.run)) state.run = names[0] ?? "";
+		if (state.otherRun !== null && !names.includes(state.otherRun)) state.versus = "";
+		const first = [state.run, state.otherRun].filter(Boolean);
+		await Promise.all(first.map((name) => this.#loadRun(name)));
+		if (turn !== this.#loading) return;
+		this.#channels.clear();
+		this.draw();
+		this.heatmap.reveal();
+		await places;
+		for (const name of names.filter((each) => !first.includes(each)).slice(0, LISTED)) {
+			await this.#loadRun(name);
+			if (turn !== this.#loading) return;
+			this.#drawHead();
+		}
+	}
+
+	/** Draw everything. */
+	draw() {
+		this.view = null;
+		this.#drawHead();
+		const entry = this.#entry(this.state.run);
+		if (!entry) this.#say(...EMPTY);
+		else if (entry.error) this.#say(`The run “${entry.name}” cannot be shown`, entry.error);
+		else if (!entry.run) this.#say("Loading …");
+		else if (!entry.run.names.length) this.#say(...WITHOUT_LAYERS);
+		else if (!entry.run.steps.length) this.#say(...WITHOUT_WINDOWS);
+		else this.#show(entry);
+	}
+
+	#show(entry) {
+		const { state } = this;
+		if (!entry.run.metrics.includes(state.metric)) state.metric = entry.run.metrics[0] ?? "eval_error";
+		this.view = new View(entry, this.#entry(state.otherRun), state);
+		const { run, rows, panes, row, step, names } = this.view;
+		[this.message.hidden, this.main.hidden] = [true, false];
+		this.toolbar.update(run, this.#entries.map(({ name }) => name).filter((name) => name !== run.name), names, step);
+		this.toolbar.explain(run, this.view.causesWithLayers(), panes[0].isDifference);
+		this.changes.textContent = this.view.changes();
+		this.changes.hidden = !this.changes.textContent;
+		this.heatmap.update(rows, panes, { key: row?.key, step });
+		this.#drawPanel();
+	}
+
+	#say(title, ...lines) {
+		[this.message.hidden, this.main.hidden] = [false, true];
+		this.message.replaceChildren(el("h1", title), ...lines.map((line) => el("p", prose(line))));
+	}
+
+	#follow() {
+		const shown = [this.state.run, this.state.otherRun].map((name) => this.#entry(name));
+		const missing = shown.filter((entry) => entry && !entry.run && !entry.error);
+		this.draw();
+		if (missing.length) Promise.all(missing.map((entry) => this.#loadRun(entry.name))).then(() => this.draw());
+	}
+
+	async #loadRun(name) {
+		const entry = this.#entry(name);
+		try {
+			entry.run = new Run(name, await this.source.history(name));
+			entry.error = null;
+		} catch (error) {
+			[entry.run, entry.error] = [null, wordsOf(error)];
+		}
+	}
+
+	/** Give runs the colours that TensorBoard gives them, if it tells. */
+	async #places(names, turn) {
+		const all = await this.host.runs();
+		if (turn !== this.#loading || !names.every((name) => all.includes(name))) return;
+		for (const entry of this.#entries) entry.place = all.indexOf(entry.name);
+		if (this.view) this.draw();
+	}
+
+	#drawHead() {
+		const { state } = this;
+		const choose = (run) => state.set({ run, versus: state.otherRun === run ? `run:${state.run}` : state.otherRun ? state.versus : "" });
+		this.head.replaceChildren(drawHeader(this.#entries, state, { choose, show: (name) => this.#reveal(name) }));
+	}
+
+	#drawPanel() {
+		if (!this.view) return;
+		const { run, row, panes, window, layer } = this.view;
+		const width = Math.min(this.panel.clientWidth - 40, 900);
+		const pane = panes.find((each) => each.run === run);
+		const index = run.indexOf.get(layer);
+		if (row?.isModule && pane) {
+			const column = Math.max(pane.windows.indexOf(window), 0);
+			this.panel.replaceChildren(...drawModule(row, pane, column, { show: (name) => this.#reveal(name) }));
+		} else if (index === undefined) {
+			this.panel.replaceChildren(el("h2", layer), el("p.quiet", `The run “${run.name}” has no such layer.`));
+		} else {
+			const shown = this.view.shown(index, (of, name) => this.#channelsOf(of, name));
+			const actions = {
+				view: (value) => this.state.set({ window: value }),
+				step: (step) => this.state.set({ window: this.#windowOf(step) }),
+				copy: async (text, button) => button.replaceChildren((await copied(text)) ? "Copied" : "Select it"),
+			};
+			this.panel.replaceChildren(...drawPanel(shown, width, actions));
+		}
+	}
+
+	/** A layer's channels; undefined until they are loaded, then the panel is drawn again. */
+	#channelsOf(run, name) {
+		const key = JSON.stringify([run.name, name]);
+		if (!this.#channels.has(key)) {
+			this.#channels.set(key, undefined);
+			const keep = (sets) => {
+				this.#channels.set(key, sets);
+				this.#drawPanel();
+			};
+			this.source.channels(run.name, name).then(keep, () => keep(null));
+		}
+		return this.#channels.get(key);
+	}
+
+	/** How the state names the window that ended at a step. */
+	#windowOf(step) {
+		const { run } = this.view;
+		return step === run.steps[run.last] || run.windowAt(step) < 0 ? "latest" : String(step);
+	}
+
+	/** Show a layer: unfold what it is in, and drop filters that hide it. */
+	#reveal(name) {
+		const { state, view } = this;
+		const around = modulesOf(name);
+		const folds = state.folds.filter((module) => !around.includes(module));
+		const unfolded = around.filter((module) => module.split(".").length === state.depth && view.sizes.get(module) > 1);
+		const isHidden = !view.rows.some((row) => row.names.includes(name));
+		state.set({ layer: name, window: "latest", folds: [...folds, ...unfolded], ...(isHidden ? { filter: "", cause: "" } : {}) });
+		this.heatmap.reveal();
+	}
+
+	/** Unfold a module, or fold the innermost one around a row. */
+	#fold(row, outer) {
+		const { state } = this;
+		const module = row.isModule && !outer ? row.key : moduleAround(row, this.view.sizes);
+		if (!module) return;
+		const isFolded = row.isModule && !outer;
+		const folds = state.folds.includes(module) ? state.folds.filter((each) => each !== module) : [...state.folds, module];
+		state.set({ folds, layer: isFolded ? row.names[0] : module });
+		this.heatmap.reveal();
+	}
+
+	#download(ending, type, text) {
+		download(`${this.view.title.replace(/[^\p{L}\p{N}._-]+/gu, "_")}.${ending}`, type, text);
+	}
+
+	#entry(name) {
+		return this.#entries.find((entry) => entry.name === name) ?? null;
+	}
+}
+
+function wordsOf(error) {
+	return error instanceof Unreadable ? error.message : `The data of this run cannot be read: ${error.message}`;
+}

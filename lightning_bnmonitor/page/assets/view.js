@@ -1,0 +1,110 @@
+/** What follows from the selection: runs, rows, panes, and what is shown of a layer. */
+
+import { larger, orBelow } from "./decode.js";
+import { difference, whole } from "./numbers.js";
+import { DifferencePane, panesOf, partnersOf } from "./panes.js";
+import { countModules, filtered, foldedRows, sorted } from "./rows.js";
+
+const UNCHANGED = 0.03; // a difference that is too small to be called one
+
+/** All that is derived from what is selected. */
+export class View {
+	/** @param entries {name, place, run} of the run that is shown and the one that it is compared with, or null. */
+	constructor(entry, other, state) {
+		const { run } = entry;
+		this.run = run;
+		this.state = state;
+		this.other = other?.run?.names.length && other.run.steps.length ? other.run : null;
+		this.layer = state.layer || run.names[this.#first()];
+		this.window = this.#window();
+		this.otherWindow = state.otherStep === null ? -1 : run.windowAt(state.otherStep);
+		this.names = [...run.names, ...(this.other?.names ?? []).filter((name) => !run.indexOf.has(name))];
+		this.sizes = countModules(this.names);
+		this.causes = new Map(run.names.map((name, layer) => [name, this.#causesOf(layer)]));
+		this.panes = panesOf(run, this.other, this.otherWindow, this.window, state, [entry.place, other?.place ?? 0]);
+		const known = filtered(this.names, state, (name) => this.causes.get(name) ?? []);
+		this.rows = sorted(foldedRows(known, this.sizes, state), state.sort, this.panes.at(-1));
+		this.row = this.rows.find((row) => row.names.includes(this.layer) || row.key === this.layer) ?? null;
+	}
+
+	/** The step that is looked at. */
+	get step() {
+		return this.run.steps[this.window];
+	}
+
+	/** What is shown, in words. */
+	get title() {
+		const { run, other, otherWindow, state } = this;
+		const against = other ? `, ${other.name}` : otherWindow >= 0 ? `, step ${run.steps[otherWindow]} and step ${this.step}` : "";
+		return `${state.metric}: ${run.name}${against}`;
+	}
+
+	/** Causes that occur, and how many layers had each. */
+	causesWithLayers() {
+		const all = [...this.causes.values()];
+		const counted = this.run.causes.map((cause) => ({ cause, layers: all.filter((its) => its.includes(cause.name)).length }));
+		return counted.filter(({ layers }) => layers);
+	}
+
+	/** What a comparison has shown, in a sentence; "" if there is none. */
+	changes() {
+		const [first, second] = this.panes;
+		let pane = first;
+		if (!pane.isDifference && this.other) {
+			pane = new DifferencePane(first, second, partnersOf(this.run.steps, this.other.steps), "");
+		} else if (this.otherWindow >= 0) pane = this.panes[2];
+		if (!pane.isDifference) return "";
+		const layers = foldedRows(this.names, new Map(), this.state);
+		const changed = layers.map((row) => [row.label, pane.series(row)?.values[pane.lastColumn] ?? NaN]);
+		const part = (word, sign) => {
+			const its = changed.filter(([, value]) => value * sign >= UNCHANGED).sort((a, b) => (b[1] - a[1]) * sign);
+			const most = its.length ? ` (${its.length > 1 ? "most " : ""}${its[0][0]} by ${difference(its[0][1])})` : "";
+			return `${whole(its.length)} ${word}${most}`;
+		};
+		const same = changed.filter(([, value]) => Math.abs(value) < UNCHANGED).length;
+		return `At step ${whole(pane.steps[pane.lastColumn])}, of ${layers.length} layers: ${part("better", -1)}, ${part("worse", 1)}, ${whole(same)} within ${UNCHANGED}.`;
+	}
+
+	/** All that the panel shows of the layer, by its index; `channelsOf(run, name)` has its channels. */
+	shown(layer, channelsOf) {
+		const { run, state, window, other } = this;
+		const [latest, worst] = [run.said("latest", layer), run.said("worst", layer)];
+		const views = [{ value: "latest", label: `latest: step ${whole(run.steps[run.last])}`, window: run.last, said: latest }];
+		if (worst) views.push({ value: "worst", label: `worst: step ${whole(worst.step)}`, window: worst.window, said: worst });
+		let view = views.find(({ value }) => value === state.window) ?? (window === run.last ? views[0] : null);
+		if (!view) {
+			view = { value: state.window, label: `step ${whole(this.step)}`, window, said: worst?.window === window ? worst : null };
+			views.push(view);
+		}
+		const others = [];
+		if (other) {
+			const partners = partnersOf(run.steps, other.steps);
+			const its = { layer: other.indexOf.get(this.layer) ?? -1, window: partners[view.window] ?? -1, partners };
+			others.push({ title: other.name, run: other, channels: channelsOf(other, this.layer), ...its });
+		} else if (this.otherWindow >= 0) {
+			others.push({ title: `step ${whole(run.steps[this.otherWindow])}`, run, layer, window: this.otherWindow, isEarlier: true });
+		}
+		const title = other ? run.name : `step ${whole(run.steps[view.window] ?? view.said.step)}`;
+		return { run, layer, title, views, view, others, channels: channelsOf(run, this.layer) };
+	}
+
+	/** The layer to look at first: the worst of those that need attention, or else the one with the largest error. */
+	#first() {
+		const { run } = this;
+		const errors = run.names.map((_, layer) => orBelow(run.error(run.last, layer)));
+		return run.sick(run.last)[0] ?? errors.indexOf(errors.reduce(larger));
+	}
+
+	#window() {
+		const { run, state } = this;
+		const worst = state.window === "worst" && run.said("worst", run.indexOf.get(this.layer));
+		const found = worst ? worst.window : run.windowAt(Number(state.window));
+		return found < 0 ? run.last : found;
+	}
+
+	#causesOf(layer) {
+		const causes = new Set(this.run.steps.map((_, window) => this.run.cause(window, layer)));
+		causes.delete(-1);
+		return [...causes].map((cause) => this.run.causes[cause].name);
+	}
+}
