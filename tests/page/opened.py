@@ -1,6 +1,7 @@
 """What a reader does with the page, and sees of it."""
 
 import json
+import re
 import time
 from urllib.parse import parse_qs, urlsplit
 
@@ -36,6 +37,8 @@ class OpenedPage:
         self.browser, self.folder = browser, folder
         self.allowed = ("data:", "blob:")
         """What addresses may begin with that the page asks for."""
+        self.foreseen = re.compile("$^")
+        """What the browser may say in its console."""
 
     def open(self, runs, fragment="", title="test"):
         """Open a file of these runs: documents by name, or pairs of documents."""
