@@ -185,7 +185,7 @@ def five_layers(windows=12, *, momentum=0.001, seed=0):
     error = smooth(rng, windows, 5, 0.028, 0.1)
     left = (1 - momentum) ** np.array(steps)
     error[:, 0] = 1.2 * left + 0.01
-    error[3:6, 3] = (0.14, 0.19, 0.12)
+    error[3:6, 3] = (0.14, 0.19, 0.12)[: max(windows - 3, 0)]
     causes = np.full((windows, 5), "healthy", dtype=object)
     causes[error[:, 0] > 0.1, 0] = "warming-up"
     causes[3:6, 3] = "noisy"

@@ -82,7 +82,7 @@ function drawMarks(context, place, series, middle) {
 		context.fillStyle = inkOn(color);
 		if (place.column >= NUMBER && !Number.isNaN(value)) {
 			context.textAlign = "right";
-			context.fillText(brief(value), columnEdge(place, column + 1) - 7, middle);
+			context.fillText(brief(value, pane.isDifference), columnEdge(place, column + 1) - 7, middle);
 		}
 		if (pane.isDifference || (column && series.cause[column] === series.cause[column - 1])) continue;
 		const letter = letterOf(pane.run, series.cause[column]);

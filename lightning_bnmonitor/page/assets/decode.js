@@ -1,6 +1,6 @@
 /** The documents of a run as typed arrays, and questions to them. */
 
-export const FORMAT = 1;
+const FORMAT = 1;
 /** Metrics in the order of their buttons, and what each compares. */
 export const METRICS = new Map([
 	["eval_error", "Running statistics against training: what eval() gets wrong"],
@@ -10,71 +10,32 @@ export const METRICS = new Map([
 	["batch_jitter", "Single batches against all: training normalises by what eval() cannot have"],
 	["noise", "The part of eval_error that is chance"],
 ]);
-const ABSENT = 255;
-const ATTENTION = 128;
+const [ABSENT, ATTENTION] = [255, 128];
 
 /** What cannot be shown, in words for the reader. */
 export class Unreadable extends Error {}
 
-/** Bytes of a base64 text. */
-export function bytesOf(text) {
-	const binary = atob(text);
-	const bytes = new Uint8Array(binary.length);
-	for (let i = 0; i < binary.length; i++) bytes[i] = binary.charCodeAt(i);
-	return bytes;
-}
-
-/** Values of two planes of bfloat16: all high bytes, then all low bytes. */
-export function floatsOfPlanes(text) {
-	const bytes = bytesOf(text);
-	const count = bytes.length >> 1;
-	const bits = new Uint32Array(count);
-	for (let i = 0; i < count; i++) bits[i] = (bytes[i] << 24) | (bytes[count + i] << 16);
-	return new Float32Array(bits.buffer);
-}
-
-/** Values of float32 bytes, little endian. */
-export function floatsOf(text) {
-	const bytes = bytesOf(text);
-	const view = new DataView(bytes.buffer);
-	return Float32Array.from({ length: bytes.length >> 2 }, (_, i) => view.getFloat32(4 * i, true));
-}
-
-/** A number of JSON, where "NaN" and "Infinity" are words. */
-export const numberOf = (value) => (value === null || value === undefined ? NaN : Number(value));
-
 /** All that is remembered of a run's windows. */
 export class Run {
+	#metrics = new Map();
+	#causes = new Map();
+
 	constructor(name, document) {
 		checkFormat(document);
-		this.name = name;
-		this.document = document;
-		this.steps = document.windows.step;
-		this.headlines = document.windows.headline;
-		this.names = document.layers.name;
-		this.types = document.layers.type;
-		this.channels = document.layers.channels;
-		this.causes = document.causes;
+		const { windows, layers, thresholds, causes } = document;
+		Object.assign(this, thresholds, { name, document, causes, steps: windows.step, headlines: windows.headline });
+		Object.assign(this, { names: layers.name, types: layers.type, channels: layers.channels });
 		this.metrics = [...METRICS.keys()].filter((metric) => metric in document.metrics);
-		this.warning = document.thresholds.warning;
-		this.alert = document.thresholds.alert;
-		this.last = document.latest ? document.latest.window : this.steps.length - 1;
-		this.indexOf = new Map(this.names.map((name, index) => [name, index]));
+		this.last = document.latest.window;
+		this.indexOf = new Map(this.names.map((each, index) => [each, index]));
 		this.cells = bytesOf(document.cause);
-		this.decoded = new Map();
-	}
-
-	/** Values of a metric, window after window; null if nobody has it. */
-	values(metric) {
-		if (!(metric in this.document.metrics)) return null;
-		if (!this.decoded.has(metric)) this.decoded.set(metric, floatsOfPlanes(this.document.metrics[metric]));
-		return this.decoded.get(metric);
 	}
 
 	/** A metric of a layer in a window, NaN if it is not known. */
 	value(metric, window, layer) {
-		const values = this.values(metric);
-		return values ? values[window * this.names.length + layer] : NaN;
+		if (!(metric in this.document.metrics)) return NaN;
+		if (!this.#metrics.has(metric)) this.#metrics.set(metric, floatsOfPlanes(this.document.metrics[metric]));
+		return this.#metrics.get(metric)[window * this.names.length + layer];
 	}
 
 	/** A metric of a layer over all windows. */
@@ -85,7 +46,16 @@ export class Run {
 	/** Index of a layer's cause in a window, -1 if the layer is not in it. */
 	cause(window, layer) {
 		const cell = this.cells[window * this.names.length + layer];
-		return cell === ABSENT ? -1 : cell & (ATTENTION - 1);
+		return cell === ABSENT ? -1 : cell % ATTENTION;
+	}
+
+	/** Names of the causes that a layer had in any window. */
+	causesOf(layer) {
+		if (!this.#causes.has(layer)) {
+			const its = new Set(this.steps.map((_, window) => this.cause(window, layer)));
+			this.#causes.set(layer, this.causes.filter((_, cause) => its.has(cause)).map(({ name }) => name));
+		}
+		return this.#causes.get(layer);
 	}
 
 	/** Whether a layer needs attention in a window. */
@@ -108,9 +78,8 @@ export class Run {
 
 	/** Layers that need attention in a window, the worst first. */
 	sick(window) {
-		const layers = this.names.map((_, layer) => layer).filter((layer) => this.needsAttention(window, layer));
-		const errors = new Map(layers.map((layer) => [layer, orBelow(this.error(window, layer))]));
-		return layers.sort((a, b) => errors.get(b) - errors.get(a));
+		const layers = [...this.names.keys()].filter((layer) => this.needsAttention(window, layer));
+		return layers.sort((a, b) => orBelow(this.error(window, b)) - orBelow(this.error(window, a)) || 0);
 	}
 
 	/** Index of the window that ended at a step, -1 if there is none. */
@@ -118,25 +87,14 @@ export class Run {
 		return this.steps.indexOf(step);
 	}
 
-	/** What is said of a layer in its latest or worst window: words and texts, or null. */
+	/** What is said of a layer in its "latest" or "worst" window: words and texts, or null. */
 	said(which, layer) {
-		const kept = this.document[which]?.layers?.[layer];
+		const kept = this.document[which].layers[layer];
 		if (!kept) return null;
-		const text = (index) => (index >= 0 ? this.document.texts[index] : "");
-		return {
-			window: which === "latest" ? this.last : this.windowAt(kept.window),
-			step: which === "latest" ? this.steps[this.last] : kept.window,
-			cause: kept.cause,
-			words: kept.words,
-			explanation: text(kept.explanation),
-			remedy: text(kept.remedy),
-			evidence: Object.entries(kept.evidence ?? {}).map(([name, value]) => [name, numberOf(value)]),
-		};
-	}
-
-	/** What a number of the evidence is. */
-	definition(name) {
-		return this.document.evidence?.[name] ?? "";
+		const step = which === "latest" ? this.steps[this.last] : kept.window;
+		const text = (index) => this.document.texts[index] ?? "";
+		const evidence = Object.entries(kept.evidence ?? {}).map(([name, value]) => [name, Number(value), this.document.evidence[name]]);
+		return { ...kept, step, window: this.windowAt(step), explanation: text(kept.explanation), remedy: text(kept.remedy), evidence };
 	}
 }
 
@@ -150,25 +108,36 @@ export const orBelow = (value) => (Number.isNaN(value) ? -Infinity : value);
 export function channelsOf(set) {
 	if (!set) return null;
 	const values = Object.fromEntries(Object.entries(set.values).map(([name, text]) => [name, floatsOf(text)]));
-	const count = values.exact_mean?.length ?? 0;
-	const course = set.course && {
-		channel: set.course.channel,
-		batches: set.course.batches,
-		mean: set.course.mean.map(numberOf),
-		var: set.course.var.map(numberOf),
-	};
-	return { step: set.step, of: set.of, index: set.index ?? [...Array(count).keys()], values, course };
+	const course = set.course && { ...set.course, mean: set.course.mean.map(Number), var: set.course.var.map(Number) };
+	return { ...set, index: set.index ?? [...(values.exact_mean ?? []).keys()], values, course };
 }
 
 /** Refuse what a later version has written. */
-export function checkFormat(document) {
-	if (!document || typeof document !== "object") throw new Unreadable("There is no document of this run.");
-	if (document.error) throw new Unreadable(document.error);
-	if (document.format > FORMAT) {
+function checkFormat(document) {
+	if (document?.format > FORMAT) {
 		throw new Unreadable(
 			`A newer lightning_bnmonitor wrote this run (format ${document.format}; this page reads ${FORMAT}). ` +
 				"Update the one that shows it: `pip install --upgrade lightning-bnmonitor`.",
 		);
 	}
-	if (document.format !== FORMAT) throw new Unreadable(`The format of this run is not known: ${document.format}.`);
+	if (document?.format !== FORMAT) throw new Unreadable("This is no document of a run, or one of an unknown format.");
+}
+
+function bytesOf(text) {
+	return Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+}
+
+/** Values of two planes of bfloat16: all high bytes, then all low bytes. */
+function floatsOfPlanes(text) {
+	const bytes = bytesOf(text);
+	const count = bytes.length / 2;
+	const bits = new Uint32Array(count);
+	for (let i = 0; i < count; i++) bits[i] = (bytes[i] << 24) | (bytes[count + i] << 16);
+	return new Float32Array(bits.buffer);
+}
+
+/** Values of float32, little endian. */
+function floatsOf(text) {
+	const view = new DataView(bytesOf(text).buffer);
+	return Float32Array.from({ length: view.byteLength / 4 }, (_, i) => view.getFloat32(4 * i, true));
 }

@@ -7,20 +7,19 @@ import { runColor } from "./theme.js";
 const NAMED = 3; // layers
 
 /** The head of the page: a line for each run ({name, place, run, error}) and where to look in the one that is shown. */
-export function drawHeader(entries, state, actions) {
-	const shown = entries.find((entry) => entry.name === state.run);
-	const lines = entries.length > 1 && el("div.runs", entries.map((entry) => runLine(entry, state, actions)));
+export function drawHeader(entries, shown, other, actions) {
+	const lines = entries.length > 1 && el("div.runs", entries.map((entry) => runLine(entry, entry === shown, entry === other, actions)));
 	return el("header", lines, shown?.run?.steps.length && shown.run.names.length ? sentence(shown.run, actions, !lines) : null);
 }
 
-function runLine({ name, place, run, error }, state, actions) {
-	const said = error ?? (run ? (run.headlines.at(-1) ?? "No window yet.") : "…");
+function runLine({ name, place, run, error }, isShown, isCompared, actions) {
+	const said = error?.replaceAll("`", "") ?? (run ? (run.headlines.at(-1) ?? "No window yet.") : "…");
 	return el(
 		error ? "button.run.failed" : "button.run",
-		{ "aria-pressed": String(name === state.run), title: name, "data-run": name, onclick: () => actions.choose(name) },
+		{ "aria-pressed": String(isShown), title: name, "data-run": name, onclick: () => actions.choose(name) },
 		dot(runColor(place)),
 		el("span.name", name),
-		el("span.role", name === state.otherRun ? "compared" : ""),
+		el("span.role", isCompared ? "compared" : ""),
 		run ? spark(run) : el("span"),
 		el("span.said", { title: said }, said),
 	);

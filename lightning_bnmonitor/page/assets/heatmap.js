@@ -79,7 +79,10 @@ export class Heatmap {
 		this.axis.hidden = this.body.hidden = !rows.length;
 		this.heads.hidden = !rows.length || !this.#panes.some((pane) => pane.title);
 		const width = this.scroller.clientWidth;
-		if (!width) return;
+		if (!width) {
+			this.labels.replaceChildren();
+			return;
+		}
 		const room = this.element.clientHeight - this.axis.offsetHeight - (this.heads.hidden ? 0 : HEAD);
 		this.rowHeight = HEIGHTS.find((each) => rows.length * each <= room) ?? HEIGHTS.at(-1);
 		this.body.style.height = this.spacer.style.height = `${rows.length * this.rowHeight}px`;

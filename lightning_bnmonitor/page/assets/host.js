@@ -15,8 +15,9 @@ export function outerWindow() {
 /** What TensorBoard tells its plugins by messages: JSON over a port, each answered. */
 export class Host {
 	#port = null;
-	#waiting = new Map();
-	#listeners = new Map();
+	#answer = () => {};
+	/** Called whenever TensorBoard has reloaded its data. */
+	onReload = () => {};
 
 	constructor() {
 		if (window.parent === window) return;
@@ -26,26 +27,22 @@ export class Host {
 		window.parent.postMessage("experimental.bootstrap", "*", [channel.port2]);
 	}
 
-	/** Call back whenever TensorBoard has reloaded its data. */
-	onReload(callback) {
-		this.#listeners.set("experimental.DataReloaded", callback);
-	}
-
 	/** Names of all runs in the order in which TensorBoard gives them colours; empty if it does not tell. */
-	async runs() {
+	runs() {
 		if (!this.#port) return [];
-		const answer = new Promise((resolve) => this.#waiting.set(0, resolve));
 		this.#send({ type: "experimental.GetRuns", id: 0, payload: null, error: null, isReply: false });
-		const silence = new Promise((resolve) => setTimeout(resolve, PATIENCE, []));
-		return (await Promise.race([answer, silence])) ?? [];
+		return new Promise((resolve) => {
+			this.#answer = (names) => resolve(names ?? []);
+			setTimeout(resolve, PATIENCE, []);
+		});
 	}
 
 	#receive({ type, id, payload, isReply }) {
 		if (isReply) {
-			this.#waiting.get(id)?.(payload);
+			this.#answer(payload);
 			return;
 		}
-		this.#listeners.get(type)?.(payload);
+		if (type === "experimental.DataReloaded") this.onReload();
 		this.#send({ type, id, payload: null, error: null, isReply: true });
 	}
 

@@ -15,7 +15,7 @@ export async function render() {
 	const host = new Host();
 	const page = new Page(source, new State(new Address()), host);
 	followMode(() => page.draw());
-	host.onReload(() => page.load());
+	host.onReload = () => page.load();
 	await page.load();
 }
 

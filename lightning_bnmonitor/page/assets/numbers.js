@@ -12,8 +12,11 @@ export function distance(value) {
 /** A difference, with its sign. */
 export const difference = (value) => (value > 0 ? "+" : "") + distance(value);
 
-/** A distance in few characters, for a cell of the heatmap. */
-export const brief = (value) => (Math.abs(value) < 10 ? distance(Math.abs(value) < 0.0005 ? 0 : value).replace("0.", ".") : distance(value));
+/** A distance, or a difference, in few characters, for a cell of the heatmap. */
+export function brief(value, isDifference) {
+	const rounded = Math.abs(value) < 0.0005 ? 0 : value;
+	return (isDifference ? difference : distance)(rounded).replace(/^([+−]?)0\./, "$1.");
+}
 
 /** Any number to four digits. */
 export function general(value) {

@@ -5,7 +5,7 @@ import { el, prose } from "./dom.js";
 import { copied, download, pictureOf, tableOf } from "./export.js";
 import { drawHeader } from "./header.js";
 import { Heatmap } from "./heatmap.js";
-import { drawModule, drawPanel } from "./panel.js";
+import { drawPanel } from "./panel.js";
 import { moduleAround, modulesOf } from "./rows.js";
 import { Toolbar } from "./toolbar.js";
 import { View } from "./view.js";
@@ -27,6 +27,7 @@ export class Page {
 	#entries = []; // of the runs: {name, place among the colours, run, error}
 	#channels = new Map();
 	#loading = 0;
+	#order; // of the rows: where it changes, they are shown from the first on
 
 	constructor(source, state, host) {
 		Object.assign(this, { source, state, host, view: null });
@@ -36,8 +37,8 @@ export class Page {
 			picture: () => this.#download("svg", "image/svg+xml", pictureOf(this.view.rows, this.view.panes, this.view.title)),
 		});
 		this.heatmap = new Heatmap({
-			select: (row, step) => state.set({ layer: row.isModule ? row.key : row.names[0], ...(step === undefined ? {} : { window: this.#windowOf(step) }) }),
-			fold: (row, outer) => this.#fold(row, outer),
+			select: (row, step) => state.set({ layer: row.key, ...(step === undefined ? {} : { window: this.#windowOf(step) }) }),
+			fold: (...how) => this.#fold(...how),
 			unselect: () => state.set({ layer: "", window: "latest" }),
 		});
 		this.head = el("div");
@@ -48,11 +49,6 @@ export class Page {
 		document.body.replaceChildren(this.head, this.message, this.main);
 		state.subscribe(() => this.#follow());
 		new ResizeObserver(() => this.#drawPanel()).observe(this.panel);
-		document.addEventListener("keydown", (event) => {
-			if (event.key !== "/" || event.target.matches("input, select")) return;
-			event.preventDefault();
-			this.toolbar.filter.focus();
-		});
 	}
 
 	/** Load what is shown, then the sentences of the other runs; what is selected stays so. */
@@ -68,18 +64,15 @@ export class Page {
 		const before = new Map(this.#entries.map((entry) => [entry.name, entry]));
 		const places = this.#places(names, turn);
 		this.#entries = names.map((name, place) => ({ place, run: null, error: null, ...before.get(name), name }));
-		const { state } = this;
-		if (!names.includes(state.run)) state.run = names[0] ?? "";
-		if (state.otherRun !== null && !names.includes(state.otherRun)) state.versus = "";
-		const first = [state.run, state.otherRun].filter(Boolean);
-		await Promise.all(first.map((name) => this.#loadRun(name)));
+		const first = this.#shown().filter(Boolean);
+		await Promise.all(first.map((entry) => this.#loadRun(entry)));
 		if (turn !== this.#loading) return;
 		this.#channels.clear();
 		this.draw();
 		this.heatmap.reveal();
 		await places;
-		for (const name of names.filter((each) => !first.includes(each)).slice(0, LISTED)) {
-			await this.#loadRun(name);
+		for (const entry of this.#entries.filter((each) => !first.includes(each)).slice(0, LISTED)) {
+			await this.#loadRun(entry);
 			if (turn !== this.#loading) return;
 			this.#drawHead();
 		}
@@ -89,26 +82,29 @@ export class Page {
 	draw() {
 		this.view = null;
 		this.#drawHead();
-		const entry = this.#entry(this.state.run);
+		const [entry, other] = this.#shown();
 		if (!entry) this.#say(...EMPTY);
 		else if (entry.error) this.#say(`The run “${entry.name}” cannot be shown`, entry.error);
 		else if (!entry.run) this.#say("Loading …");
 		else if (!entry.run.names.length) this.#say(...WITHOUT_LAYERS);
 		else if (!entry.run.steps.length) this.#say(...WITHOUT_WINDOWS);
-		else this.#show(entry);
+		else this.#show(entry, other);
 	}
 
-	#show(entry) {
+	#show(entry, other) {
 		const { state } = this;
 		if (!entry.run.metrics.includes(state.metric)) state.metric = entry.run.metrics[0] ?? "eval_error";
-		this.view = new View(entry, this.#entry(state.otherRun), state);
+		this.view = new View(entry, other, state);
 		const { run, rows, panes, row, step, names } = this.view;
 		[this.message.hidden, this.main.hidden] = [true, false];
-		this.toolbar.update(run, this.#entries.map(({ name }) => name).filter((name) => name !== run.name), names, step);
+		this.toolbar.update(run, this.#entries.map(({ name }) => name).filter((name) => name !== run.name), names, step, Boolean(this.view.other));
 		this.toolbar.explain(run, this.view.causesWithLayers(), panes[0].isDifference);
 		this.changes.textContent = this.view.changes();
 		this.changes.hidden = !this.changes.textContent;
 		this.heatmap.update(rows, panes, { key: row?.key, step });
+		const order = [state.sort, state.filter, state.cause].join();
+		if (this.#order !== undefined && this.#order !== order) this.heatmap.scroller.scrollTop = 0;
+		this.#order = order;
 		this.#drawPanel();
 	}
 
@@ -118,17 +114,14 @@ export class Page {
 	}
 
 	#follow() {
-		const shown = [this.state.run, this.state.otherRun].map((name) => this.#entry(name));
-		const missing = shown.filter((entry) => entry && !entry.run && !entry.error);
+		const missing = this.#shown().filter((entry) => entry && !entry.run && !entry.error);
 		this.draw();
-		if (missing.length) Promise.all(missing.map((entry) => this.#loadRun(entry.name))).then(() => this.draw());
+		if (missing.length) Promise.all(missing.map((entry) => this.#loadRun(entry))).then(() => this.draw());
 	}
 
-	async #loadRun(name) {
-		const entry = this.#entry(name);
+	async #loadRun(entry) {
 		try {
-			entry.run = new Run(name, await this.source.history(name));
-			entry.error = null;
+			[entry.run, entry.error] = [new Run(entry.name, await this.source.history(entry.name)), null];
 		} catch (error) {
 			[entry.run, entry.error] = [null, wordsOf(error)];
 		}
@@ -144,20 +137,17 @@ export class Page {
 
 	#drawHead() {
 		const { state } = this;
-		const choose = (run) => state.set({ run, versus: state.otherRun === run ? `run:${state.run}` : state.otherRun ? state.versus : "" });
-		this.head.replaceChildren(drawHeader(this.#entries, state, { choose, show: (name) => this.#reveal(name) }));
+		const [shown, other] = this.#shown();
+		const choose = (run) => state.set({ run, versus: other?.name === run ? `run:${shown.name}` : other ? state.versus : "" });
+		this.head.replaceChildren(drawHeader(this.#entries, shown, other, { choose, show: (name) => this.#reveal(name) }));
 	}
 
 	#drawPanel() {
 		if (!this.view) return;
-		const { run, row, panes, window, layer } = this.view;
+		const { run, layer } = this.view;
 		const width = Math.min(this.panel.clientWidth - 40, 900);
-		const pane = panes.find((each) => each.run === run);
 		const index = run.indexOf.get(layer);
-		if (row?.isModule && pane) {
-			const column = Math.max(pane.windows.indexOf(window), 0);
-			this.panel.replaceChildren(...drawModule(row, pane, column, { show: (name) => this.#reveal(name) }));
-		} else if (index === undefined) {
+		if (index === undefined) {
 			this.panel.replaceChildren(el("h2", layer), el("p.quiet", `The run “${run.name}” has no such layer.`));
 		} else {
 			const shown = this.view.shown(index, (of, name) => this.#channelsOf(of, name));
@@ -216,8 +206,10 @@ export class Page {
 		download(`${this.view.title.replace(/[^\p{L}\p{N}._-]+/gu, "_")}.${ending}`, type, text);
 	}
 
-	#entry(name) {
-		return this.#entries.find((entry) => entry.name === name) ?? null;
+	/** The run that is shown, and the one that it is compared with, or null. */
+	#shown() {
+		const find = (name) => this.#entries.find((entry) => entry.name === name) ?? null;
+		return [find(this.state.run) ?? this.#entries[0] ?? null, find(this.state.otherRun)];
 	}
 }
 

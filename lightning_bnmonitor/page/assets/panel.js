@@ -10,15 +10,10 @@ import { causeColor, css, lineColor } from "./theme.js";
 const FLOOR = 0.001; // where the logarithmic axis begins
 const HEIGHT = 230;
 
-/**
- * The panel of a layer, so many pixels wide.
- * @param {object} shown run, layer (its index), title; views ({value, label, window, said}) and the one that is shown,
- *   view; others ({title, run, layer, window, partners, channels}) that it is compared with; channels, as in their
- *   document: undefined while they are loaded.
- */
+/** The panel of what `View.shown` gives, so many pixels wide. */
 export function drawPanel(shown, width, actions) {
 	const { run, layer, view } = shown;
-	const kind = `${run.types[layer]} · ${whole(run.channels[layer])} channels`;
+	const kind = `${shown.module}${run.types[layer]} · ${whole(run.channels[layer])} channels`;
 	const views = shown.views.map(({ value, label }) => [value, label]);
 	return [
 		el("h2", run.names[layer]),
@@ -27,7 +22,7 @@ export function drawPanel(shown, width, actions) {
 		shown.others.length ? comparison(shown) : numbersOf(run, layer, view.window),
 		metricsChart(shown, width, actions),
 		...channelCharts(shown, width),
-		evidence(run, view.said),
+		evidence(view.said),
 	].filter(Boolean);
 }
 
@@ -122,27 +117,8 @@ function channelCharts({ channels, view: { said }, others: [other], title }, wid
 	return theirs ? [el("h3.other", title), ...own, el("h3.other", other.title), ...drawChannels(theirs, width)] : own;
 }
 
-function evidence(run, said) {
+function evidence(said) {
 	if (!said?.evidence.length) return null;
-	const rows = said.evidence.map(([name, value]) => tr(["", name], ["number", general(value)], ["quiet", run.definition(name)]));
+	const rows = said.evidence.map(([name, value, definition]) => tr(["", name], ["number", general(value)], ["quiet", definition]));
 	return el("details", el("summary", `Evidence: ${rows.length} numbers`), table("evidence", rows));
-}
-
-/** The layers of a folded module, the worst first; a click on one shows it. */
-export function drawModule(row, pane, column, actions) {
-	const { run, metric } = pane;
-	const window = pane.windows[column];
-	const layers = row.names.map((name) => run.indexOf.get(name)).filter((layer) => layer !== undefined);
-	const rank = (layer) => [Number(run.needsAttention(window, layer)), run.value(metric, window, layer) || 0];
-	layers.sort((a, b) => rank(b)[0] - rank(a)[0] || rank(b)[1] - rank(a)[1]);
-	const rows = layers.map((layer) => {
-		const cause = run.causes[run.cause(window, layer)];
-		const name = el("button.link", { onclick: () => actions.show(run.names[layer]) }, run.names[layer]);
-		return tr(["", name], ["", cause ? [dot(causeColor(cause)), cause.name] : "–"], ["number", distance(run.value(metric, window, layer))]);
-	});
-	return [
-		el("h2", row.label),
-		el("div.below", el("span.quiet", `${row.names.length} layers, at step ${whole(run.steps[window])}`)),
-		table("comparison", rows, el("th", "layer"), el("th", "verdict"), el("th.number", metric)),
-	];
 }

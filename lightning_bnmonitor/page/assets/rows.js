@@ -25,21 +25,15 @@ export function moduleAround(row, sizes) {
 	return around.at(-1) ?? "";
 }
 
-/** Whether a name, or one of the causes, is what a filter asks for: a part of it, or a pattern with * and ?. */
-export function matches(filter, name, causes) {
+/** Layers that pass the filters: a part of the name, a pattern with * and ?, or a cause; `causesOf` gives a layer's. */
+export function filtered(names, { filter, cause }, causesOf) {
 	const wanted = filter.trim().toLowerCase();
-	if (!wanted || causes.includes(wanted)) return true;
-	if (!/[*?]/.test(wanted)) return name.toLowerCase().includes(wanted);
 	const pattern = wanted.replace(/[.+^${}()|[\]\\]/g, "\\$&").replace(/\*/g, ".*").replace(/\?/g, ".");
-	return new RegExp(`^${pattern}$`, "su").test(name.toLowerCase());
-}
-
-/** Layers that pass the filters; `causesOf` gives the names of a layer's causes in all windows. */
-export function filtered(names, state, causesOf) {
-	if (!state.filter && !state.cause) return names;
-	return names.filter((name) => {
-		const causes = causesOf(name);
-		return matches(state.filter, name, causes) && (!state.cause || causes.includes(state.cause));
+	const whole = /[*?]/.test(wanted) && new RegExp(`^${pattern}$`, "su");
+	return names.filter((each) => {
+		const [name, causes] = [each.toLowerCase(), causesOf(each)];
+		const matches = whole ? whole.test(name) : name.includes(wanted) || causes.includes(wanted);
+		return matches && (!cause || causes.includes(cause));
 	});
 }
 
@@ -48,10 +42,10 @@ export function foldedRows(names, sizes, state) {
 	const rows = new Map();
 	for (const name of names) {
 		const module = modulesOf(name).find((each) => sizes.get(each) > 1 && state.isFolded(each));
-		const key = module ?? name;
-		const id = module === undefined ? `layer ${name}` : `module ${module}`;
+		const id = `${module !== undefined} ${module ?? name}`;
 		if (!rows.has(id)) {
-			rows.set(id, { key, label: module === undefined ? name : `${module}.*`, names: [], isModule: module !== undefined });
+			const label = module === undefined ? name : `${module}.*`;
+			rows.set(id, { key: module ?? name, label, names: [], isModule: module !== undefined });
 		}
 		rows.get(id).names.push(name);
 	}
@@ -61,19 +55,17 @@ export function foldedRows(names, sizes, state) {
 /** Rows sorted: as in the model, by name, or the worst of a pane's last window first. */
 export function sorted(rows, sort, pane) {
 	if (sort === "name") return [...rows].sort((a, b) => collator.compare(a.label, b.label));
-	if (sort !== "worst" || !pane) return rows;
-	const ranks = new Map(
-		rows.map((row) => {
-			const series = pane.series(row);
-			const column = pane.lastColumn;
-			const size = (value) => orBelow(pane.isDifference ? Math.abs(value) : value);
-			const largest = series ? series.values.reduce(larger, NaN) : NaN;
-			return [row, series ? [series.attention[column], size(series.values[column]), size(largest)] : [0, -Infinity, -Infinity]];
-		}),
-	);
+	if (sort !== "worst") return rows;
+	const rank = (row) => {
+		const series = pane.series(row);
+		if (!series) return [-1, 0, 0];
+		const size = (value) => orBelow(pane.isDifference ? Math.abs(value) : value);
+		return [series.attention[pane.lastColumn], size(series.values[pane.lastColumn]), size(series.values.reduce(larger))];
+	};
+	const ranks = new Map(rows.map((row) => [row, rank(row)]));
 	return [...rows].sort((a, b) => {
 		const [first, second] = [ranks.get(a), ranks.get(b)];
-		const differing = first.findIndex((rank, index) => rank !== second[index]);
+		const differing = first.findIndex((each, i) => each !== second[i]);
 		return differing < 0 ? 0 : second[differing] - first[differing];
 	});
 }

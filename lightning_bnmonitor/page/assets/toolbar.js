@@ -27,7 +27,7 @@ export class Toolbar {
 		this.versus = choice("Compare with", "versus", String);
 		this.filter = el("input", {
 			type: "search",
-			placeholder: "Filter: name, layer4.*, cause",
+			placeholder: "Filter: name, layer4.*",
 			"aria-label": "Filter layers by a part of the name, a pattern, or a cause",
 			oninput: () => state.set({ filter: this.filter.value }),
 		});
@@ -41,13 +41,13 @@ export class Toolbar {
 	}
 
 	/** Show what there is to choose from. */
-	update(run, others, names, step) {
+	update(run, others, names, step, isCompared) {
 		const { state } = this;
 		const choose = (key) => (value) => state.set({ [key]: value });
 		const metrics = run.metrics.map((metric) => [metric, metric, METRICS.get(metric)]);
 		this.metrics.replaceChildren(segmented("Metric", metrics, state.metric, choose("metric")));
 		this.order.replaceChildren(segmented("Order", ORDERS, state.sort, choose("sort")));
-		this.view.replaceChildren(...(state.otherRun === null ? [] : [segmented("View", VIEWS, state.view, choose("view"))]));
+		this.view.replaceChildren(...(isCompared ? [segmented("View", VIEWS, state.view, choose("view"))] : []));
 		if (this.filter.value !== state.filter) this.filter.value = state.filter;
 		const option = (value, label, chosen) => el("option", { value, selected: String(value) === String(chosen) }, label);
 		const group = (label, options) => (options.length ? [el("optgroup", { label }, options)] : []);

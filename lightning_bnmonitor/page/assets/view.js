@@ -9,22 +9,23 @@ const UNCHANGED = 0.03; // a difference that is too small to be called one
 
 /** All that is derived from what is selected. */
 export class View {
-	/** @param entries {name, place, run} of the run that is shown and the one that it is compared with, or null. */
+	/** Entries ({place, run}) of the run that is shown and of the one that it is compared with, or null. */
 	constructor(entry, other, state) {
 		const { run } = entry;
 		this.run = run;
 		this.state = state;
 		this.other = other?.run?.names.length && other.run.steps.length ? other.run : null;
-		this.layer = state.layer || run.names[this.#first()];
-		this.window = this.#window();
 		this.otherWindow = state.otherStep === null ? -1 : run.windowAt(state.otherStep);
 		this.names = [...run.names, ...(this.other?.names ?? []).filter((name) => !run.indexOf.has(name))];
 		this.sizes = countModules(this.names);
-		this.causes = new Map(run.names.map((name, layer) => [name, this.#causesOf(layer)]));
+		this.layer = this.names.find((name) => name === state.layer) ?? this.#first();
+		this.window = this.#window();
 		this.panes = panesOf(run, this.other, this.otherWindow, this.window, state, [entry.place, other?.place ?? 0]);
-		const known = filtered(this.names, state, (name) => this.causes.get(name) ?? []);
+		const known = filtered(this.names, state, (name) => (run.indexOf.has(name) ? run.causesOf(run.indexOf.get(name)) : []));
 		this.rows = sorted(foldedRows(known, this.sizes, state), state.sort, this.panes.at(-1));
-		this.row = this.rows.find((row) => row.names.includes(this.layer) || row.key === this.layer) ?? null;
+		this.row = this.rows.find((row) => row.isModule && row.key === state.layer) ?? null;
+		if (this.row) this.layer = this.#worstOf(this.row);
+		this.row ??= this.rows.find((row) => row.names.includes(this.layer)) ?? null;
 	}
 
 	/** The step that is looked at. */
@@ -41,8 +42,9 @@ export class View {
 
 	/** Causes that occur, and how many layers had each. */
 	causesWithLayers() {
-		const all = [...this.causes.values()];
-		const counted = this.run.causes.map((cause) => ({ cause, layers: all.filter((its) => its.includes(cause.name)).length }));
+		const { run } = this;
+		const all = [...run.names.keys()].map((layer) => run.causesOf(layer));
+		const counted = run.causes.map((cause) => ({ cause, layers: all.filter((its) => its.includes(cause.name)).length }));
 		return counted.filter(({ layers }) => layers);
 	}
 
@@ -62,7 +64,8 @@ export class View {
 			return `${whole(its.length)} ${word}${most}`;
 		};
 		const same = changed.filter(([, value]) => Math.abs(value) < UNCHANGED).length;
-		return `At step ${whole(pane.steps[pane.lastColumn])}, of ${layers.length} layers: ${part("better", -1)}, ${part("worse", 1)}, ${whole(same)} within ${UNCHANGED}.`;
+		const when = `${this.other ? "At" : `From step ${whole(this.run.steps[this.otherWindow])} to`} step ${whole(pane.steps[pane.lastColumn])}`;
+		return `${when}, of ${layers.length} layers: ${part("better", -1)}, ${part("worse", 1)}, ${whole(same)} within ${UNCHANGED}.`;
 	}
 
 	/** All that the panel shows of the layer, by its index; `channelsOf(run, name)` has its channels. */
@@ -85,14 +88,23 @@ export class View {
 			others.push({ title: `step ${whole(run.steps[this.otherWindow])}`, run, layer, window: this.otherWindow, isEarlier: true });
 		}
 		const title = other ? run.name : `step ${whole(run.steps[view.window] ?? view.said.step)}`;
-		return { run, layer, title, views, view, others, channels: channelsOf(run, this.layer) };
+		const module = this.row?.isModule ? `in ${this.row.label} · ` : "";
+		return { run, layer, title, module, views, view, others, channels: channelsOf(run, this.layer) };
 	}
 
-	/** The layer to look at first: the worst of those that need attention, or else the one with the largest error. */
+	/** The layer to look at first: in the module that is selected the first, or else the worst, or that with the largest error. */
 	#first() {
-		const { run } = this;
+		const { run, state } = this;
+		const inside = state.layer && this.names.find((name) => name.startsWith(`${state.layer}.`));
 		const errors = run.names.map((_, layer) => orBelow(run.error(run.last, layer)));
-		return run.sick(run.last)[0] ?? errors.indexOf(errors.reduce(larger));
+		return inside || run.names[run.sick(run.last)[0] ?? errors.indexOf(errors.reduce(larger))];
+	}
+
+	/** The layer of a module that is worst in the window that is looked at. */
+	#worstOf(row) {
+		const pane = this.panes.find((each) => each.run === this.run);
+		const member = pane?.series(row)?.member[Math.max(pane.windows.indexOf(this.window), 0)];
+		return this.run.names[member] ?? row.names[0];
 	}
 
 	#window() {
@@ -100,11 +112,5 @@ export class View {
 		const worst = state.window === "worst" && run.said("worst", run.indexOf.get(this.layer));
 		const found = worst ? worst.window : run.windowAt(Number(state.window));
 		return found < 0 ? run.last : found;
-	}
-
-	#causesOf(layer) {
-		const causes = new Set(this.run.steps.map((_, window) => this.run.cause(window, layer)));
-		causes.delete(-1);
-		return [...causes].map((cause) => this.run.causes[cause].name);
 	}
 }
