@@ -12,13 +12,14 @@ from lightning_bnmonitor.report.history import History
 from lightning_bnmonitor.tensorboard.events import CHANNELS, HISTORY, summary, tag
 
 _GROWTH = 16  # it is written again when the windows have grown by one in so many
+_MANY_CHANNELS = 8192
 
 
 class HistoryEvents:
     """What is due of a history: each event has all windows, so that the last one suffices.
 
     The run at the first window, then whenever the windows have grown by a sixteenth; the values per channel whenever
-    they have doubled. So all events together are at most some seventeen, or two, times as large as the last.
+    they have doubled, of many channels when they are four times as many: that is a megabyte or two each time.
 
     Args:
         history: The windows.
@@ -46,7 +47,8 @@ class HistoryEvents:
         now, run, channels = self._history.windows.num_windows, self._written[HISTORY], self._written[CHANNELS]
         if now > run and (is_last or _GROWTH * now >= (_GROWTH + 1) * run):
             yield HISTORY
-        if now > channels and (is_last or now >= 2 * channels):
+        factor = 4 if self._history.num_channels > _MANY_CHANNELS else 2
+        if now > channels and (is_last or now >= factor * channels):
             yield CHANNELS
 
     def _writing(self, kind: str) -> Callable[[Any], None]:

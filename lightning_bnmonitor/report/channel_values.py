@@ -18,8 +18,8 @@ MAX_CHANNELS = 32_768
 """Of a model, in one window."""
 _EXACT = ("exact_mean", "exact_var", "running_mean", "running_var", "stderr_mean", "stderr_var", "eval_error")
 _ROWS = (4, 5, 2, 3, 8, 9)  # where these, but for the last, are in `LayerValues.numbers`
-_SCALE_OF = {"exact_mean": "exact_var", "running_mean": "exact_var", "val_mean": "val_var"}
-_DIGITS = 10  # binary, that are kept
+_SPREAD_OF = {"exact_mean": "exact_var", "running_mean": "exact_var", "val_mean": "val_var"}
+_DIGITS, _DIGITS_OF_ERRORS = 10, 6  # binary, that are kept
 
 
 class ChannelValues(NamedTuple):
@@ -72,10 +72,7 @@ def channel_values(layer: LayerValues, step: int, most: int) -> ChannelValues:
         step,
         layer.num_features,
         None if chosen is None else chosen.tolist(),
-        {
-            name: _rounded(each, values[_SCALE_OF[name]].sqrt() if name in _SCALE_OF else each)
-            for name, each in values.items()
-        },
+        {name: _rounded(each, values.get(_SPREAD_OF.get(name, ""), each), name) for name, each in values.items()},
         _course(layer, int(known.argmax())) if layer.num_features else None,
     )
 
@@ -97,11 +94,15 @@ def largest_share(channels: Iterable[int]) -> int:
     return max(ordered, default=1)
 
 
-def _rounded(values: Tensor, scale: Tensor) -> NDArray[np.float32]:
-    """Values to a thousandth of a scale, of means the standard deviation: what is left takes half the room."""
-    exact = values.numpy()
+def _rounded(values: Tensor, spread: Tensor, name: str) -> NDArray[np.float32]:
+    """Values to a thousandth, of means to a thousandth of the standard deviation; of errors to a hundredth.
+
+    What is left takes half the room when it is compressed.
+    """
+    exact, scale = values.numpy(), np.abs(spread.numpy())
+    digits = _DIGITS_OF_ERRORS if "err" in name else _DIGITS
     with np.errstate(all="ignore"):
-        unit = np.exp2(np.floor(np.log2(np.abs(scale.numpy()))) - _DIGITS)
+        unit = np.exp2(np.floor(np.log2(np.sqrt(scale) if name in _SPREAD_OF else scale)) - digits)
         rounded = np.round(exact / unit) * unit
         return np.where(np.isfinite(rounded), rounded, exact).astype(np.float32)
 

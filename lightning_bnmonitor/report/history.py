@@ -143,6 +143,12 @@ class History:
             layers[layer.name] = {"latest": latest, "worst": worst.get(layer.name)}
         return {"format": FORMAT, "layers": layers}
 
+    @property
+    def num_channels(self) -> int:
+        """Channels of which values are kept, of one window."""
+        most = self._most_channels()
+        return sum(min(channels, most) for _, channels in self._layers.values())
+
     def to_dict(self) -> dict[str, Any]:
         """In JSON's types: of each window its step, a sentence, and what is known of the layers.
 

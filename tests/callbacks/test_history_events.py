@@ -7,7 +7,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from lightning_bnmonitor import BatchNormMonitor
+from lightning_bnmonitor import BatchNormMonitor, Report
 from lightning_bnmonitor.callbacks import dashboard
 from lightning_bnmonitor.callbacks.history_events import HistoryEvents
 from lightning_bnmonitor.page.document import cells, decode
@@ -17,6 +17,7 @@ from tests.callbacks.event_files import events
 from tests.callbacks.expected_warnings import EXPECTED_WARNINGS
 from tests.callbacks.recorded_fits import Net as Validated
 from tests.callbacks.recorded_fits import train_data, trainer_for, val_data
+from tests.report.made_reports import layer
 
 pytestmark = EXPECTED_WARNINGS
 
@@ -37,7 +38,7 @@ def test_the_last_event_has_all_windows_and_says_what_the_report_and_the_text_sa
     assert last["windows"] == {"step": STEPS, "headline": [str(each).splitlines()[0] for each in run.reports]}
     assert last["layers"]["name"] == list(report)
     errors = cells(last).metrics["eval_error"]
-    expected = [[layer.summary()["eval_error"] for layer in each.values()] for each in run.reports]
+    expected = [[its.summary()["eval_error"] for its in each.values()] for each in run.reports]
     np.testing.assert_array_equal(errors, torch.tensor(expected).bfloat16().float())
     assert last["latest"]["text"] == report.brief()
     for (_, text), said in zip(run.events.texts["bn/report"], last["windows"]["headline"], strict=True):
@@ -48,9 +49,9 @@ def test_the_last_event_of_channels_has_the_last_window_of_all_layers(run):
     step, last = run.events.documents[CHANNELS][-1]
     assert step == STEPS[-1]
     assert list(last["layers"]) == list(run.reports[-1])
-    for layer in last["layers"].values():
-        assert layer["latest"]["step"] == STEPS[-1]
-        assert layer["worst"]["step"] == STEPS[0]  # they get warm
+    for its in last["layers"].values():
+        assert its["latest"]["step"] == STEPS[-1]
+        assert its["worst"]["step"] == STEPS[0]  # they get warm
 
 
 def test_the_history_of_the_monitor_is_that_in_the_files(tmp_path):
@@ -78,13 +79,15 @@ def test_an_event_waits_for_the_validation_after_its_window(tmp_path, always):
     for windows, (_, whole) in enumerate(found[RUN], start=1):
         assert not np.isnan(cells(whole).metrics["val_error"]).any()
         assert len(whole["windows"]["step"]) == windows
-    for layer in found[CHANNELS][-1][1]["layers"].values():
-        assert {"val_mean", "val_var", "val_error"} <= layer["latest"]["values"].keys()
+    for its in found[CHANNELS][-1][1]["layers"].values():
+        assert {"val_mean", "val_var", "val_error"} <= its["latest"]["values"].keys()
 
 
-def windows_written(num_windows):
+def windows_written(num_windows, layers=()):
     """Of which windows a history and its channels are written, if there is time."""
-    history, written = History(), {"history": [], "channels": []}
+    history = History()
+    history.add(Report(layers), 0)
+    written = {"history": [], "channels": []}
     due = HistoryEvents(history)
     for step in range(1, num_windows + 1):
         history.windows.num_windows = step
@@ -102,6 +105,8 @@ def test_it_is_written_at_each_of_the_first_windows_and_then_after_a_sixteenth_m
     )
     assert len(written["history"]) < 75
     assert written["channels"] == [1, 2, 4, 8, 16, 32, 64, 128, 256]
+    wide = layer("a", mean=[0.0] * 9000, var=[1.0] * 9000, running_mean=[0.0] * 9000, running_var=[1.0] * 9000)
+    assert windows_written(400, [wide]) == {**written, "channels": [1, 4, 16, 64, 256]}
 
 
 def test_of_many_short_windows_all_are_in_the_last_event_and_tensorboard_reads_it(tmp_path):
@@ -115,7 +120,7 @@ def test_of_many_short_windows_all_are_in_the_last_event_and_tensorboard_reads_i
     assert kept[-1].step == 299
     last = decode(kept[-1].tensor_proto.string_val[0])
     assert last["windows"]["step"] == list(range(300))
-    expected = [[layer.summary()["eval_error"] for layer in report.values()] for report in look.reports]
+    expected = [[its.summary()["eval_error"] for its in report.values()] for report in look.reports]
     np.testing.assert_array_equal(cells(last).metrics["eval_error"], torch.tensor(expected).bfloat16().float())
     assert len(events(logger.log_dir).documents[RUN]) < 75
 

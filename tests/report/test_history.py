@@ -291,7 +291,8 @@ def test_channels_are_those_of_the_last_window_and_of_the_worst_one():
             ("stderr_var", its.running_var_stderr, its.running_var_stderr),
             ("eval_error", its.eval_error, its.eval_error),
         ):
-            assert (np.abs(numbers(kept["values"][name]) - value.numpy()) <= 1e-3 * scale.numpy()).all(), name
+            precision = 1e-2 if "err" in name else 1e-3
+            assert (np.abs(numbers(kept["values"][name]) - value.numpy()) <= precision * scale.numpy()).all(), name
         assert "val_mean" not in kept["values"]
 
 
@@ -300,7 +301,7 @@ def test_channels_tell_of_validation_where_there_was_one():
     its = of_channels(0, 3, validation=received, val_running=running)
     values = channel_values(its, 1, 9).to_dict()["values"]
     np.testing.assert_allclose(numbers(values["val_var"]), received[1], rtol=1e-3)
-    np.testing.assert_allclose(numbers(values["val_error"]), its.val_error, rtol=1e-3)
+    np.testing.assert_allclose(numbers(values["val_error"]), its.val_error, rtol=1e-2)
 
 
 def test_what_is_not_finite_and_dead_channels_stay_so():
