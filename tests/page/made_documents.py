@@ -5,7 +5,7 @@ import base64
 import numpy as np
 
 CAUSES = [
-    {"name": "healthy", "letter": "H", "color": "#0072B2", "kind": "verdict"},
+    {"name": "healthy", "letter": "", "color": "#0072B2", "kind": "verdict"},
     {"name": "warming-up", "letter": "W", "color": "#E69F00", "kind": "verdict"},
     {"name": "lagging", "letter": "L", "color": "#D55E00", "kind": "verdict"},
     {"name": "noisy", "letter": "N", "color": "#CC79A7", "kind": "verdict"},

@@ -359,7 +359,7 @@ class TestEmpty:
 
     def test_a_run_without_a_window(self, opened):
         opened.open({"run": made.run_document(["bn"], [], {"eval_error": np.zeros((0, 1))}, [])})
-        assert opened.text(".message h1") == "No window has ended yet"
+        assert opened.text(".message h1") == "No BatchNorm data yet"
 
     def test_a_newer_format_names_itself_and_other_runs_can_be_seen(self, opened):
         opened.open({"new": {"format": 2}, "old": made.five_layers()})

@@ -29,12 +29,6 @@ export function columnAt(places, x) {
 	return place ? { place, column: Math.min(Math.floor((x - place.left) / place.column), place.pane.steps.length - 1) } : null;
 }
 
-/** The letter of a cause, none where nothing is the matter. */
-export function letterOf(run, cause) {
-	const known = cause < 0 ? null : run.causes[cause];
-	return !known || known.name === "healthy" ? "" : known.letter;
-}
-
 /** Draw rows from `top` on, so high each, on a context whose unit is a CSS pixel. */
 export function drawCells(context, places, rows, top, height) {
 	const font = `${Math.min(11, height - 5)}px ${css("--font")}`;
@@ -52,7 +46,7 @@ export function drawCells(context, places, rows, top, height) {
 	}
 }
 
-/** Neighbouring cells of one colour as one rectangle; a hair of the background stays between wide ones. */
+/** Neighbouring cells of one colour are one rectangle, unless they are wide. */
 function drawRuns(context, place, series, y, height) {
 	const gap = place.column >= 14 ? 1 : 0;
 	const { values } = series;
@@ -85,18 +79,13 @@ function drawMarks(context, place, series, middle) {
 			context.fillText(brief(value, pane.isDifference), columnEdge(place, column + 1) - 7, middle);
 		}
 		if (pane.isDifference || (column && series.cause[column] === series.cause[column - 1])) continue;
-		const letter = letterOf(pane.run, series.cause[column]);
+		const letter = pane.run.causes[series.cause[column]]?.letter;
 		if (!letter || left < free) continue;
 		let end = column + 1;
 		while (end < series.cause.length && series.cause[end] === series.cause[column]) end++;
 		if (columnEdge(place, end) - left < LETTER) continue;
-		context.textAlign = place.column >= NUMBER || place.column < LETTER ? "left" : "center";
-		const x = place.column >= NUMBER ? left + 7 : place.column < LETTER ? left + 1 : left + place.column / 2;
-		if (place.column < LETTER) {
-			context.lineWidth = 3;
-			context.strokeStyle = color;
-			context.strokeText(letter, x, middle);
-		}
+		context.textAlign = "left";
+		const x = place.column >= NUMBER ? left + 7 : left + Math.max((place.column - 8) / 2, 1);
 		context.fillText(letter, x, middle);
 		free = left + LETTER;
 	}

@@ -1,4 +1,4 @@
-/** Charts of a layer's channels: running against exact, the course of a window, validation beside training. */
+/** Charts of a layer's channels. */
 
 import { Chart, extent, linear, logarithmic } from "./charts.js";
 import { channelsOf } from "./decode.js";
@@ -9,7 +9,7 @@ import { css, lineColor } from "./theme.js";
 const NAMED = 4; // channels
 const HEIGHT = 210;
 
-/** All charts of a set of channels, as it is in the document; so many pixels wide, two beside each other. */
+/** All charts of a set of channels as in the document, so many pixels wide. */
 export function drawChannels(encoded, width) {
 	const set = channelsOf(encoded);
 	if (!set?.index.length) return [];
@@ -25,20 +25,20 @@ export function drawChannels(encoded, width) {
 	if (v.exact_mean && v.running_mean) {
 		const errors = v.stderr_mean && [v.stderr_mean.map((error) => 2 * error), stdErrors];
 		const charts = pair(["exact", "running"], [v.exact_mean, v.running_mean], [v.exact_var, v.running_var], errors, v.eval_error, "eval_error");
-		sections.push([`Running against exact statistics: ${all}`, "On the line they agree. Bars: 2 standard errors, as far as chance puts them.", charts]);
+		sections.push([`Running against exact statistics: ${all}`, "On the line they agree; bars are 2 standard errors.", charts]);
 	}
 	if (course?.batches.length) {
 		const charts = [drawCourse(half, set, "mean", (value) => value), drawCourse(half, set, "var", Math.sqrt)];
-		sections.push([`Over the window: channel ${course.channel}`, "Batches, beside the exact and the running value at the window’s end.", charts]);
+		sections.push([`Over the window: channel ${course.channel}`, "Batches beside the exact and the running value.", charts]);
 	}
 	if (v.exact_mean && v.val_mean) {
 		const charts = pair(["training", "validation"], [v.exact_mean, v.val_mean], [v.exact_var, v.val_var], null, v.val_error ?? v.eval_error, "val_error");
-		sections.push(["Validation beside training", "On the line the layer receives in validation what it receives in training.", charts]);
+		sections.push(["Validation beside training", "On the line they are alike.", charts]);
 	}
 	return sections.map(([title, note, charts]) => el("section.charts", el("h3", title), el("p.note", note), el("div.pair", charts)));
 }
 
-/** One value of each channel against another, with the line on which they agree; the worst are named. */
+/** One value of each channel against another; the worst are named. */
 function scatter(width, index, [xLabel, xs], [yLabel, ys], errors, badness, metric) {
 	const { log, range } = common(xs, ys);
 	const scale = (pixels) => (log ? logarithmic : linear)(range, pixels);
@@ -51,8 +51,8 @@ function scatter(width, index, [xLabel, xs], [yLabel, ys], errors, badness, metr
 	const known = [...(badness?.keys() ?? [])].filter((i) => !Number.isNaN(badness[i]) && Number.isFinite(xs[i]) && Number.isFinite(ys[i]));
 	const worst = known.sort((a, b) => badness[b] - badness[a]).slice(0, NAMED);
 	const pick = (wanted) => [...xs].map((x, i) => (worst.includes(i) === wanted ? x : NaN));
-	chart.dots(pick(false), ys, { color: css("--quiet"), size: xs.length > 512 ? 2.5 : 4, name: "channels" });
-	chart.dots(pick(true), ys, { color: lineColor(metric), size: 5.5, name: "worst" });
+	chart.dots(pick(false), ys, { color: css("--quiet"), size: xs.length > 512 ? 2.5 : 4 });
+	chart.dots(pick(true), ys, { color: lineColor(metric), size: 5.5 });
 	const named = [];
 	for (const i of worst) {
 		const [x, y] = [chart.x(xs[i]), chart.y(ys[i])];
@@ -90,9 +90,9 @@ function drawCourse(width, { course, index, values }, moment, transform) {
 	});
 	const both = [0, ends.at(-1)];
 	chart.band(both, [running - error, running - error], [running + error, running + error]);
-	chart.line(both, [exact, exact], { color: css("--quiet"), width: 1, dash: "2 3", name: "exact" });
-	chart.line(both, [running, running], { color: lineColor("eval_error"), dash: "6 4", name: "running" });
-	chart.line(middles, ys, { color: css("--quiet"), width: 1, name: "batches" }).dots(middles, ys, { color: css("--quiet"), size: 5 });
+	chart.line(both, [exact, exact], { color: css("--quiet"), width: 1, dash: "2 3" });
+	chart.line(both, [running, running], { color: lineColor("eval_error"), dash: "6 4" });
+	chart.line(middles, ys, { color: css("--quiet"), width: 1 }).dots(middles, ys, { color: css("--quiet"), size: 5 });
 	for (const [value, word] of [[exact, "exact"], [running, "running"]]) if (Number.isFinite(value)) chart.name(both[1], value, word);
 	return chart.element;
 }

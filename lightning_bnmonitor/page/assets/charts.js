@@ -45,7 +45,7 @@ export function extent(values, room = 0.06) {
 	return [low - more, high + more];
 }
 
-/** A chart with axes: `x` and `y` are given the pixels that they may use and return scales. */
+/** A chart with axes: `x` and `y` make scales of pixels. */
 export class Chart {
 	constructor({ width, height, x, y, xLabel, yLabel, label = yLabel }) {
 		[this.left, this.right, this.top, this.bottom] = [LEFT, width - RIGHT, TOP + (yLabel ? 14 : 0), height - BOTTOM];
@@ -63,7 +63,7 @@ export class Chart {
 		this.#text("label", this.right, this.bottom + 27, xLabel ?? "", "end").#text("label", 4, 11, yLabel ?? "");
 	}
 
-	/** A line through points, interrupted where a value is not known; single points are dots. */
+	/** A line through points, interrupted where a value is not known. */
 	line(xs, ys, { color, width = 1.5, dash, name }) {
 		let path = "";
 		ys.forEach((y, i) => {
@@ -91,14 +91,14 @@ export class Chart {
 	}
 
 	/** Dots, as one path. */
-	dots(xs, ys, { color, size = 4, name }) {
+	dots(xs, ys, { color, size }) {
 		const known = [...xs.keys()].filter((i) => Number.isFinite(xs[i]) && Number.isFinite(ys[i]));
 		const path = known.map((i) => `M${this.#point(xs[i], ys[i])}h0`).join("");
-		return this.#path("dots", path, { stroke: color, "stroke-width": `${size}px` }, { "data-name": name });
+		return this.#path("dots", path, { stroke: color, "stroke-width": `${size}px` });
 	}
 
 	/** Vertical bars from low to high, as one path. */
-	bars(xs, lows, highs, { color, width = 2 }) {
+	bars(xs, lows, highs, { color, width }) {
 		const known = [...xs.keys()].filter((i) => Number.isFinite(xs[i]) && Number.isFinite(lows[i]) && Number.isFinite(highs[i]));
 		const path = known.map((i) => `M${this.#point(xs[i], lows[i])}V${this.y(highs[i]).toFixed(1)}`).join("");
 		return this.#path("bars", path, { stroke: color, "stroke-width": `${width}px` });

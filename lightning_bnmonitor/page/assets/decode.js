@@ -3,11 +3,11 @@
 const FORMAT = 1;
 /** Metrics in the order of their buttons, and what each compares. */
 export const METRICS = new Map([
-	["eval_error", "Running statistics against training: what eval() gets wrong"],
+	["eval_error", "Running statistics against training"],
 	["val_error", "Running statistics against validation"],
 	["val_shift", "Training against validation"],
 	["call_shift", "The calls of a step against each other"],
-	["batch_jitter", "Single batches against all: training normalises by what eval() cannot have"],
+	["batch_jitter", "Single batches against all of them"],
 	["noise", "The part of eval_error that is chance"],
 ]);
 const [ABSENT, ATTENTION] = [255, 128];
@@ -31,11 +31,15 @@ export class Run {
 		this.cells = bytesOf(document.cause);
 	}
 
+	/** A metric of all layers, window after window; nothing if nobody has it. */
+	values(metric) {
+		if (!this.#metrics.has(metric)) this.#metrics.set(metric, floatsOfPlanes(this.document.metrics[metric] ?? ""));
+		return this.#metrics.get(metric);
+	}
+
 	/** A metric of a layer in a window, NaN if it is not known. */
 	value(metric, window, layer) {
-		if (!(metric in this.document.metrics)) return NaN;
-		if (!this.#metrics.has(metric)) this.#metrics.set(metric, floatsOfPlanes(this.document.metrics[metric]));
-		return this.#metrics.get(metric)[window * this.names.length + layer];
+		return this.values(metric)[window * this.names.length + layer] ?? NaN;
 	}
 
 	/** A metric of a layer over all windows. */
@@ -52,7 +56,8 @@ export class Run {
 	/** Names of the causes that a layer had in any window. */
 	causesOf(layer) {
 		if (!this.#causes.has(layer)) {
-			const its = new Set(this.steps.map((_, window) => this.cause(window, layer)));
+			const its = new Set();
+			for (let cell = layer; cell < this.cells.length; cell += this.names.length) its.add(this.cells[cell] % ATTENTION);
 			this.#causes.set(layer, this.causes.filter((_, cause) => its.has(cause)).map(({ name }) => name));
 		}
 		return this.#causes.get(layer);
@@ -124,7 +129,11 @@ function checkFormat(document) {
 }
 
 function bytesOf(text) {
-	return Uint8Array.from(atob(text), (character) => character.charCodeAt(0));
+	if (Uint8Array.fromBase64) return Uint8Array.fromBase64(text);
+	const binary = atob(text);
+	const bytes = new Uint8Array(binary.length);
+	for (let i = 0; i < bytes.length; i++) bytes[i] = binary.charCodeAt(i);
+	return bytes;
 }
 
 /** Values of two planes of bfloat16: all high bytes, then all low bytes. */

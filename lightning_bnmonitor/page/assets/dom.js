@@ -1,6 +1,6 @@
 /** Elements with text, never markup: whatever a layer is called, it is shown as it is. */
 
-/** An HTML element: "tag.class", then, if need be, properties ("on…": listeners, "style": CSS), then what is in it. */
+/** An HTML element: "tag.class", properties ("on…": listeners, "style": CSS) or none, children. */
 export const el = (tag, ...rest) => filled(document.createElement(tag.split(".")[0]), tag, rest);
 
 /** An SVG element; see `el`. */

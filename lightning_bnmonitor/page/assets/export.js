@@ -18,8 +18,7 @@ export function tableOf(rows, panes) {
 		const layer = run?.indexOf.get(row.names[0]);
 		const cause = series && !pane.isDifference ? series.cause[pane.lastColumn] : -1;
 		const values = panes.flatMap((each) => [...(each.series(row)?.values ?? each.steps.map(() => NaN))]);
-		const kind = row.isModule ? ["", ""] : [run?.types[layer], run?.channels[layer]];
-		return [row.label, ...kind, run?.causes[cause]?.name, ...values.map((value) => (Number.isNaN(value) ? "" : Number(value.toPrecision(4))))];
+		return [row.label, run?.types[layer], row.isModule ? "" : run?.channels[layer], run?.causes[cause]?.name, ...values.map((value) => (Number.isNaN(value) ? "" : Number(value.toPrecision(4))))];
 	});
 	const quoted = (value) => (/[",\r\n]/.test(value) ? `"${value.replaceAll('"', '""')}"` : (value ?? ""));
 	const table = [["layer", "type", "channels", "cause", ...titles], ...lines];
@@ -52,22 +51,16 @@ class Recorder {
 	#paths = new Map();
 	#texts = [];
 
-	/** A rectangle. */
 	fillRect(x, y, width, height) {
 		const color = this.fillStyle;
 		this.#paths.set(color, `${this.#paths.get(color) ?? ""}M${x} ${y}h${width}v${height}h${-width}z`);
 	}
 
-	/** A text about whose middle it stands. */
 	fillText(text, x, y) {
 		const anchor = { right: "end", center: "middle" }[this.textAlign] ?? "start";
 		this.#texts.push(svg("text", { x, y: y + 3.5, "text-anchor": anchor, fill: this.fillStyle }, text));
 	}
 
-	/** The rim of a letter is left out. */
-	strokeText() {}
-
-	/** All that was drawn. */
 	elements() {
 		return [...[...this.#paths].map(([fill, d]) => svg("path", { d, fill })), ...this.#texts];
 	}

@@ -1,12 +1,12 @@
 /** One sentence on each run. */
 
-import { dot, el, svg } from "./dom.js";
+import { dot, el } from "./dom.js";
 import { count, distance, whole } from "./numbers.js";
 import { runColor } from "./theme.js";
 
 const NAMED = 3; // layers
 
-/** The head of the page: a line for each run ({name, place, run, error}) and where to look in the one that is shown. */
+/** The head: a line for each run ({name, place, run, error}), and where to look in the one that is shown. */
 export function drawHeader(entries, shown, other, actions) {
 	const lines = entries.length > 1 && el("div.runs", entries.map((entry) => runLine(entry, entry === shown, entry === other, actions)));
 	return el("header", lines, shown?.run?.steps.length && shown.run.names.length ? sentence(shown.run, actions, !lines) : null);
@@ -20,18 +20,8 @@ function runLine({ name, place, run, error }, isShown, isCompared, actions) {
 		dot(runColor(place)),
 		el("span.name", name),
 		el("span.role", isCompared ? "compared" : ""),
-		run ? spark(run) : el("span"),
 		el("span.said", { title: said }, said),
 	);
-}
-
-/** How many layers needed attention, over the windows. */
-function spark(run) {
-	const [width, height] = [64, 14];
-	const counts = run.steps.map((_, window) => run.names.filter((_name, layer) => run.needsAttention(window, layer)).length);
-	const y = (number) => height - 1 - (number / Math.max(...counts, 1)) * (height - 3);
-	const points = (counts.length > 1 ? counts : [0, 0]).map((number, i, all) => `${(i / (all.length - 1)) * width},${y(number)}`);
-	return svg("svg.spark", { width, height, "aria-hidden": "true" }, svg("polyline", { points: points.join(" ") }));
 }
 
 function sentence(run, actions, withHeadline) {

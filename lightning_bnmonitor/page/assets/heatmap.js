@@ -11,7 +11,7 @@ const WIDEST = 88; // pixels of a column
 const HEIGHTS = [32, 28, 22, 18]; // of a row
 const NAME_SHARE = 0.36; // of the width at most
 const HEAD = 22; // pixels of the panes' titles
-const HELP = "Heatmap of layers and windows: arrow keys select, Enter folds and unfolds modules, Escape takes back";
+const HELP = "Heatmap: arrow keys select, Enter folds modules, Escape takes back";
 
 /** Shows what `update` is given; actions: `select(row, step)`, `fold(row, outer)`, `unselect()`. */
 export class Heatmap {
@@ -21,6 +21,7 @@ export class Heatmap {
 	#selected = {};
 	#labelled = ""; // rows that have a label
 	#isPending = false;
+	#measured = ""; // size when it was laid out
 
 	constructor(actions) {
 		this.actions = actions;
@@ -34,7 +35,7 @@ export class Heatmap {
 		this.overview = new Overview(this.scroller);
 		this.body = el("div.body", this.scroller, this.overview.element);
 		this.spoken = el("div.spoken", { "aria-live": "polite" });
-		this.tooltip = el("div.tooltip", { role: "tooltip", hidden: true });
+		this.tooltip = el("div.tooltip", { hidden: true });
 		this.empty = el("p.quiet", { hidden: true }, "No layer matches the filter.");
 		this.element = el("div.heatmap", this.heads, this.body, this.axis, this.empty, this.spoken, this.tooltip);
 		this.scroller.addEventListener("scroll", () => this.#later());
@@ -45,7 +46,9 @@ export class Heatmap {
 			const at = this.#at(event);
 			if (at) this.#select(at.row, at.place.pane.steps[at.column]);
 		});
-		new ResizeObserver(() => this.#layOut()).observe(this.element);
+		new ResizeObserver(() => {
+			if (this.#size !== this.#measured) this.#layOut();
+		}).observe(this.element);
 	}
 
 	/** Show rows in panes; `selected` is the key of a row, and a step. */
@@ -64,6 +67,10 @@ export class Heatmap {
 		this.scroller.scrollTop = top - Math.floor(clientHeight / 2);
 	}
 
+	get #size() {
+		return `${this.element.clientWidth} ${this.element.clientHeight}`;
+	}
+
 	get #index() {
 		return this.#rows.findIndex((row) => row.key === this.#selected.key);
 	}
@@ -79,19 +86,18 @@ export class Heatmap {
 		this.axis.hidden = this.body.hidden = !rows.length;
 		this.heads.hidden = !rows.length || !this.#panes.some((pane) => pane.title);
 		const width = this.scroller.clientWidth;
-		if (!width) {
-			this.labels.replaceChildren();
-			return;
-		}
+		if (!rows.length) this.labels.replaceChildren();
+		if (!width) return;
 		const room = this.element.clientHeight - this.axis.offsetHeight - (this.heads.hidden ? 0 : HEAD);
 		this.rowHeight = HEIGHTS.find((each) => rows.length * each <= room) ?? HEIGHTS.at(-1);
 		this.body.style.height = this.spacer.style.height = `${rows.length * this.rowHeight}px`;
+		this.#measured = this.#size;
+		const { label, isModule } = rows.reduce((a, b) => (a.label.length < b.label.length ? b : a));
 		const pen = this.canvas.getContext("2d");
 		pen.font = `600 12px ${css("--font")}`;
-		const longest = Math.max(40, ...rows.map((row) => pen.measureText(row.label).width + (row.isModule ? 28 : 0)));
-		this.names = Math.ceil(Math.min(longest + 30, width * NAME_SHARE));
-		this.characters = Math.floor((this.names - 30) / 7);
-		this.fits = longest + 30 <= this.names;
+		const longest = 30 + Math.max(40, pen.measureText(label).width * 1.08 + (isModule ? 28 : 0));
+		this.names = Math.ceil(Math.min(longest, width * NAME_SHARE));
+		this.characters = longest > this.names ? Math.floor((this.names - 30) / 7) : Infinity;
 		this.element.style.setProperty("--names", `${this.names}px`);
 		this.plotWidth = width - this.names;
 		this.#places = placePanes(this.#panes, this.plotWidth - 1, WIDEST);
@@ -134,7 +140,7 @@ export class Heatmap {
 	}
 
 	#label(row, index) {
-		const title = row.isModule ? `Unfold ${row.label} (Enter)` : "Fold the module of this layer (Enter)";
+		const title = row.isModule ? "Unfold (Enter)" : "Fold its module (Enter)";
 		const onclick = (event) => {
 			event.stopPropagation();
 			this.actions.fold(row, event.shiftKey);
@@ -150,7 +156,7 @@ export class Heatmap {
 				onclick: () => this.#select(row),
 			},
 			el("button.fold", { tabindex: -1, title, onclick }, row.isModule ? "▸" : "▾"),
-			el("span.name", this.fits ? row.label : shortened(row.label, this.characters)),
+			el("span.name", shortened(row.label, this.characters)),
 			row.isModule && el("span.size", whole(row.names.length)),
 		);
 	}

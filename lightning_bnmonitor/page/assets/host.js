@@ -1,4 +1,4 @@
-/** TensorBoard around the page: its runs, its reloads, its dark mode. All of it may be missing. */
+/** TensorBoard around the page; all of it may be missing. */
 
 const HASH_KEY = "p.batchnorm.show"; // as TensorBoard names what its plugins keep in the address
 const PATIENCE = 800; // milliseconds
@@ -6,7 +6,7 @@ const PATIENCE = 800; // milliseconds
 /** The window of TensorBoard, if the page is a frame of it and may look at it. */
 export function outerWindow() {
 	try {
-		return window.parent !== window && window.parent.document.querySelector("tb-webapp, tensorboard-app") ? window.parent : null;
+		return window.parent !== window && window.parent.document.querySelector("tb-webapp") ? window.parent : null;
 	} catch {
 		return null;
 	}
@@ -27,7 +27,7 @@ export class Host {
 		window.parent.postMessage("experimental.bootstrap", "*", [channel.port2]);
 	}
 
-	/** Names of all runs in the order in which TensorBoard gives them colours; empty if it does not tell. */
+	/** Names of all runs in the order of their colours; empty if TensorBoard does not tell. */
 	runs() {
 		if (!this.#port) return [];
 		this.#send({ type: "experimental.GetRuns", id: 0, payload: null, error: null, isReply: false });
@@ -77,7 +77,7 @@ export class Address {
 		try {
 			history.replaceState(history.state, "", `${location.href.split("#")[0]}${hash ? `#${hash}` : ""}`);
 		} catch {
-			// A frame without an address of its own, as in a notebook: then there is nothing to keep it in.
+			// A frame in a notebook has no address to keep it in.
 		}
 	}
 

@@ -1,4 +1,4 @@
-/** The page's entry: TensorBoard calls `render` in the plugin's frame, and so does the file that holds its own data. */
+/** The page's entry, for TensorBoard's frame and for the file that holds its own data. */
 
 import { el } from "./dom.js";
 import { Address, Host } from "./host.js";
@@ -11,19 +11,14 @@ import { followMode } from "./theme.js";
 export async function render() {
 	const source = findSource();
 	document.documentElement.lang = "en";
-	if (source instanceof ServerSource) await styled(new URL("page.css", import.meta.url).href);
+	if (source instanceof ServerSource) {
+		const style = el("link", { rel: "stylesheet", href: new URL("page.css", import.meta.url).href });
+		document.head.append(style);
+		await new Promise((resolve) => (style.onload = style.onerror = resolve));
+	}
 	const host = new Host();
 	const page = new Page(source, new State(new Address()), host);
 	followMode(() => page.draw());
 	host.onReload = () => page.load();
 	await page.load();
-}
-
-/** Load the style sheet before anything is drawn. */
-function styled(href) {
-	const link = el("link", { rel: "stylesheet", href });
-	document.head.append(link);
-	return new Promise((resolve) => {
-		link.onload = link.onerror = resolve;
-	});
 }

@@ -21,9 +21,7 @@ export function brief(value, isDifference) {
 /** Any number to four digits. */
 export function general(value) {
 	if (!Number.isFinite(value)) return distance(value);
-	if (Number.isInteger(value) && Math.abs(value) < 1e7) return whole(value);
-	const size = Math.abs(value);
-	return signed(size && (size < 1e-3 || size >= 1e6) ? value.toExponential(2) : String(Number(value.toPrecision(4))));
+	return Number.isInteger(value) && Math.abs(value) < 1e7 ? whole(value) : signed(String(Number(value.toPrecision(4))));
 }
 
 /** A whole number with thin spaces between thousands. */

@@ -12,13 +12,10 @@ export class Overview {
 		this.canvas = el("canvas");
 		this.seen = el("div.seen");
 		this.element = el("div.overview", { title: "All layers, by their last value: click to go there" }, this.canvas, this.seen);
-		const go = (event) => {
-			if (event.type === "pointermove" && !event.buttons) return;
+		this.element.addEventListener("click", ({ clientY }) => {
 			const { top, height } = this.element.getBoundingClientRect();
-			scroller.scrollTop = ((event.clientY - top) / height) * scroller.scrollHeight - scroller.clientHeight / 2;
-		};
-		this.element.addEventListener("pointerdown", go);
-		this.element.addEventListener("pointermove", go);
+			scroller.scrollTop = ((clientY - top) / height) * scroller.scrollHeight - height / 2;
+		});
 	}
 
 	/** Draw all rows, the worst of those that share a pixel; hidden if they are all in sight. */

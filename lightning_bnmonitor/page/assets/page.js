@@ -14,13 +14,9 @@ const LISTED = 60; // runs whose sentences are loaded without being asked for
 const EMPTY = [
 	"No BatchNorm data yet",
 	"Give the Trainer the callback of `lightning_bnmonitor`: `Trainer(callbacks=[BatchNormMonitor()])`.",
-	"It writes here as soon as a window has ended: at the end of the first epoch, or after `every_n_train_batches`. Then reload.",
+	"It writes at the end of the first epoch, or after `every_n_train_batches`. Then reload.",
 ];
-const WITHOUT_LAYERS = [
-	"No BatchNorm layer was monitored",
-	"The model of this run has no BatchNorm layer of PyTorch’s, or `BatchNormMonitor` was told to leave them all out.",
-];
-const WITHOUT_WINDOWS = ["No window has ended yet", "The first ends with the first epoch, or after `every_n_train_batches`. Then reload."];
+const WITHOUT_LAYERS = ["No BatchNorm layer was monitored", "The model has none of PyTorch’s, or `BatchNormMonitor` was told to leave them out."];
 
 /** The page of a source of runs. */
 export class Page {
@@ -44,10 +40,10 @@ export class Page {
 		this.head = el("div");
 		this.message = el("main.message", { hidden: true });
 		this.changes = el("p.changes");
-		this.panel = el("aside.panel", { "aria-label": "Layer" });
-		this.main = el("main.main", el("div.left", this.toolbar.element, this.toolbar.legend, this.changes, this.heatmap.element), this.panel);
+		this.panel = el("aside.panel");
+		this.main = el("main.main", { hidden: true }, el("div.left", this.toolbar.element, this.toolbar.legend, this.changes, this.heatmap.element), this.panel);
 		document.body.replaceChildren(this.head, this.message, this.main);
-		state.subscribe(() => this.#follow());
+		state.onChange = () => this.#follow();
 		new ResizeObserver(() => this.#drawPanel()).observe(this.panel);
 	}
 
@@ -62,7 +58,7 @@ export class Page {
 			return;
 		}
 		const before = new Map(this.#entries.map((entry) => [entry.name, entry]));
-		const places = this.#places(names, turn);
+		const places = this.#places(turn);
 		this.#entries = names.map((name, place) => ({ place, run: null, error: null, ...before.get(name), name }));
 		const first = this.#shown().filter(Boolean);
 		await Promise.all(first.map((entry) => this.#loadRun(entry)));
@@ -80,27 +76,24 @@ export class Page {
 
 	/** Draw everything. */
 	draw() {
-		this.view = null;
 		this.#drawHead();
 		const [entry, other] = this.#shown();
-		if (!entry) this.#say(...EMPTY);
+		if (!entry || (entry.run && !entry.run.steps.length)) this.#say(...EMPTY);
 		else if (entry.error) this.#say(`The run “${entry.name}” cannot be shown`, entry.error);
 		else if (!entry.run) this.#say("Loading …");
 		else if (!entry.run.names.length) this.#say(...WITHOUT_LAYERS);
-		else if (!entry.run.steps.length) this.#say(...WITHOUT_WINDOWS);
 		else this.#show(entry, other);
 	}
 
 	#show(entry, other) {
 		const { state } = this;
 		if (!entry.run.metrics.includes(state.metric)) state.metric = entry.run.metrics[0] ?? "eval_error";
-		this.view = new View(entry, other, state);
+		this.view = new View(entry, other, state, this.view);
 		const { run, rows, panes, row, step, names } = this.view;
 		[this.message.hidden, this.main.hidden] = [true, false];
-		this.toolbar.update(run, this.#entries.map(({ name }) => name).filter((name) => name !== run.name), names, step, Boolean(this.view.other));
+		this.toolbar.update(run, this.#entries.map(({ name }) => name).filter((name) => name !== run.name), names, Boolean(this.view.other));
 		this.toolbar.explain(run, this.view.causesWithLayers(), panes[0].isDifference);
 		this.changes.textContent = this.view.changes();
-		this.changes.hidden = !this.changes.textContent;
 		this.heatmap.update(rows, panes, { key: row?.key, step });
 		const order = [state.sort, state.filter, state.cause].join();
 		if (this.#order !== undefined && this.#order !== order) this.heatmap.scroller.scrollTop = 0;
@@ -128,11 +121,12 @@ export class Page {
 	}
 
 	/** Give runs the colours that TensorBoard gives them, if it tells. */
-	async #places(names, turn) {
+	async #places(turn) {
 		const all = await this.host.runs();
-		if (turn !== this.#loading || !names.every((name) => all.includes(name))) return;
-		for (const entry of this.#entries) entry.place = all.indexOf(entry.name);
-		if (this.view) this.draw();
+		if (turn !== this.#loading || !all.length) return;
+		const place = (name) => [name, name.replace(/ \([^()]*\)$/, "")].map((each) => all.indexOf(each)).find((index) => index >= 0);
+		for (const entry of this.#entries) entry.place = place(entry.name) ?? entry.place; // "run (prefix)" is of a run, too
+		if (!this.main.hidden) this.draw();
 	}
 
 	#drawHead() {
@@ -143,7 +137,7 @@ export class Page {
 	}
 
 	#drawPanel() {
-		if (!this.view) return;
+		if (this.main.hidden) return;
 		const { run, layer } = this.view;
 		const width = Math.min(this.panel.clientWidth - 40, 900);
 		const index = run.indexOf.get(layer);
@@ -194,9 +188,9 @@ export class Page {
 	/** Unfold a module, or fold the innermost one around a row. */
 	#fold(row, outer) {
 		const { state } = this;
-		const module = row.isModule && !outer ? row.key : moduleAround(row, this.view.sizes);
-		if (!module) return;
 		const isFolded = row.isModule && !outer;
+		const module = isFolded ? row.key : moduleAround(row, this.view.sizes);
+		if (!module) return;
 		const folds = state.folds.includes(module) ? state.folds.filter((each) => each !== module) : [...state.folds, module];
 		state.set({ folds, layer: isFolded ? row.names[0] : module });
 		this.heatmap.reveal();
@@ -209,7 +203,7 @@ export class Page {
 	/** The run that is shown, and the one that it is compared with, or null. */
 	#shown() {
 		const find = (name) => this.#entries.find((entry) => entry.name === name) ?? null;
-		return [find(this.state.run) ?? this.#entries[0] ?? null, find(this.state.otherRun)];
+		return [find(this.state.run) ?? this.#entries[0] ?? null, find(this.state.other("run"))];
 	}
 }
 

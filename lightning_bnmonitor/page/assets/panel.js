@@ -1,6 +1,5 @@
 /** What is known of a layer: words, what to do, its metrics over the windows, its channels. */
 
-import { letterOf } from "./cells.js";
 import { drawChannels } from "./channels.js";
 import { Chart, logarithmic, windows } from "./charts.js";
 import { codeOf, dot, el, prose, segmented, table, tr } from "./dom.js";
@@ -29,12 +28,14 @@ export function drawPanel(shown, width, actions) {
 function words(run, layer, { said, window }, actions) {
 	const cause = said ? said.cause : window < 0 ? -1 : run.cause(window, layer);
 	if (cause < 0) return [el("p.quiet", "The layer is not in this window.")];
-	const letter = letterOf(run, cause);
-	const [first, ...flags] = (said?.words ?? run.causes[cause].name).split(", ");
+	const { name, letter } = run.causes[cause];
+	const badges = (said?.words ?? name).split(", ").map((word) => {
+		const own = word === name && [dot(causeColor(run.causes[cause])), word, letter && el("b", letter)];
+		return own ? el("span.badge", own) : el("span.badge.flag", word);
+	});
 	const calm = !(window >= 0 && run.needsAttention(window, layer)) && el("span.quiet", "needs no attention");
-	const verdict = el("span.badge", dot(causeColor(run.causes[cause])), first, letter && first === run.causes[cause].name && el("b", letter));
-	const head = el("div.badges", verdict, flags.map((flag) => el("span.badge.flag", flag)), calm);
-	if (!said) return [head, el("p.quiet", "Explained are the latest window and the layer’s worst.")];
+	const head = el("div.badges", badges, calm);
+	if (!said) return [head, el("p.quiet", "Explained are the latest and the worst window.")];
 	return [head, said.explanation && el("p.explanation", prose(said.explanation)), said.remedy && remedy(said.remedy, actions)];
 }
 
@@ -46,7 +47,7 @@ function remedy(text, actions) {
 
 function numbersOf(run, layer, window) {
 	const numbers = run.metrics.map((metric) => {
-		const value = window < 0 ? NaN : run.value(metric, window, layer);
+		const value = run.value(metric, window, layer);
 		return el("div", el("dt", metric), el(value >= run.warning && metric !== "noise" ? "dd.large" : "dd", distance(value)));
 	});
 	return el("dl.numbers", numbers);
@@ -96,7 +97,7 @@ function metricsChart({ run, layer, view, others }, width, actions) {
 		if (known.length <= 24) chart.dots(its, ys, { color: lineColor(metric), size: 5 });
 	}
 	for (const { title, run: theirs, layer: its, partners } of compared) {
-		const ys = partners.map((partner) => (partner < 0 ? NaN : theirs.value("eval_error", partner, its)));
+		const ys = partners.map((partner) => theirs.value("eval_error", partner, its));
 		chart.line(xs, ys, { color: lineColor("eval_error"), width: 2, dash: "5 4", name: "other" });
 		keys.push([el("i.dashed"), `eval_error of ${title}`]);
 	}

@@ -3,10 +3,7 @@
 import { orBelow } from "./decode.js";
 import { runColor } from "./theme.js";
 
-/**
- * Columns with their steps. A row in them is a series: values, and cause and attention of the layer (`member`, an
- * index) that is worst there; -1 where none is.
- */
+/** Columns. A row in them is a series: values; cause, attention and index (`member`) of the worst layer, -1 for none. */
 class Pane {
 	#series = new Map();
 
@@ -30,7 +27,8 @@ class RunPane extends Pane {
 
 	/** The largest value, and cause and attention of the worst layer, of each column. */
 	compute(row) {
-		const { run, windows, metric } = this;
+		const { run, windows } = this;
+		const known = run.values(this.metric);
 		const layers = row.names.map((name) => run.indexOf.get(name)).filter((layer) => layer !== undefined);
 		if (!layers.length) return null;
 		const series = { values: new Float32Array(windows.length).fill(NaN), attention: new Uint8Array(windows.length) };
@@ -40,7 +38,7 @@ class RunPane extends Pane {
 			for (const layer of layers) {
 				const cause = run.cause(window, layer);
 				if (cause < 0) continue;
-				const value = run.value(metric, window, layer);
+				const value = known[window * run.names.length + layer] ?? NaN;
 				const its = Number(run.needsAttention(window, layer));
 				if (!(series.values[column] >= value || Number.isNaN(value))) series.values[column] = value;
 				if (its < attention || (its === attention && !(value > worst))) continue;
@@ -52,7 +50,7 @@ class RunPane extends Pane {
 	}
 }
 
-/** A second pane less a first; `partners` are the second's columns for each of the first's, -1 for none. */
+/** A second pane less a first; `partners`: its column for each of the first's, -1 for none. */
 export class DifferencePane extends Pane {
 	isDifference = true;
 
@@ -74,7 +72,7 @@ export class DifferencePane extends Pane {
 	}
 }
 
-/** For each step of one run the column of another whose step is nearest, -1 if none is as near as its neighbours. */
+/** For each step of one run the column of another whose step is nearest, -1 if none is near. */
 export function partnersOf(steps, others) {
 	const spacing = others.length > 1 ? (others.at(-1) - others[0]) / (others.length - 1) : Infinity;
 	return steps.map((step) => {
@@ -84,7 +82,7 @@ export function partnersOf(steps, others) {
 	});
 }
 
-/** The panes of a run, and of `other` or `otherWindow` (if not null, -1) beside it; `places` among the colours. */
+/** The panes of a run, and of `other` or `otherWindow` (unless null, -1); `places` among the colours. */
 export function panesOf(run, other, otherWindow, window, { metric, view }, places) {
 	const pane = (of, windows, title) => new RunPane(of, metric, windows, title, places[Number(of === other)]);
 	if (otherWindow >= 0) {

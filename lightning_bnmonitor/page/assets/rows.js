@@ -25,7 +25,7 @@ export function moduleAround(row, sizes) {
 	return around.at(-1) ?? "";
 }
 
-/** Layers that pass the filters: a part of the name, a pattern with * and ?, or a cause; `causesOf` gives a layer's. */
+/** Layers that pass the filters: a part of the name, a pattern, or one of `causesOf(name)`. */
 export function filtered(names, { filter, cause }, causesOf) {
 	const wanted = filter.trim().toLowerCase();
 	const pattern = wanted.replace(/[.+^${}()|[\]\\]/g, "\\$&").replace(/\*/g, ".*").replace(/\?/g, ".");

@@ -4,9 +4,10 @@ import { Unreadable } from "./decode.js";
 
 /** Asks the server, below an address. */
 export class ServerSource {
+	title = "";
+
 	constructor(base) {
 		this.base = base;
-		this.title = "";
 	}
 
 	/** Names of the runs, in TensorBoard's order. */
@@ -34,8 +35,7 @@ export class ServerSource {
 			throw new Unreadable("TensorBoard does not answer. Is it still running?");
 		}
 		const document = await answer.json().catch(() => null);
-		if (!answer.ok) throw new Unreadable(document?.error ?? `TensorBoard answers ${answer.status} to \`${route}\`.`);
-		if (!document) throw new Unreadable(`What TensorBoard answers to \`${route}\` cannot be read.`);
+		if (!answer.ok || !document) throw new Unreadable(document?.error ?? `TensorBoard answers ${answer.status} to \`${route}\`.`);
 		return document;
 	}
 }
@@ -55,17 +55,12 @@ export class InlineSource {
 
 	/** The document of a run. */
 	async history(run) {
-		return this.#of(run).history;
+		return this.documents.get(run).history;
 	}
 
 	/** The channels of a layer: of its latest and of its worst window; null if none were kept. */
 	async channels(run, layer) {
-		return this.#of(run).channels?.layers?.[layer] ?? null;
-	}
-
-	#of(run) {
-		if (!this.documents.has(run)) throw new Unreadable(`There is no run “${run}” in this file.`);
-		return this.documents.get(run);
+		return this.documents.get(run).channels?.layers[layer] ?? null;
 	}
 }
 

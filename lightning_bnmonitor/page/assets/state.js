@@ -13,23 +13,19 @@ const DEFAULTS = {
 	depth: 0, // of modules that are folded
 };
 
-/** What is selected, kept in an address; whoever subscribes is told of changes. */
+/** What is selected, kept in an address. */
 export class State {
 	#address;
-	#callbacks = [];
+	/** Called after each change. */
+	onChange = () => {};
 
 	constructor(address) {
 		this.#address = address;
 		this.#read();
 		address.onChange(() => {
 			this.#read();
-			this.#tell();
+			this.onChange();
 		});
-	}
-
-	/** Call back after each change. */
-	subscribe(callback) {
-		this.#callbacks.push(callback);
 	}
 
 	/** Select something else. */
@@ -37,7 +33,7 @@ export class State {
 		if (Object.entries(changes).every(([key, value]) => this[key] === value)) return;
 		Object.assign(this, changes);
 		this.#address.write(this.toString());
-		this.#tell();
+		this.onChange();
 	}
 
 	/** Whether a module is folded: by the depth of all, or by itself. */
@@ -45,14 +41,9 @@ export class State {
 		return (module.split(".").length === this.depth) !== this.folds.includes(module);
 	}
 
-	/** The run that is compared with, or null. */
-	get otherRun() {
-		return this.versus.startsWith("run:") ? this.versus.slice(4) : null;
-	}
-
-	/** The step of the window that is compared with, or null. */
-	get otherStep() {
-		return this.versus.startsWith("step:") ? Number(this.versus.slice(5)) : null;
+	/** The "run" or the "step" that is compared with, or null. */
+	other(kind) {
+		return this.versus.startsWith(`${kind}:`) ? this.versus.slice(kind.length + 1) : null;
 	}
 
 	/** Everything that is not as at first, as in an address. */
@@ -70,9 +61,5 @@ export class State {
 			this[key] = text === null ? value : typeof value === "number" ? Number(text) || 0 : text;
 		}
 		this.folds = query.getAll("fold");
-	}
-
-	#tell() {
-		for (const callback of this.#callbacks) callback();
 	}
 }

@@ -4,6 +4,7 @@ import { outerWindow } from "./host.js";
 
 /** Where a new colour begins; the last is open above. */
 export const LEVELS = [0, 0.03, 0.1, 0.25, 0.6, 1.5];
+const STEP_LEVELS = LEVELS.slice(1);
 /** Ever darker on light, ever brighter on dark: they are told apart by their lightness alone. */
 const STEPS = {
 	light: ["#f6f4ea", "#dcd9c4", "#e9b44c", "#d1603d", "#8c2f5b", "#2b1243"],
@@ -14,15 +15,13 @@ const DIFFERENCES = {
 	light: ["#08306b", "#2166ac", "#6baed6", "#c6dbef", "#f4f3ee", "#f7d9a8", "#e9a13b", "#c05a12", "#6b2b06"],
 	dark: ["#cfe6ff", "#7fb8f0", "#3f82c4", "#2b5078", "#2c3036", "#65492a", "#a96f24", "#e79a35", "#ffe0a3"],
 };
-const DIFFERENCE_LEVELS = [-0.6, -0.25, -0.1, -0.03, 0.03, 0.1, 0.25, 0.6];
+export const DIFFERENCE_LEVELS = [-0.6, -0.25, -0.1, -0.03, 0.03, 0.1, 0.25, 0.6];
 /** TensorBoard's default palette, in its order. */
-const RUNS = {
-	light: ["#425066", "#12b5cb", "#e52592", "#f9ab00", "#9334e6", "#7cb342", "#e8710a"],
-	dark: ["#8e98a3", "#12b5cb", "#e52592", "#f9ab00", "#9334e6", "#7cb342", "#e8710a"],
-};
+const RUNS = ["#425066", "#12b5cb", "#e52592", "#f9ab00", "#9334e6", "#7cb342", "#e8710a"];
+const SLATE = "#8e98a3"; // the first, in its dark mode
 const LINES = {
-	light: { eval_error: "#0072b2", val_error: "#c44e00", val_shift: "#008a64", call_shift: "#b4558a", batch_jitter: "#a67400", noise: "#777777" },
-	dark: { eval_error: "#62b9ee", val_error: "#ff8f4d", val_shift: "#3fc79a", call_shift: "#e08fba", batch_jitter: "#e6b422", noise: "#999999" },
+	light: { eval_error: "#0072b2", val_error: "#c44e00", val_shift: "#008a64", call_shift: "#b4558a", batch_jitter: "#a67400" },
+	dark: { eval_error: "#62b9ee", val_error: "#ff8f4d", val_shift: "#3fc79a", call_shift: "#e08fba", batch_jitter: "#e6b422" },
 };
 
 const prefersDark = window.matchMedia("(prefers-color-scheme: dark)");
@@ -43,29 +42,23 @@ export function followMode(callback) {
 	update();
 }
 
-/** Colours of the steps from `LEVELS` on. */
-export const stepColors = () => STEPS[mode];
-
-/** Colours of differences: between each two of `differenceLevels` one, and beyond. */
-export const differenceColors = () => DIFFERENCES[mode];
-export const differenceLevels = DIFFERENCE_LEVELS;
+/** Colours of the steps from `LEVELS` on, or of those between `DIFFERENCE_LEVELS` and beyond. */
+export const stepColors = (isDifference) => (isDifference ? DIFFERENCES : STEPS)[mode];
 
 /** Colour of a value, or of a difference; null for none. */
 export function colorOf(value, isDifference = false) {
 	if (Number.isNaN(value)) return null;
-	if (isDifference) return DIFFERENCES[mode][DIFFERENCE_LEVELS.filter((level) => value >= level).length];
-	let step = LEVELS.length - 1;
-	while (step > 0 && value < LEVELS[step]) step--;
-	return STEPS[mode][step];
+	const levels = isDifference ? DIFFERENCE_LEVELS : STEP_LEVELS;
+	let step = levels.length;
+	while (step > 0 && value < levels[step - 1]) step--;
+	return stepColors(isDifference)[step];
 }
 
 /** Black or white, whichever is read better on a colour. */
-export function inkOn(color) {
-	return luminance(color) > 0.3 ? "#1a1a1a" : "#ffffff";
-}
+export const inkOn = (color) => (luminance(color) > 0.3 ? "#1a1a1a" : "#ffffff");
 
 /** Colour of a run by its place among all runs. */
-export const runColor = (index) => RUNS[mode][((index % 7) + 7) % 7];
+export const runColor = (index) => (mode === "dark" && index % RUNS.length === 0 ? SLATE : RUNS[index % RUNS.length]);
 
 /** Colour of a metric's line. */
 export const lineColor = (metric) => LINES[mode][metric];
@@ -77,7 +70,7 @@ export const causeColor = (cause) => (mode === "dark" && luminance(cause.color) 
 export const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 /** Luminance of "#rrggbb" as WCAG defines it. */
-export function luminance(color) {
+function luminance(color) {
 	const [r, g, b] = [1, 3, 5].map((at) => {
 		const part = parseInt(color.slice(at, at + 2), 16) / 255;
 		return part <= 0.04045 ? part / 12.92 : ((part + 0.055) / 1.055) ** 2.4;

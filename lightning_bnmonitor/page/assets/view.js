@@ -4,25 +4,34 @@ import { larger, orBelow } from "./decode.js";
 import { difference, whole } from "./numbers.js";
 import { DifferencePane, panesOf, partnersOf } from "./panes.js";
 import { countModules, filtered, foldedRows, sorted } from "./rows.js";
+import { runColor } from "./theme.js";
 
 const UNCHANGED = 0.03; // a difference that is too small to be called one
 
 /** All that is derived from what is selected. */
 export class View {
-	/** Entries ({place, run}) of the run that is shown and of the one that it is compared with, or null. */
-	constructor(entry, other, state) {
+	/** Of the entries of the run that is shown, and of the one that it is compared with, or null; and the view before. */
+	constructor(entry, other, state, before) {
 		const { run } = entry;
 		this.run = run;
 		this.state = state;
 		this.other = other?.run?.names.length && other.run.steps.length ? other.run : null;
-		this.otherWindow = state.otherStep === null ? -1 : run.windowAt(state.otherStep);
+		this.otherWindow = run.windowAt(Number(state.other("step") ?? NaN));
 		this.names = [...run.names, ...(this.other?.names ?? []).filter((name) => !run.indexOf.has(name))];
-		this.sizes = countModules(this.names);
 		this.layer = this.names.find((name) => name === state.layer) ?? this.#first();
 		this.window = this.#window();
-		this.panes = panesOf(run, this.other, this.otherWindow, this.window, state, [entry.place, other?.place ?? 0]);
-		const known = filtered(this.names, state, (name) => (run.indexOf.has(name) ? run.causesOf(run.indexOf.get(name)) : []));
-		this.rows = sorted(foldedRows(known, this.sizes, state), state.sort, this.panes.at(-1));
+		const places = [entry.place, other?.place ?? 0];
+		const { metric, versus, view, sort, filter, cause, depth, folds } = state;
+		const from = this.otherWindow >= 0 && this.window;
+		this.key = JSON.stringify([metric, versus, view, sort, filter, cause, depth, folds, from, places.map(runColor)]);
+		if (before?.key === this.key && before.run === run && before.other === this.other) {
+			Object.assign(this, { sizes: before.sizes, panes: before.panes, rows: before.rows });
+		} else {
+			this.sizes = countModules(this.names);
+			this.panes = panesOf(run, this.other, this.otherWindow, this.window, state, places);
+			const known = filtered(this.names, state, (name) => (run.indexOf.has(name) ? run.causesOf(run.indexOf.get(name)) : []));
+			this.rows = sorted(foldedRows(known, this.sizes, state), sort, this.panes.at(-1));
+		}
 		this.row = this.rows.find((row) => row.isModule && row.key === state.layer) ?? null;
 		if (this.row) this.layer = this.#worstOf(this.row);
 		this.row ??= this.rows.find((row) => row.names.includes(this.layer)) ?? null;
@@ -50,11 +59,9 @@ export class View {
 
 	/** What a comparison has shown, in a sentence; "" if there is none. */
 	changes() {
-		const [first, second] = this.panes;
-		let pane = first;
-		if (!pane.isDifference && this.other) {
-			pane = new DifferencePane(first, second, partnersOf(this.run.steps, this.other.steps), "");
-		} else if (this.otherWindow >= 0) pane = this.panes[2];
+		const [first, second, third] = this.panes;
+		let pane = third ?? first;
+		if (second && !third) pane = new DifferencePane(first, second, partnersOf(this.run.steps, this.other.steps));
 		if (!pane.isDifference) return "";
 		const layers = foldedRows(this.names, new Map(), this.state);
 		const changed = layers.map((row) => [row.label, pane.series(row)?.values[pane.lastColumn] ?? NaN]);
@@ -64,11 +71,11 @@ export class View {
 			return `${whole(its.length)} ${word}${most}`;
 		};
 		const same = changed.filter(([, value]) => Math.abs(value) < UNCHANGED).length;
-		const when = `${this.other ? "At" : `From step ${whole(this.run.steps[this.otherWindow])} to`} step ${whole(pane.steps[pane.lastColumn])}`;
-		return `${when}, of ${layers.length} layers: ${part("better", -1)}, ${part("worse", 1)}, ${whole(same)} within ${UNCHANGED}.`;
+		const from = this.other ? "At" : `From step ${whole(this.run.steps[this.otherWindow])} to`;
+		return `${from} step ${whole(pane.steps[pane.lastColumn])}, of ${layers.length} layers: ${part("better", -1)}, ${part("worse", 1)}, ${whole(same)} within ${UNCHANGED}.`;
 	}
 
-	/** All that the panel shows of the layer, by its index; `channelsOf(run, name)` has its channels. */
+	/** All that the panel shows of a layer; `channelsOf(run, name)` has its channels. */
 	shown(layer, channelsOf) {
 		const { run, state, window, other } = this;
 		const [latest, worst] = [run.said("latest", layer), run.said("worst", layer)];
@@ -92,7 +99,7 @@ export class View {
 		return { run, layer, title, module, views, view, others, channels: channelsOf(run, this.layer) };
 	}
 
-	/** The layer to look at first: in the module that is selected the first, or else the worst, or that with the largest error. */
+	/** The layer to look at first: of the selected module, or else the worst. */
 	#first() {
 		const { run, state } = this;
 		const inside = state.layer && this.names.find((name) => name.startsWith(`${state.layer}.`));
