@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -104,7 +105,10 @@ class Output:
         self._alarm.restore(state["warned_of"])
         self._scalars.summary = dict(state["summary"])
         if "history" in state:
-            self.history.load_state_dict(state["history"])
+            try:
+                self.history.load_state_dict(state["history"])
+            except ValueError as error:  # of another version: no reason not to train
+                warnings.warn(f"The BatchNorm history in the checkpoint is left out: {error}", stacklevel=2)
         if self._dashboard is not None and (shown := state.get("dashboard")) is not None:
             self._dashboard.load_state_dict(shown)
 

@@ -103,7 +103,7 @@ class History:
 
     def document(self) -> dict[str, Any]:
         """The run as the page takes it: see :mod:`lightning_bnmonitor.page.document`."""
-        windows, texts = self.windows, _Texts()
+        windows, texts, known = self.windows, _Texts(), self.windows.cells().metrics
         evidence = {name for seen in self._latest.values() for name in seen.diagnosis.evidence}
         worst = self._worst_so_far()
         kinds, channels = (
@@ -118,9 +118,7 @@ class History:
             "thresholds": {"warning": WARNING, "alert": ALERT},
             "cause": packed(windows.causes),
             "metrics": {
-                name: in_planes(bits)
-                for name, bits in zip(METRICS, windows.bits, strict=True)
-                if name in windows.cells().metrics
+                name: in_planes(bits) for name, bits in zip(METRICS, windows.bits, strict=True) if name in known
             },
             "latest": {
                 "window": len(self) - 1,

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lightning_bnmonitor import BatchNormMonitor
+from lightning_bnmonitor.page.document import encode
 from tests.callbacks.dashboard_fits import (
     BATCHES,
     LAYERS,
@@ -104,6 +105,21 @@ def test_a_checkpoint_from_before_there_was_a_dashboard_loads(tmp_path, run):
     found = events(logger.log_dir)
     assert found.scalars["bn/eval_error_max"] == run.events.scalars["bn/eval_error_max"][2:]
     assert found.at("bn/heatmap") == STEPS[2:]
+    assert found.documents["batchnorm/history"][-1][1]["windows"]["step"] == STEPS[2:]
+
+
+def test_a_history_of_another_format_is_left_out_and_told_of(tmp_path, run):
+    path, logger = tmp_path / "saved.ckpt", board(tmp_path, version="resumed")
+    interrupted(board(tmp_path, version="first"), path)
+    checkpoint = torch.load(path, weights_only=True)
+    for state in checkpoint["callbacks"].values():
+        if "history" in state:
+            state["history"]["rest"] = torch.tensor(list(encode({"format": 2})), dtype=torch.uint8)
+    torch.save(checkpoint, path)
+    with pytest.warns(UserWarning, match="history in the checkpoint is left out: The data have format 2"):
+        fit(logger, BatchNormMonitor(), ckpt_path=path, max_epochs=4)
+    found = events(logger.log_dir)
+    assert found.scalars["bn/eval_error_max"] == run.events.scalars["bn/eval_error_max"][2:]
     assert found.documents["batchnorm/history"][-1][1]["windows"]["step"] == STEPS[2:]
 
 
