@@ -251,20 +251,26 @@ def two_sick_of_53(windows=30):
 
 def thousand_layers(layers=1000, windows=400):
     rng = np.random.default_rng(3)
-    names = [f"blocks.{i // 20}.unit{i // 4 % 5}.{('conv', 'expand', 'project', 'shortcut')[i % 4]}.bn" for i in range(layers)]
+    names = [
+        f"blocks.{i // 20}.unit{i // 4 % 5}.{('conv', 'expand', 'project', 'shortcut')[i % 4]}.bn"
+        for i in range(layers)
+    ]
     error = smooth(rng, windows, layers, 0.03)
     causes = np.where(error > 0.1, "noisy", "healthy").astype(object)
     for layer in range(37, layers, 190):
         error[windows // 3 :, layer] += np.linspace(0.1, 1.0, windows - windows // 3)
         causes[windows // 3 :, layer] = "lagging"
-    metrics = {name: smooth(rng, windows, layers, 0.03) for name in ("noise", "val_error", "val_shift", "call_shift", "batch_jitter")}
+    metrics = {
+        name: smooth(rng, windows, layers, 0.03)
+        for name in ("noise", "val_error", "val_shift", "call_shift", "batch_jitter")
+    }
     return run_document(names, [50 * (w + 1) for w in range(windows)], {"eval_error": error, **metrics}, causes)
 
 
 ODD_NAMES = (
     "<b>bold</b>",
     "</script><script>window.broken = true</script>",
-    'says "hello" & \'bye\'',
+    "says \"hello\" & 'bye'",
     "a/b\\c",
     "блок.нормализация",
     "层.归一化.0",
