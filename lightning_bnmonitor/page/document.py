@@ -90,8 +90,8 @@ def in_planes(bits: NDArray[np.uint16]) -> str:
 
 def from_planes(text: str) -> NDArray[np.uint16]:
     """What :func:`in_planes` was given, flat."""
-    high, low = unpacked(text, np.uint8).reshape(2, -1)
-    return (high.astype(np.uint16) << np.uint16(8)) | low
+    pairs = np.ascontiguousarray(unpacked(text, np.uint8).reshape(2, -1).T)
+    return pairs.reshape(-1).view(">u2").astype(np.uint16)
 
 
 def packed(values: NDArray[Any]) -> str:
