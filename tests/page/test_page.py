@@ -256,6 +256,14 @@ class TestPanel:
         five.click('[aria-label="Window"] button[data-value="latest"]')
         assert five.texts(".numbers dd")[0] == "0.57"
 
+    def test_a_worst_window_that_was_merged_with_its_neighbour_keeps_its_words(self, opened):
+        document = made.five_layers()
+        document["worst"]["layers"][0]["window"] = 5
+        opened.open({"run": document}, "window=worst")
+        assert opened.texts('[aria-label="Window"] [aria-pressed="true"]') == ["worst: step 5"]
+        assert opened.text(".explanation") == made.EXPLAINED["warming-up"]
+        assert "needs no attention" not in opened.text(".badges")
+
     def test_the_evidence_is_explained(self, five):
         five.click("summary")
         values = made.five_layers()["latest"]["layers"][0]["evidence"]
@@ -300,6 +308,13 @@ class TestComparison:
             f"From step 64 to step 768, of 5 layers: 1 better (stem.1 by {MINUS}0.57)"
         )
         assert five.texts(".comparison tbody tr")[1] == f"eval_error1.130.57{MINUS}0.57"
+
+    def test_windows_of_runs_are_paired_by_their_steps(self, opened):
+        a = made.run_document(["bn"], [10, 20, 30, 40], {"eval_error": np.full((4, 1), 0.5)}, [["lagging"]] * 4)
+        b = made.run_document(["bn"], [30, 41], {"eval_error": np.full((2, 1), 0.1)}, [["healthy"]] * 2)
+        opened.open({"a": a, "b": b}, "versus=run%3Ab&view=difference")
+        assert [opened.color(0, column, 4) for column in range(4)] == [None, None, "#2166ac", "#2166ac"]
+        assert opened.hover(0, 3, 4).endswith(f"a0.50b0.10change{MINUS}0.40")
 
     def test_a_layer_that_only_one_run_has(self, opened):
         values = {"eval_error": np.full((1, 2), 0.5)}
