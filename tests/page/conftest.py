@@ -31,7 +31,9 @@ def chromium(tmp_path_factory):
 @pytest.fixture
 def opened(chromium, tmp_path):
     """An open page; in the end its console must be empty, and it must have asked nobody for anything."""
-    chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "light"}]})
+    chromium.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia", {"features": [{"name": "prefers-color-scheme", "value": "light"}]}
+    )
     behavior = {"behavior": "allow", "downloadPath": str(tmp_path)}
     chromium.execute_cdp_cmd("Browser.setDownloadBehavior", behavior)
     chromium.get_log("browser")

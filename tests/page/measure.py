@@ -1,4 +1,4 @@
-"""How fast 1000 layers by 400 windows are: ``python -m tests.page.measure`` prints milliseconds, measured in the browser.
+"""How fast 1000 layers by 400 windows are: ``python -m tests.page.measure`` prints milliseconds of the browser.
 
 The first paint is Chromium's own ("first-contentful-paint" is that of the drawn page: it is empty before), from the
 opening of the file on; the rest are the medians and the largest of as many events, each with the layout that it causes.
@@ -14,17 +14,21 @@ from tests.page.conftest import ARGUMENTS, DRIVER
 from tests.page.opened import OpenedPage
 
 TIMES = """
-    const [what, number] = arguments, plot = document.querySelector(".plot"), scroller = document.querySelector(".scroller");
-    const box = plot.getBoundingClientRect(), times = [];
+    const [what, number] = arguments, times = [];
+    const plot = document.querySelector(".plot"), scroller = document.querySelector(".scroller");
+    const box = plot.getBoundingClientRect(), field = document.querySelector("input");
+    const at = i => ({
+        clientX: box.left + (i * 37) % (box.width - 2), clientY: box.top + (i * 53) % (box.height - 2), bubbles: true,
+    });
     const events = {
-        hover: i => plot.dispatchEvent(new PointerEvent("pointermove", {
-            clientX: box.left + (i * 37) % (box.width - 2), clientY: box.top + (i * 53) % (box.height - 2), bubbles: true})),
-        click: i => plot.dispatchEvent(new MouseEvent("click", {
-            clientX: box.left + (i * 37) % (box.width - 2), clientY: box.top + (i * 53) % (box.height - 2), bubbles: true})),
-        key: i => scroller.dispatchEvent(new KeyboardEvent("keydown", {key: i % 2 ? "ArrowDown" : "ArrowRight", bubbles: true})),
-        filter: i => { const field = document.querySelector("input"); field.value = i % 2 ? "conv" : "unit1";
-                       field.dispatchEvent(new Event("input")); },
-        worst: i => document.querySelector(`[data-value=${i % 2 ? "model" : "worst"}]`).click(),
+        hover: i => plot.dispatchEvent(new PointerEvent("pointermove", at(i))),
+        click: i => plot.dispatchEvent(new MouseEvent("click", at(i))),
+        key: i => scroller.dispatchEvent(new KeyboardEvent("keydown", {key: ["ArrowDown", "ArrowLeft"][i % 2]})),
+        filter: i => {
+            field.value = ["conv", "unit1"][i % 2];
+            field.dispatchEvent(new Event("input"));
+        },
+        worst: i => document.querySelector(`[data-value=${["model", "worst"][i % 2]}]`).click(),
     };
     for (let i = 0; i < number; i++) {
         const start = performance.now();

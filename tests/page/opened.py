@@ -61,8 +61,8 @@ class OpenedPage:
 
     def texts(self, selector):
         """Texts of the elements that are shown."""
-        found = "return [...document.querySelectorAll(arguments[0])].filter(e => e.getClientRects().length).map(e => e.textContent)"
-        return self.script(found, selector)
+        shown = "[...document.querySelectorAll(arguments[0])].filter(e => e.getClientRects().length)"
+        return self.script(f"return {shown}.map(e => e.textContent)", selector)
 
     def text(self, selector):
         (text,) = self.texts(selector)
@@ -74,7 +74,9 @@ class OpenedPage:
 
     def selected(self):
         """Key of the selected row, and the panel's heading."""
-        keys = self.script("return [...document.querySelectorAll('.labels > [aria-selected=true]')].map(e => e.dataset.key)")
+        keys = self.script(
+            "return [...document.querySelectorAll('.labels > [aria-selected=true]')].map(e => e.dataset.key)"
+        )
         return keys, self.text(".panel h2")
 
     def address(self):

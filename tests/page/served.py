@@ -1,4 +1,4 @@
-"""A server that answers as TensorBoard does around the plugin: a page with a frame, messages, and no script from elsewhere."""
+"""A server that answers as TensorBoard does around the plugin: a frame, messages, no script from elsewhere."""
 
 import json
 from contextlib import contextmanager
@@ -14,9 +14,9 @@ POLICY = (
 )
 TYPES = {"js": "text/javascript", "css": "text/css"}
 OUTER = """<!DOCTYPE html><head><link rel="icon" href="data:,"></head><body><tb-webapp></tb-webapp>
-<iframe src="data/plugin_entry.html?name=batchnorm" style="position: fixed; inset: 0; width: 100%; height: 100%; border: 0"></iframe>
+<style>iframe { position: fixed; inset: 0; width: 100%; height: 100%; border: 0; }</style>
+<iframe src="data/plugin_entry.html?name=batchnorm"></iframe>
 <script nonce="frame">
-    const waiting = [];
     window.addEventListener("message", event => {
         if (event.data !== "experimental.bootstrap") return;
         const port = event.ports[0];
@@ -43,7 +43,7 @@ def served(runs, order):
     """
 
     class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):  # noqa: N802
+        def do_GET(self):
             url = urlsplit(self.path)
             query = {key: values[0] for key, values in parse_qs(url.query).items()}
             name = url.path.rsplit("/", 1)[-1]

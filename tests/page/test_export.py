@@ -59,7 +59,9 @@ def test_the_picture_is_the_whole_heatmap(opened):
     texts = [each.text for each in picture.iter(f"{SVG}text")]
     assert set(made.ODD_NAMES) <= set(texts)
     assert {"eval_error: run", "X", "L", "10", "20", "30"} <= set(texts)
-    steps = {COLORS[step] for step in np.searchsorted(LEVELS, values_of(document, "eval_error"), side="right").ravel() - 1}
+    steps = {
+        COLORS[step] for step in np.searchsorted(LEVELS, values_of(document, "eval_error"), side="right").ravel() - 1
+    }
     drawn = {each.get("fill") for each in picture.iter(f"{SVG}path")}
     assert steps - {COLORS[len(COLORS) - 1]} <= drawn
     assert not any("href" in key for each in picture.iter() for key in each.attrib)

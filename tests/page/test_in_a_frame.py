@@ -44,7 +44,10 @@ def test_the_first_run_is_shown_with_sentences_of_all(opened, site):
     assert opened.labels()[0] == "stem.1"
     opened.wait(lambda: "…" not in opened.texts(".said"))
     assert opened.texts(".run .name") == ["b/<i>", "a"]
-    assert opened.texts(".said") == [made.five_layers()["windows"]["headline"][-1], "2 of 53 BatchNorm layers need attention: 2 lagging."]
+    assert opened.texts(".said") == [
+        made.five_layers()["windows"]["headline"][-1],
+        "2 of 53 BatchNorm layers need attention: 2 lagging.",
+    ]
 
 
 def test_channels_are_asked_for(opened, site):
@@ -80,7 +83,9 @@ def test_the_selection_is_in_tensorboards_address_beside_what_it_keeps_there(ope
     assert link.count("=") == 2  # as TensorBoard takes it apart
     enter(opened, link)
     assert opened.selected() == (["body.7"], "body.7")
-    assert '[step 320]' in str(opened.texts('[aria-label="Window"] [aria-pressed="true"]')).replace("'worst: ", "'").replace("'", "")
+    assert "[step 320]" in str(opened.texts('[aria-label="Window"] [aria-pressed="true"]')).replace(
+        "'worst: ", "'"
+    ).replace("'", "")
 
 
 def test_a_reload_shows_the_new_window_and_keeps_the_selection(opened, site, runs):

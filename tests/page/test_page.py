@@ -8,6 +8,7 @@ from tests.page import made_documents as made
 pytestmark = pytest.mark.slow
 
 LEVELS = (0, 0.03, 0.1, 0.25, 0.6, 1.5)
+MINUS = "\N{MINUS SIGN}"
 COLORS = ("#f6f4ea", "#dcd9c4", "#e9b44c", "#d1603d", "#8c2f5b", "#2b1243")
 
 
@@ -39,7 +40,13 @@ class TestHeatmap:
             assert five.color(row, column, 12) == COLORS[step]
 
     def test_another_metric_is_a_button_away_and_what_is_not_there_has_none(self, five):
-        assert five.texts('[aria-label="Metric"] button') == ["eval_error", "val_error", "val_shift", "batch_jitter", "noise"]
+        assert five.texts('[aria-label="Metric"] button') == [
+            "eval_error",
+            "val_error",
+            "val_shift",
+            "batch_jitter",
+            "noise",
+        ]
         five.button("noise")
         assert five.color(0, 0, 12) == COLORS[0]
         assert five.address() == {"metric": "noise"}
@@ -177,7 +184,8 @@ class TestManyLayers:
         opened.press("PAGE_DOWN", "PAGE_DOWN", "PAGE_DOWN")
         keys, heading = opened.selected()
         assert keys == [heading]
-        assert heading.startswith("blocks.3") and not heading.startswith("blocks.30")
+        assert heading.startswith("blocks.3")
+        assert not heading.startswith("blocks.30")
 
     def test_every_window_of_400_can_be_pointed_at(self, opened, document):
         opened.open({"run": document}, "filter=blocks.0.unit0.conv.bn")
@@ -192,21 +200,29 @@ class TestPanel:
         assert five.texts(".remedy code") == ["momentum=0.157", "lightning_bnmonitor.recalibrate(model, loader)"]
 
     def test_the_remedys_code_is_copied_by_one_click(self, five):
-        five.browser.execute_cdp_cmd("Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]})
+        five.browser.execute_cdp_cmd(
+            "Browser.grantPermissions", {"permissions": ["clipboardReadWrite", "clipboardSanitizedWrite"]}
+        )
         five.button("Copy")
         five.wait(lambda: five.texts(".copy") == ["Copied"])
         read = "const done = arguments[0]; navigator.clipboard.readText().then(done, error => done(String(error)))"
-        assert five.browser.execute_async_script(read) == "momentum=0.157\nlightning_bnmonitor.recalibrate(model, loader)"
+        assert (
+            five.browser.execute_async_script(read) == "momentum=0.157\nlightning_bnmonitor.recalibrate(model, loader)"
+        )
 
     def test_metrics_are_drawn_over_the_floor(self, five):
-        drawn = five.script("return [...document.querySelectorAll('.panel path.line[data-name]')].map(e => e.dataset.name)")
+        drawn = five.script(
+            "return [...document.querySelectorAll('.panel path.line[data-name]')].map(e => e.dataset.name)"
+        )
         assert drawn[:4] == ["eval_error", "val_error", "val_shift", "batch_jitter"]
         assert five.script("return document.querySelectorAll('.charts:first-of-type path.band').length") == 1
 
     def test_every_channel_is_drawn_and_the_worst_are_named(self, five):
         channels = made.channels_document(made.five_layers())["layers"]["stem.1"]["latest"]
         error = np.frombuffer(made.base64.b64decode(channels["values"]["eval_error"]), "<f4")
-        section = "[...document.querySelectorAll('.panel .charts')].find(e => e.textContent.startsWith('Running against'))"
+        section = (
+            "[...document.querySelectorAll('.panel .charts')].find(e => e.textContent.startsWith('Running against'))"
+        )
         five.wait(lambda: five.script(f"return {section}") is not None)
         count = "[...chart.querySelectorAll('.dots')].map(e => e.getAttribute('d').split('M').length - 1)"
         charts = five.script(f"return [...{section}.querySelectorAll('.chart')].map(chart => {count})")
@@ -214,17 +230,21 @@ class TestPanel:
         named = five.script(f"return [...{section}.querySelectorAll('.point')].map(e => e.textContent)")
         assert set(named) <= {str(index) for index in np.argsort(-error)[:4]}
         assert str(error.argmax()) in named
-        headings = [text for text in five.texts(".panel h3")]
-        assert headings[1:] == ["Running against exact statistics: 64 channels", f"Over the window: channel {error.argmax()}", "Validation beside training"]
+        assert five.texts(".panel h3")[1:] == [
+            "Running against exact statistics: 64 channels",
+            f"Over the window: channel {error.argmax()}",
+            "Validation beside training",
+        ]
 
     def test_a_healthy_layers_channels_stand_on_the_line(self, five):
         five.click_cell(1, 11, 12)
         off = """
             const chart = document.querySelectorAll(".panel .charts")[1]?.querySelector(".chart");
             if (!chart) return null;
-            const [a, b] = chart.querySelector(".line").getAttribute("d").slice(1).split("L").map(p => p.split(" ").map(Number));
+            const points = path =>
+                path.getAttribute("d").match(/[ML][^MLh]+/g).map(p => p.slice(1).split(" ").map(Number));
+            const [a, b] = points(chart.querySelector(".line")), dots = points(chart.querySelector(".dots"));
             const slope = (b[1] - a[1]) / (b[0] - a[0]);
-            const dots = chart.querySelector(".dots").getAttribute("d").split("M").slice(1).map(p => p.split(/[ h]/).map(Number));
             return Math.max(...dots.map(([x, y]) => Math.abs(y - (a[1] + slope * (x - a[0])))));
         """
         assert five.wait(lambda: five.script(off)) < 6  # pixels of some 200
@@ -235,6 +255,14 @@ class TestPanel:
         assert five.texts(".numbers dd")[0] == "1.13"
         five.click('[aria-label="Window"] button[data-value="latest"]')
         assert five.texts(".numbers dd")[0] == "0.57"
+
+    def test_a_worst_window_that_was_merged_with_its_neighbour_keeps_its_words(self, opened):
+        document = made.five_layers()
+        document["worst"]["layers"][0]["window"] = 5
+        opened.open({"run": document}, "window=worst")
+        assert opened.texts('[aria-label="Window"] [aria-pressed="true"]') == ["worst: step 5"]
+        assert opened.text(".explanation") == made.EXPLAINED["warming-up"]
+        assert "needs no attention" not in opened.text(".badges")
 
     def test_the_evidence_is_explained(self, five):
         five.click("summary")
@@ -255,24 +283,38 @@ class TestComparison:
         assert two.texts(".comparison th") == ["", "before", "after", "change"]
         row = two.texts(".comparison tbody tr")
         assert row[0] == "verdictwarming-uphealthy"
-        assert row[1] == "eval_error0.570.011−0.56"
+        assert row[1] == f"eval_error0.570.011{MINUS}0.56"
 
     def test_a_sentence_says_what_changed(self, two):
-        assert two.text(".changes") == "At step 768, of 5 layers: 1 better (stem.1 by −0.56), 0 worse, 4 within 0.03."
+        assert (
+            two.text(".changes")
+            == f"At step 768, of 5 layers: 1 better (stem.1 by {MINUS}0.56), 0 worse, 4 within 0.03."
+        )
 
     def test_the_difference_is_drawn_too(self, two):
         two.button("difference")
-        before, after = (values_of(made.five_layers(**how), "eval_error") for how in ({}, {"momentum": 0.01, "seed": 1}))
+        before, after = (
+            values_of(made.five_layers(**how), "eval_error") for how in ({}, {"momentum": 0.01, "seed": 1})
+        )
         assert (after - before)[3, 0] < -0.6
         assert two.color(0, 3, 12) == "#08306b"
         assert two.color(1, 3, 12) == "#f4f3ee"
-        assert "change−0.84" in two.hover(0, 3, 12)
+        assert f"change{MINUS}0.84" in two.hover(0, 3, 12)
 
     def test_two_windows_of_a_run(self, five):
         five.choose("Compare with", "step:64")
         assert five.texts(".head") == ["step 64", "step 768", "change"]
-        assert five.text(".changes").startswith("From step 64 to step 768, of 5 layers: 1 better (stem.1 by −0.57)")
-        assert five.texts(".comparison tbody tr")[1] == "eval_error1.130.57−0.57"
+        assert five.text(".changes").startswith(
+            f"From step 64 to step 768, of 5 layers: 1 better (stem.1 by {MINUS}0.57)"
+        )
+        assert five.texts(".comparison tbody tr")[1] == f"eval_error1.130.57{MINUS}0.57"
+
+    def test_windows_of_runs_are_paired_by_their_steps(self, opened):
+        a = made.run_document(["bn"], [10, 20, 30, 40], {"eval_error": np.full((4, 1), 0.5)}, [["lagging"]] * 4)
+        b = made.run_document(["bn"], [30, 41], {"eval_error": np.full((2, 1), 0.1)}, [["healthy"]] * 2)
+        opened.open({"a": a, "b": b}, "versus=run%3Ab&view=difference")
+        assert [opened.color(0, column, 4) for column in range(4)] == [None, None, "#2166ac", "#2166ac"]
+        assert opened.hover(0, 3, 4).endswith(f"a0.50b0.10change{MINUS}0.40")
 
     def test_a_layer_that_only_one_run_has(self, opened):
         values = {"eval_error": np.full((1, 2), 0.5)}
@@ -333,7 +375,9 @@ def test_dark_follows_the_system_and_colours_keep_their_order(opened):
 
 class TestOddNames:
     def test_names_are_shown_as_they_are(self, opened):
-        opened.open({"<i>run</i>": with_channels(made.odd_names()), "b & c": made.odd_names()}, title="</title><script>")
+        opened.open(
+            {"<i>run</i>": with_channels(made.odd_names()), "b & c": made.odd_names()}, title="</title><script>"
+        )
         assert opened.labels() == list(made.ODD_NAMES)
         assert opened.texts(".run .name") == ["<i>run</i>", "b & c"]
         assert opened.script("return document.querySelectorAll('header i, .labels b, .labels script').length") == 0

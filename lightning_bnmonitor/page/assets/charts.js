@@ -56,7 +56,7 @@ export class Chart {
 			const at = Math.round(this.y(value)) + 0.5;
 			this.#line("grid", this.left, at, this.right, at).#text("tick", this.left - 6, at + 3.5, text, "end");
 		}
-		for (const [value, text] of this.x.ticks(Math.max(Math.floor((this.right - this.left) / 80), 2))) {
+		for (const [value, text] of this.x.ticks(Math.max(Math.floor((this.right - this.left) / 56), 2))) {
 			const at = this.x(value);
 			this.#line("grid", at, this.bottom, at, this.bottom + 3).#text("tick", at, this.bottom + 14, text, "middle");
 		}

@@ -33,7 +33,7 @@ function words(run, layer, { said, window }, actions) {
 		const own = word === name && [dot(causeColor(run.causes[cause])), word, letter && el("b", letter)];
 		return own ? el("span.badge", own) : el("span.badge.flag", word);
 	});
-	const calm = !(window >= 0 && run.needsAttention(window, layer)) && el("span.quiet", "needs no attention");
+	const calm = window >= 0 && !run.needsAttention(window, layer) && el("span.quiet", "needs no attention");
 	const head = el("div.badges", badges, calm);
 	if (!said) return [head, el("p.quiet", "Explained are the latest and the worst window.")];
 	return [head, said.explanation && el("p.explanation", prose(said.explanation)), said.remedy && remedy(said.remedy, actions)];
