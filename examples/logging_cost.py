@@ -2,7 +2,7 @@
 
 Small models of many BatchNorm layers are trained by a real Trainer with a TensorBoardLogger, each in a process of its
 own. Each fourth layer has ``momentum=0.001``, so that there are verdicts to show and to explain. "Drawn at each window"
-is what long epochs do: in short ones the heatmap is drawn as often as takes 1 % of the time.
+is what long epochs do: in short ones the heatmap is drawn, and the history written, as often as takes 1 % of the time.
 
 CPU time is that of the whole process, TensorBoard's writer thread included: its queue is flushed within each
 measurement, and Python's garbage is collected before (a full collection takes as long, and comes when it pleases). It
@@ -54,7 +54,7 @@ MAX_EVENTS, MAX_GROWTH = 20 * MEGABYTE, 4 * MEGABYTE  # bytes
 MAX_SHARE = 0.02  # of a training epoch
 NUM_IMAGES, BATCH_SIZE = 50_000, 32
 RESNET_LAYERS = 20
-PARTS = ("scalars", "report", "heatmap", "rest")
+PARTS = ("scalars", "report", "heatmap", "events", "rest")
 
 
 @dataclass(frozen=True)
@@ -176,7 +176,9 @@ class Stopwatch:
         for owner, name, part in (
             (scalars, "log_scalars", "scalars"),
             (dashboard.Dashboard, "show", "report"),
-            (dashboard.Dashboard, "finish", "heatmap"),
+            (dashboard.Dashboard, "tell", "report"),
+            (dashboard.Dashboard, "_draw", "heatmap"),
+            (dashboard.Dashboard, "_write_events", "events"),
             (BatchNormMonitor, "_end_window", "rest"),
         ):
             setattr(owner, name, self._measured(getattr(owner, name), part, logger))

@@ -22,6 +22,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lightning_bnmonitor import BatchNormTracker, LayerReport, Report, recalibrate
 from lightning_bnmonitor.callbacks.dashboard import Dashboard
+from lightning_bnmonitor.report.history import History
 
 FEATURES, CLASSES, GROUPS = 16, 8, 64
 NUM_TRAIN, NUM_EVAL = 2048, 1024
@@ -582,10 +583,13 @@ def draw(report: Report, path: Path) -> None:
 
 def show(epochs: Sequence[Sequence[LayerReport]], logdir: Path) -> None:
     """Log what each epoch has shown of every cause as the monitor would."""
-    logger, dashboard = TensorBoardLogger(logdir, name="pathologies"), Dashboard("bn")
+    logger, history = TensorBoardLogger(logdir, name="pathologies"), History()
+    dashboard = Dashboard("bn", history)
     for number, layers in enumerate(epochs, start=1):
         report = Report(layers)
         logger.log_metrics({f"bn/{name}": value for name, value in report.summary().items()}, step=number)
+        dashboard.tell([logger])
+        history.add(report, number)
         dashboard.show([logger], report, number, per_layer=False)
     dashboard.finish([logger])
     logger.finalize("success")

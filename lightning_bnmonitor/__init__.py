@@ -50,16 +50,20 @@ same; but by a pass, in compiled code and in validation it is what the module re
 an inert hook. On MPS, which has no float64, state is kept on the CPU, which makes updates wait.
 """
 
-from lightning_bnmonitor.callbacks.monitor import BatchNormMonitor
-from lightning_bnmonitor.callbacks.precise import PreciseBatchNorm
-from lightning_bnmonitor.callbacks.unhealthy import UnhealthyBatchNormError
-from lightning_bnmonitor.repair.attribution import attribute_eval_gap
-from lightning_bnmonitor.repair.eval_gap import Attribution
-from lightning_bnmonitor.repair.recalibration import Recalibration, recalibrate
-from lightning_bnmonitor.report.layer_report import LayerReport
-from lightning_bnmonitor.report.report import Report
-from lightning_bnmonitor.statistics.moments import ChannelMoments, Moments
-from lightning_bnmonitor.tracking.tracker import BatchNormTracker
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from lightning_bnmonitor.callbacks.monitor import BatchNormMonitor
+    from lightning_bnmonitor.callbacks.precise import PreciseBatchNorm
+    from lightning_bnmonitor.callbacks.unhealthy import UnhealthyBatchNormError
+    from lightning_bnmonitor.repair.attribution import attribute_eval_gap
+    from lightning_bnmonitor.repair.eval_gap import Attribution
+    from lightning_bnmonitor.repair.recalibration import Recalibration, recalibrate
+    from lightning_bnmonitor.report.layer_report import LayerReport
+    from lightning_bnmonitor.report.report import Report
+    from lightning_bnmonitor.statistics.moments import ChannelMoments, Moments
+    from lightning_bnmonitor.tracking.tracker import BatchNormTracker
 
 __version__ = "0.5.0"
 __all__ = [
@@ -76,3 +80,31 @@ __all__ = [
     "attribute_eval_gap",
     "recalibrate",
 ]
+
+_ROOMS = {
+    "Attribution": "repair.eval_gap",
+    "BatchNormMonitor": "callbacks.monitor",
+    "BatchNormTracker": "tracking.tracker",
+    "ChannelMoments": "statistics.moments",
+    "LayerReport": "report.layer_report",
+    "Moments": "statistics.moments",
+    "PreciseBatchNorm": "callbacks.precise",
+    "Recalibration": "repair.recalibration",
+    "Report": "report.report",
+    "UnhealthyBatchNormError": "callbacks.unhealthy",
+    "attribute_eval_gap": "repair.attribution",
+    "recalibrate": "repair.recalibration",
+}
+
+if not TYPE_CHECKING:  # or else it would take any name to be there
+    # Looked up when they are first used: what TensorBoard loads of us needs no torch, nor does the command.
+    def __getattr__(name: str) -> Any:
+        if name not in _ROOMS:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        value = getattr(import_module(f"{__name__}.{_ROOMS[name]}"), name)
+        globals()[name] = value
+        return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})

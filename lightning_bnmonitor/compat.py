@@ -336,6 +336,14 @@ def prepared_batch(pl_module: Any, batch: Any) -> Any:
     return pl_module.on_before_batch_transfer(batch, 0)
 
 
+def file_writer(experiment: Any) -> Any:
+    """What a logger's ``SummaryWriter`` writes its event files with, opened again if it was closed; None for others.
+
+    The one way to summaries of a plugin of one's own.
+    """
+    return experiment._get_file_writer() if hasattr(type(experiment), "_get_file_writer") else None
+
+
 def logger_prefix(logger: Any) -> str:
     """What a logger puts before the names of scalars, with its ``LOGGER_JOIN_CHAR`` in between; "" if nothing."""
     prefix: str = getattr(logger, "_prefix", "")

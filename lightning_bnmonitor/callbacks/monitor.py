@@ -19,6 +19,7 @@ from lightning_bnmonitor.callbacks.output import Output
 from lightning_bnmonitor.callbacks.schedule import WindowSchedule, is_training_over
 from lightning_bnmonitor.callbacks.unhealthy import OnUnhealthy
 from lightning_bnmonitor.capture.batch_moments import CaptureMode
+from lightning_bnmonitor.report.history import History
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.tracking import collectives
 from lightning_bnmonitor.tracking.tracker import BatchNormTracker
@@ -39,9 +40,10 @@ class BatchNormMonitor(Callback):
         capture: ``"auto"``, or ``"pass"`` to make a pass over every input: see
             :class:`~lightning_bnmonitor.BatchNormTracker`.
         per_layer: Whether to log scalars for each layer; ``"auto"``: up to 100 layers.
-        dashboard: Whether to log more than scalars to loggers that take it, on rank 0: the image ``bn/heatmap`` (layers
-            by windows, drawn in at most 1 % of the time), the text ``bn/report``, TensorBoard's layout of charts. That
-            replaces a layout that was set before the first window has ended; one that is set later stands.
+        dashboard: Whether to log more than scalars to loggers that take it, on rank 0: TensorBoard's tab "BatchNorm",
+            the image ``bn/heatmap`` (layers by windows; each of these in at most 1 % of the time), the text
+            ``bn/report``, TensorBoard's layout of charts; at the end of ``fit`` the page as a file, to W&B, MLflow and
+            Comet. The layout replaces one that was set before the first window has ended; one that is set later stands.
         validation_batches: Batches of each validation loader in each validation, on each rank, that are compared with
             training, by a pass over the inputs of each layer; 0 for none.
         log_key_prefix: What the logged names begin with, not empty.
@@ -156,6 +158,11 @@ class BatchNormMonitor(Callback):
         if self._report is not None:
             return self._report
         return self._tracker.report() if self._tracker is not None else Report([])
+
+    @property
+    def history(self) -> History:
+        """All windows of this ``fit``, or of the last one: ``monitor.history.to_html("batchnorm.html")``."""
+        return self._output.history
 
     @override
     def setup(self, trainer: Trainer, pl_module: LightningModule, stage: str) -> None:
@@ -297,6 +304,7 @@ class BatchNormMonitor(Callback):
         # A copy monitors nothing: it has the configuration and the last report.
         output = copy.copy(self._output)
         output.end()
+        output.history = copy.deepcopy(self.history)
         own = {"_schedule": copy.copy(self._schedule), "_output": output, "_tracker": None, "_state": {}}
         return self.__dict__ | own
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Mapping
 from typing import Any
 
@@ -11,6 +12,7 @@ from lightning_bnmonitor.callbacks.lightning_package import Trainer
 from lightning_bnmonitor.callbacks.scalars import Scalars
 from lightning_bnmonitor.callbacks.unhealthy import Alarm, OnUnhealthy
 from lightning_bnmonitor.compat import batches_that_stepped
+from lightning_bnmonitor.report.history import History
 from lightning_bnmonitor.report.report import Report
 
 
@@ -34,14 +36,17 @@ class Output:
         self._scalars = Scalars(log_key_prefix, per_layer)
         self._alarm = Alarm(on_unhealthy)
         self._dashboard: Dashboard | None = None
+        self.history = History(log_key_prefix)
+        """Of all windows of the last ``fit``."""
 
     def begin(self, trainer: Trainer, validates: bool) -> None:
         """A ``fit`` begins, with scalars of validation or without."""
         self._alarm.restore([])
         self._scalars.summary = {}
+        self.history = History(self._prefix)
         # Not where nothing is logged: it holds what only rank 0 shows.
         shows = self._has_dashboard and trainer.is_global_zero
-        self._dashboard = Dashboard(self._prefix, validates) if shows else None
+        self._dashboard = Dashboard(self._prefix, self.history, validates) if shows else None
 
     def publish(self, trainer: Trainer) -> None:
         """Put the last summary into ``trainer.callback_metrics``."""
@@ -51,6 +56,9 @@ class Output:
         """Log a window whose last batch was so many batches ago, and react to it."""
         step = max(batches_that_stepped(trainer) - batches_over, 0)
         has_layers = self._scalars.log_window(trainer, report, step)
+        if self._dashboard is not None:
+            self._dashboard.tell(trainer.loggers)  # of the window before
+        self.history.add(report, step)
         if self._dashboard is not None:
             self._dashboard.show(trainer.loggers, report, step, has_layers)
         self.react(trainer, report)
@@ -63,6 +71,8 @@ class Output:
         self._scalars.log_validation(trainer, report, batches_that_stepped(trainer), is_of_window)
         if not is_of_window:
             return
+        if len(self.history):
+            self.history.update(report)
         if self._dashboard is not None:
             self._dashboard.validated(trainer.loggers, report)
         self.react(trainer, report)
@@ -86,6 +96,7 @@ class Output:
         return {
             "warned_of": self._alarm.state(),
             "summary": dict(self._scalars.summary),
+            "history": self.history.state_dict(),
             "dashboard": None if self._dashboard is None else self._dashboard.state_dict(),
         }
 
@@ -93,9 +104,14 @@ class Output:
         """Go on from a :meth:`state_dict`."""
         self._alarm.restore(state["warned_of"])
         self._scalars.summary = dict(state["summary"])
+        if "history" in state:
+            try:
+                self.history.load_state_dict(state["history"])
+            except ValueError as error:  # of another version: no reason not to train
+                warnings.warn(f"The BatchNorm history in the checkpoint is left out: {error}", stacklevel=2)
         if self._dashboard is not None and (shown := state.get("dashboard")) is not None:
             self._dashboard.load_state_dict(shown)
 
     def end(self) -> None:
-        """The ``fit`` is over: nothing of its pictures is kept."""
+        """The ``fit`` is over: of all that is shown the history alone is kept."""
         self._dashboard = None

@@ -6,12 +6,14 @@ import html
 import math
 import textwrap
 from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lightning_bnmonitor.diagnosis.evidence import METRICS
 from lightning_bnmonitor.report.figures import plot_layers
+from lightning_bnmonitor.report.history import History
 from lightning_bnmonitor.report.layer_report import LayerReport, jsonable
 from lightning_bnmonitor.report.summaries import headline, paragraphs
 from lightning_bnmonitor.report.tables import badge, changes, code_as_html, escaped, layer_table
@@ -104,6 +106,12 @@ class Report(Mapping[str, LayerReport]):
             "summary": jsonable(self.summary()),
             "layers": {name: layer.to_dict() for name, layer in self._layers.items()},
         }
+
+    def to_html(self, path: str | Path) -> None:
+        """Write TensorBoard's page "BatchNorm" with this window in it: one file that needs nothing else."""
+        history = History()
+        history.add(self, 0)
+        history.to_html(path)
 
     def plot(self, ax: Axes | None = None) -> tuple[Figure, Axes]:
         """The layers' ``eval_error`` in their order over the noise floors, by verdict, as a matplotlib figure.

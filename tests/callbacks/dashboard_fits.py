@@ -172,6 +172,50 @@ class OnlyImages(Plain):
         self.images.append((key, images, step, kwargs))
 
 
+class Files:
+    """What keeps the files that it is given."""
+
+    def __init__(self):
+        self.files = []
+
+    def keep(self, path, *more):
+        self.files.append((Path(path).name, Path(path).read_text(encoding="utf-8"), *more))
+
+
+class MlflowClient(Files):
+    def log_artifact(self, run_id, local_path, artifact_path=None):
+        self.keep(local_path, run_id, artifact_path)
+
+
+class LikeMlflow(Plain):
+    run_id = "the run"
+
+    def __init__(self):
+        super().__init__()
+        self.experiment = MlflowClient()
+
+
+class WandbRun(Files):
+    def log_artifact(self, artifact_or_path, name=None, type=None, aliases=None, tags=None):
+        self.keep(artifact_or_path, name, type)
+
+
+class CometExperiment(Files):
+    def log_artifact(self, artifact):
+        raise AssertionError("an artifact of Comet's is no file")
+
+    def log_asset(self, file_data, file_name=None, overwrite=False, copy_to_tmp=True):
+        self.files.append((file_name, file_data.read()))
+
+
+class TakesFiles(Plain):
+    """As WandbLogger and CometLogger have an experiment."""
+
+    def __init__(self, experiment):
+        super().__init__()
+        self.experiment = experiment
+
+
 class LikeWandb(OnlyText, OnlyImages):
     pass
 

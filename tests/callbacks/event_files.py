@@ -1,10 +1,12 @@
-"""Reads event files back: scalars, pictures, texts as TensorBoard renders them, and chart layouts."""
+"""Reads event files back: scalars, pictures, texts as TensorBoard renders them, chart layouts, documents."""
 
 from __future__ import annotations
 
 import html.parser
 import io
+import json
 import re
+import zlib
 from collections import defaultdict
 from pathlib import Path
 from typing import NamedTuple
@@ -14,6 +16,7 @@ from PIL import Image
 from tensorboard import plugin_util
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_TENSOR
 from tensorboard.plugins.custom_scalar import layout_pb2
 
 
@@ -22,10 +25,11 @@ class Events(NamedTuple):
     images: dict
     texts: dict
     layouts: list
+    documents: dict
 
     def at(self, tag):
         """The steps of a tag of any kind."""
-        (kind,) = [kind for kind in self[:3] if tag in kind]
+        (kind,) = [kind for kind in (*self[:3], self.documents) if tag in kind]
         return [step for step, _ in kind[tag]]
 
     def categories(self):
@@ -34,7 +38,7 @@ class Events(NamedTuple):
 
 def events(folder) -> Events:
     """Everything in the event files of one directory, in the order written; anything else is an error."""
-    found = Events(defaultdict(list), defaultdict(list), defaultdict(list), [])
+    found = Events(defaultdict(list), defaultdict(list), defaultdict(list), [], defaultdict(list))
     for path in sorted(Path(folder).glob("events.out.tfevents.*")):
         for record in RawEventFileLoader(str(path)).Load():
             event = Event.FromString(record)
@@ -46,6 +50,11 @@ def events(folder) -> Events:
                     found.scalars[value.tag].append((event.step, value.simple_value))
                 elif kind == "image":
                     found.images[value.tag].append((event.step, value.image.encoded_image_string))
+                elif value.metadata.plugin_data.plugin_name == "batchnorm":
+                    assert value.metadata.data_class == DATA_CLASS_TENSOR
+                    assert json.loads(value.metadata.plugin_data.content) == {"format": 1}
+                    (data,) = value.tensor.string_val
+                    found.documents[value.tag].append((event.step, json.loads(zlib.decompress(data))))
                 elif value.metadata.plugin_data.plugin_name == "text":
                     (text,) = value.tensor.string_val
                     found.texts[value.tag.removesuffix("/text_summary")].append((event.step, text.decode()))

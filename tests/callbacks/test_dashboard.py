@@ -11,7 +11,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from torch import nn
 
 from lightning_bnmonitor import BatchNormMonitor
-from lightning_bnmonitor.report.heatmap import Heatmap
+from lightning_bnmonitor.report.heatmap import draw
+from lightning_bnmonitor.report.history import History
 from tests.callbacks.dashboard_fits import (
     BATCHES,
     STEPS,
@@ -48,11 +49,11 @@ def test_a_default_run_has_pictures_of_the_first_and_last_window_that_can_be_dec
 
 
 def test_the_last_picture_shows_all_windows_and_the_first_picture_the_first(run):
-    heatmap, pictures = Heatmap(), dict(run.events.images["bn/heatmap"])
+    history, pictures = History(), dict(run.events.images["bn/heatmap"])
     for step, report in zip(STEPS, run.reports, strict=True):
-        heatmap.add(report, step)
+        history.add(report, step)
         if step in pictures:
-            np.testing.assert_array_equal(pixels(pictures[step]), heatmap.draw())
+            np.testing.assert_array_equal(pixels(pictures[step]), draw(history.windows))
 
 
 def test_a_default_run_has_one_text_a_window_at_the_steps_of_the_scalars(run):
@@ -66,7 +67,12 @@ def test_tensorboard_itself_reads_all_of_it(run):
     accumulator.Reload()
     tags = accumulator.Tags()
     assert tags["images"] == ["bn/heatmap"]
-    assert set(tags["tensors"]) == {"bn/report/text_summary", "custom_scalars__config__"}
+    assert set(tags["tensors"]) == {
+        "bn/report/text_summary",
+        "custom_scalars__config__",
+        "batchnorm/history",
+        "batchnorm/channels",
+    }
     assert set(tags["scalars"]) == run.tags >= {f"bn/{name}" for name in SUMMARY}
     assert [event.step for event in accumulator.Scalars("bn/eval_error_max")] == STEPS
     assert [event.step for event in accumulator.Tensors("bn/report/text_summary")] == STEPS
@@ -151,7 +157,7 @@ def test_without_dashboard_there_are_only_the_same_scalars(tmp_path, run):
     logger = board(tmp_path)
     fit(logger, BatchNormMonitor(dashboard=False), max_epochs=4)
     found = events(logger.log_dir)
-    assert (found.images, found.texts, found.layouts) == ({}, {}, [])
+    assert (found.images, found.texts, found.layouts, found.documents) == ({}, {}, [], {})
     assert found.scalars == run.events.scalars
 
 
@@ -169,11 +175,11 @@ def test_of_many_short_windows_few_are_drawn_but_the_first_and_the_last(tmp_path
     assert len(steps) < 30
     assert (steps[0], steps[-1]) == (0, 149)
     assert steps == sorted(set(steps))
-    heatmap = Heatmap()
+    history = History()
     for step, report in enumerate(look.reports):
-        heatmap.add(report, step)
-    assert heatmap.steps[-1] == 149
-    np.testing.assert_array_equal(pixels(found.images["bn/heatmap"][-1][1]), heatmap.draw())
+        history.add(report, step)
+    assert history.windows.steps[-1] == 149
+    np.testing.assert_array_equal(pixels(found.images["bn/heatmap"][-1][1]), draw(history.windows))
 
 
 @pytest.mark.parametrize(("end", "raised"), [(stop, StoppedError), (interrupt, SystemExit)])
@@ -186,10 +192,10 @@ def test_a_run_that_breaks_has_a_picture_of_the_last_window_that_ended(tmp_path,
     steps = [4 * window - 1 for window in range(1, 7)]
     assert found.at("bn/report") == steps
     assert found.at("bn/heatmap")[-1] == steps[-1]
-    heatmap = Heatmap()
+    history = History()
     for step, report in zip(steps, look.reports, strict=True):
-        heatmap.add(report, step)
-    np.testing.assert_array_equal(pixels(found.images["bn/heatmap"][-1][1]), heatmap.draw())
+        history.add(report, step)
+    np.testing.assert_array_equal(pixels(found.images["bn/heatmap"][-1][1]), draw(history.windows))
 
 
 def test_a_run_that_breaks_within_the_first_window_has_nothing(tmp_path):
@@ -197,7 +203,7 @@ def test_a_run_that_breaks_within_the_first_window_has_nothing(tmp_path):
     with pytest.raises(StoppedError):
         fit(logger, BatchNormMonitor(), At(5, stop))
     found = events(logger.log_dir)
-    assert (found.images, found.texts, found.layouts) == ({}, {}, [])
+    assert (found.images, found.texts, found.layouts, found.documents) == ({}, {}, [], {})
 
 
 # ------------------------------------------------------------------------------------------------------------ invisible

@@ -11,11 +11,14 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_bnmonitor import BatchNormMonitor
+from lightning_bnmonitor.callbacks import dashboard
+from lightning_bnmonitor.report.history import History
 from tests.callbacks.dashboard_fits import (
     BATCHES,
     OURS,
     STEPS,
     At,
+    LikeMlflow,
     LikeWandb,
     Net,
     assert_same,
@@ -144,8 +147,8 @@ def test_a_logger_that_loses_its_writer_does_not_end_the_run(tmp_path, unmonitor
 
 
 @pytest.mark.parametrize(
-    ("method", "batches_over"),  # a text waits for a validation until the epoch ends
-    [("add_image", BATCHES - 1), ("add_text", BATCHES), ("add_custom_scalars", BATCHES - 1)],
+    ("method", "batches_over"),  # what tells of a window waits for a validation until the epoch ends
+    [("add_image", BATCHES), ("add_text", BATCHES), ("add_custom_scalars", BATCHES - 1)],
 )
 def test_a_keyboard_interrupt_while_a_writer_logs_comes_through(tmp_path, method, batches_over, restored_signals):
     logger = Writes(tmp_path, failing(SummaryWriter, [method], KeyboardInterrupt()))
@@ -156,25 +159,31 @@ def test_a_keyboard_interrupt_while_a_writer_logs_comes_through(tmp_path, method
     assert not any(module._forward_hooks for module in model.modules())
 
 
-@pytest.mark.parametrize(("method", "batches_over"), [("log_image", BATCHES - 1), ("log_text", BATCHES)])
-def test_a_keyboard_interrupt_while_a_logger_logs_comes_through(method, batches_over, restored_signals):
+@pytest.mark.parametrize("method", ["log_image", "log_text"])
+def test_a_keyboard_interrupt_while_a_logger_logs_comes_through(method, restored_signals):
     count = At(0, stop)
     with pytest.raises((SystemExit, KeyboardInterrupt)):
         fit(failing(LikeWandb, [method], KeyboardInterrupt())(), BatchNormMonitor(), count)
-    assert count.count == batches_over
+    assert count.count == BATCHES
 
 
-def test_a_picture_that_cannot_be_drawn_does_not_end_the_run(tmp_path):
-    monitor = BatchNormMonitor()
-
-    def spoil(trainer):
-        monitor._output._dashboard._heatmap.rows = []
+@pytest.mark.parametrize(
+    ("what", "owner", "name"),
+    [("heatmap", dashboard, "draw"), ("history", History, "document"), ("page", History, "page")],
+)
+def test_what_cannot_be_made_does_not_end_the_run_and_all_else_is_logged(tmp_path, monkeypatch, what, owner, name):
+    def fail(*args):
+        raise Broken("no")
 
     class Spoil(Callback):
         def on_train_end(self, trainer, pl_module):
-            spoil(trainer)
+            monkeypatch.setattr(owner, name, fail)
 
-    logger = board(tmp_path)
-    with pytest.warns(UserWarning, match="could not be drawn: ValueError"):
-        fit(logger, Spoil(), monitor)
-    assert events(logger.log_dir).at("bn/heatmap") == STEPS[:1]
+    logger, files = board(tmp_path), LikeMlflow()
+    with pytest.warns(UserWarning, match=f"The BatchNorm {what} could not be made: Broken"):
+        fit([logger, files], Spoil(), BatchNormMonitor())
+    found, both = events(logger.log_dir), STEPS[:2]
+    assert found.at("bn/report") == both
+    assert found.at("bn/heatmap") == (both[:1] if what == "heatmap" else both)
+    assert found.documents["batchnorm/history"][-1][0] == (both[0] if what == "history" else both[1])
+    assert len(files.experiment.files) == (what == "heatmap")  # a page has a document in it

@@ -9,8 +9,22 @@ import pytest
 from lightning.pytorch.loggers import CSVLogger, TensorBoardLogger, WandbLogger
 
 from lightning_bnmonitor import BatchNormMonitor
-from lightning_bnmonitor.report.heatmap import Heatmap
-from tests.callbacks.dashboard_fits import OURS, STEPS, LikeWandb, OnlyImages, OnlyText, Plain, board, fit
+from lightning_bnmonitor.report.heatmap import draw
+from lightning_bnmonitor.report.history import History
+from tests.callbacks.dashboard_fits import (
+    OURS,
+    STEPS,
+    CometExperiment,
+    LikeMlflow,
+    LikeWandb,
+    OnlyImages,
+    OnlyText,
+    Plain,
+    TakesFiles,
+    WandbRun,
+    board,
+    fit,
+)
 from tests.callbacks.event_files import events
 from tests.callbacks.expected_warnings import EXPECTED_WARNINGS
 
@@ -40,13 +54,13 @@ def assert_got_everything(logger, run):
         assert logger.texts == []
     if isinstance(logger, OnlyImages):
         assert [step for _, _, step, _ in logger.images] == STEPS[:2]
-        heatmap = Heatmap()
+        history = History()
         for (key, images, step, kwargs), report in zip(logger.images, run.reports[:2], strict=True):
             assert (key, kwargs) == ("bn/heatmap", {})
-            heatmap.add(report, step)
+            history.add(report, step)
             (image,) = images
             assert image.dtype == np.uint8
-            np.testing.assert_array_equal(image, heatmap.draw())
+            np.testing.assert_array_equal(image, draw(history.windows))
     else:
         assert logger.images == []
 
@@ -81,3 +95,30 @@ def test_the_tensorboard_logger_of_pytorch_lightning_gets_the_same(tmp_path, run
     assert found.texts == run.events.texts
     assert found.layouts == run.events.layouts
     assert found.images["bn/heatmap"][-1] == run.events.images["bn/heatmap"][-1]
+
+
+def test_loggers_that_take_files_get_the_page_at_the_end(tmp_path):
+    loggers = [LikeMlflow(), TakesFiles(WandbRun()), TakesFiles(CometExperiment()), board(tmp_path), Plain()]
+    monitor = BatchNormMonitor()
+    fit(loggers, monitor)
+    monitor.history.to_html(tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text(encoding="utf-8")
+    name = "batchnorm.html"
+    assert [logger.experiment.files for logger in loggers[:3]] == [
+        [(name, page, "the run", None)],
+        [(name, page, None, "report")],
+        [(name, page)],
+    ]
+
+
+@pytest.mark.parametrize(("prefix", "name"), [("mine", "batchnorm-mine.html"), ("a/b c", "batchnorm-a_b_c.html")])
+def test_the_file_has_a_prefix_in_its_name_as_far_as_file_names_allow(prefix, name):
+    logger = LikeMlflow()
+    fit(logger, BatchNormMonitor(log_key_prefix=prefix), max_epochs=1)
+    assert [file for file, *_ in logger.experiment.files] == [name]
+
+
+def test_without_dashboard_no_file_is_logged():
+    logger = LikeMlflow()
+    fit(logger, BatchNormMonitor(dashboard=False), max_epochs=1)
+    assert logger.experiment.files == []

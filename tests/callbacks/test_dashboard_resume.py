@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from lightning_bnmonitor import BatchNormMonitor
+from lightning_bnmonitor.page.document import encode
 from tests.callbacks.dashboard_fits import (
     BATCHES,
     LAYERS,
@@ -56,9 +57,9 @@ def interrupted(folder, path, at=2 * BATCHES + 5, **options):
 def test_a_resumed_run_goes_on_with_the_history(tmp_path, run):
     path, logger = tmp_path / "saved.ckpt", board(tmp_path, version="resumed")
     interrupted(board(tmp_path, version="first"), path)
-    saved = of_monitor(path)["dashboard"]
-    assert saved["heatmap"]["steps"] == STEPS[:2]
-    assert sorted(saved["heatmap"]["rows"]) == sorted(LAYERS)
+    saved = of_monitor(path)["history"]["windows"]
+    assert saved["steps"] == STEPS[:2]
+    assert sorted(saved["layers"]) == sorted(LAYERS)
     fit(logger, BatchNormMonitor(), ckpt_path=path, max_epochs=4)
     found = events(logger.log_dir)
     assert found.at("bn/report") == STEPS[2:]
@@ -84,10 +85,11 @@ def test_a_checkpoint_made_with_or_without_dashboard_loads_without_or_with(tmp_p
     assert found.at("bn/eval_error_max") == STEPS[2:]
     assert dict(found.scalars)["bn/eval_error_max"] == run.events.scalars["bn/eval_error_max"][2:]
     if before:
-        assert (found.images, found.texts, found.layouts) == ({}, {}, [])
+        assert (found.images, found.texts, found.layouts, found.documents) == ({}, {}, [], {})
         return
-    assert found.at("bn/heatmap") == STEPS[2:]  # a history that begins with the resume
-    assert "Changed" not in found.texts["bn/report"][0][1]
+    assert found.at("bn/heatmap") == STEPS[2:]
+    assert found.documents["batchnorm/history"][-1][1]["windows"]["step"] == STEPS
+    assert "Changed" not in found.texts["bn/report"][0][1]  # which the dashboard itself remembers
 
 
 def test_a_checkpoint_from_before_there_was_a_dashboard_loads(tmp_path, run):
@@ -96,12 +98,29 @@ def test_a_checkpoint_from_before_there_was_a_dashboard_loads(tmp_path, run):
     checkpoint = torch.load(path, weights_only=True)
     for state in checkpoint["callbacks"].values():
         state.pop("dashboard", None)
+        state.pop("history", None)
     torch.save(checkpoint, path)
     assert "dashboard" not in of_monitor(path)
     fit(logger, BatchNormMonitor(), ckpt_path=path, max_epochs=4)
     found = events(logger.log_dir)
     assert found.scalars["bn/eval_error_max"] == run.events.scalars["bn/eval_error_max"][2:]
     assert found.at("bn/heatmap") == STEPS[2:]
+    assert found.documents["batchnorm/history"][-1][1]["windows"]["step"] == STEPS[2:]
+
+
+def test_a_history_of_another_format_is_left_out_and_told_of(tmp_path, run):
+    path, logger = tmp_path / "saved.ckpt", board(tmp_path, version="resumed")
+    interrupted(board(tmp_path, version="first"), path)
+    checkpoint = torch.load(path, weights_only=True)
+    for state in checkpoint["callbacks"].values():
+        if "history" in state:
+            state["history"]["rest"] = torch.tensor(list(encode({"format": 2})), dtype=torch.uint8)
+    torch.save(checkpoint, path)
+    with pytest.warns(UserWarning, match="history in the checkpoint is left out: The data have format 2"):
+        fit(logger, BatchNormMonitor(), ckpt_path=path, max_epochs=4)
+    found = events(logger.log_dir)
+    assert found.scalars["bn/eval_error_max"] == run.events.scalars["bn/eval_error_max"][2:]
+    assert found.documents["batchnorm/history"][-1][1]["windows"]["step"] == STEPS[2:]
 
 
 @pytest.mark.slow
@@ -111,7 +130,7 @@ def test_the_state_of_a_hundred_windows_is_small(tmp_path):
     monitor = BatchNormMonitor(every_n_train_batches=1, on_unhealthy="ignore", per_layer=False)
     fit(board(tmp_path), monitor, At(101, Save(path)), model=Net(names), loader=data(102), max_epochs=1)
     state = of_monitor(path)
-    assert len(state["dashboard"]["heatmap"]["steps"]) > 30
+    assert len(state["history"]["windows"]["steps"]) > 30
     file = io.BytesIO()
     torch.save(state, file)
     assert file.tell() <= 1024 * C * len(names) + 64 * 1024

@@ -55,7 +55,8 @@ def choose(package: str) -> None:
 def do_without() -> None:
     """Nothing of what draws and prints can be imported. Lightning has imported some of it by now."""
     sys.modules.update(dict.fromkeys(("matplotlib", "tabulate", "tqdm", "tqdm.auto")))  # type: ignore[arg-type]
-    importlib.import_module("lightning_bnmonitor")
+    package = importlib.import_module("lightning_bnmonitor")
+    assert all(getattr(package, name) is not None for name in package.__all__)
 
 
 def fit(package: str, folder: str) -> None:

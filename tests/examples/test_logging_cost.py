@@ -32,7 +32,7 @@ def test_the_benchmark_of_logging_measures_disk_memory_and_time() -> None:
         (layers, kind) for layers in (20, LAYERS) for kind in kinds
     ]
     for row in timing:
-        parts = [float(row[f"{part}, ms"]) for part in ("scalars", "report", "heatmap", "rest")]
+        parts = [float(row[f"{part}, ms"]) for part in ("scalars", "report", "heatmap", "events", "rest")]
         assert min(parts) >= 0
         assert sum(parts) == pytest.approx(float(row["sum, ms"]), abs=1)
         assert float(row["% of an epoch"]) > 0

@@ -1,6 +1,5 @@
-"""The heatmap: what it remembers of all windows against all windows kept, how layers share rows, and the picture."""
+"""The heatmap: which windows share a column and which layers a row, and the picture."""
 
-import io
 import math
 import random
 import signal
@@ -19,23 +18,35 @@ from matplotlib import pyplot as plt
 
 from lightning_bnmonitor import Report
 from lightning_bnmonitor.diagnosis.verdicts import VERDICTS
-from lightning_bnmonitor.report.heatmap import Heatmap, grouped
+from lightning_bnmonitor.page.document import ABSENT
+from lightning_bnmonitor.report.heatmap import draw, grouped, table, windows_in_column
+from lightning_bnmonitor.report.history import History
+from lightning_bnmonitor.report.kept_windows import CAUSES
 from tests.drawing import without_warnings
-from tests.report.made_reports import layer, stateless, unused, with_error
+from tests.report.made_reports import NOT_SICK, layer, stateless, unused, with_error
 
 NAN, INF = math.nan, math.inf
 VERDICT_NAMES = list(VERDICTS)
 LEVELS = (0.0, 0.02, 0.05, 0.099, 0.1, 0.249, 0.25, 0.59, 0.61, 1.4, 1.6, 1e4, INF)
+WHAT_ALL_SAY = {"batch_size": 32.0, "batches": 8.0, "effective_momentum": 0.1}  # what explanations rest on
 POOL = (*np.random.default_rng(1).lognormal(-2, 2, size=30).tolist(), INF)
 CLASSES = (0, 0, 1, 1, 2, 2, 3, 3, 4, 4, 5, 5, 5)  # which of the six colours each of these has
 
 
-def history(windows, first_step=1) -> Heatmap:
-    """A heatmap of windows, each a list of layers."""
-    heatmap = Heatmap()
+def history(windows, first_step=1) -> History:
+    """A history of windows, each a list of layers."""
+    whole = History()
     for step, layers in enumerate(windows, first_step):
-        heatmap.add(Report(layers), step)
-    return heatmap
+        whole.add(Report(layers), step)
+    return whole
+
+
+def table_of(whole: History):
+    return table(whole.windows)
+
+
+def picture_of(whole: History) -> np.ndarray:
+    return draw(whole.windows)
 
 
 def with_errors(**errors):
@@ -45,20 +56,20 @@ def with_errors(**errors):
 @cache
 def known(name, error, verdict="healthy"):
     """A layer, made once: the history is the matter here."""
-    return unused(name) if math.isnan(error) else with_error(name, error, verdict=verdict)
+    return unused(name) if math.isnan(error) else with_error(name, error, verdict=verdict, evidence=WHAT_ALL_SAY)
 
 
 def quick_report(errors, verdicts=None) -> Report:
     return Report(known(name, errors[name], (verdicts or {}).get(name, "healthy")) for name in errors)
 
 
-def errors_of(heatmap: Heatmap) -> np.ndarray:
-    return heatmap.state_dict()["errors"].numpy()
+def rounded(errors) -> np.ndarray:
+    """As a history keeps them."""
+    return torch.tensor(errors, dtype=torch.float32).bfloat16().float().numpy()
 
 
-def verdicts_of(heatmap: Heatmap) -> list[list[str]]:
-    names = (*VERDICTS, None)
-    return [[names[index] for index in row] for row in heatmap.state_dict()["verdicts"].tolist()]
+def verdicts_of(whole: History) -> list[list[str]]:
+    return [[None if cause == ABSENT else CAUSES[cause]["name"] for cause in row] for row in table_of(whole).causes]
 
 
 @contextmanager
@@ -103,91 +114,74 @@ class AllWindows:
         return table
 
     def verdicts(self, rows):
-        """That of the largest error of the run, where these are known and differ."""
+        """That of the largest error of those of the run that need attention, if any do; the errors differ."""
         table = []
         for name in rows:
             cells = [[(errors[name], its[name]) for errors, its, _ in run] for run in self.columns()[0]]
-            table.append([max(cell)[1] for cell in cells])
+            keys = [[(verdict not in NOT_SICK, error, verdict) for error, verdict in cell] for cell in cells]
+            table.append([max(cell)[2] for cell in keys])
         return table
 
 
-# ---------------------------------------------------------------------------------------------------------- the history
+# ---------------------------------------------------------------------------------------------------------- the columns
 
 
 @settings(max_examples=15, deadline=None)
-@given(num_windows=st.integers(1, 500), seed=st.integers(0, 2**32 - 1), share_unknown=st.sampled_from([0.0, 0.3, 0.95]))
+@given(
+    num_windows=st.integers(1, 1000), seed=st.integers(0, 2**32 - 1), share_unknown=st.sampled_from([0.0, 0.3, 0.95])
+)
 def test_columns_are_runs_of_equally_many_windows_and_hold_their_largest_error(num_windows, seed, share_unknown):
     rng = np.random.default_rng(seed)
-    heatmap, reference = Heatmap(), AllWindows()
+    whole, reference = History(), AllWindows()
     names = ["first", "second.0", "second.1"]
     for step in np.cumsum(rng.integers(1, 50, size=num_windows)).tolist():
         errors = {name: POOL[rng.integers(len(POOL))] for name in names}
         errors = {name: NAN if rng.random() < share_unknown else error for name, error in errors.items()}
-        is_full = heatmap.add(quick_report(errors), step)
+        whole.add(quick_report(errors), step)
         reference.add(errors, {}, step)
-        runs, stride = reference.columns()
-        assert len(heatmap.steps) == len(runs) <= 60
-        assert is_full == (len(runs[-1]) == stride)
-    assert heatmap.rows == names
-    assert heatmap.steps == [run[-1][2] for run in runs]
-    np.testing.assert_array_equal(errors_of(heatmap), reference.errors(names))
+    found, (runs, stride) = table_of(whole), reference.columns()
+    assert windows_in_column(num_windows, whole.windows.stride) == windows_in_column(num_windows) == stride
+    assert len(found.steps) == len(runs) <= 60
+    assert found.rows == names
+    assert found.steps == [run[-1][2] for run in runs]
+    np.testing.assert_array_equal(found.errors, rounded(reference.errors(names)))
 
 
 @pytest.mark.slow
 @settings(max_examples=8, deadline=None)
 @given(num_windows=st.integers(1, 130), seed=st.integers(0, 2**32 - 1))
-def test_the_verdict_of_a_column_is_that_of_its_largest_error(num_windows, seed):
+def test_the_verdict_of_a_column_is_that_of_the_worst_window(num_windows, seed):
     rng = np.random.default_rng(seed)
-    heatmap, reference = Heatmap(), AllWindows()
+    whole, reference = History(), AllWindows()
     for step in range(num_windows):
-        errors = {name: (step * 7919 % 1009) / 1009 + index for index, name in enumerate("abc")}  # each is another
+        errors = {name: (step * 7919 % 199) / 256 + index for index, name in enumerate("abc")}  # each is another
+        errors = {name: float(rounded(error)) for name, error in errors.items()}
         verdicts = {name: VERDICT_NAMES[rng.integers(len(VERDICT_NAMES))] for name in errors}
-        heatmap.add(quick_report(errors, verdicts), step)
+        whole.add(quick_report(errors, verdicts), step)
         reference.add(errors, verdicts, step)
-    assert verdicts_of(heatmap) == reference.verdicts("abc")
+    assert verdicts_of(whole) == reference.verdicts("abc")
 
 
 @pytest.mark.parametrize("unknown_is_later", [False, True])
 def test_a_window_without_an_error_does_not_take_the_verdict_from_one_that_has_one(unknown_is_later):
     known, unknown = [with_error("layer", 0.5, verdict="noisy")], [unused("layer")]
     windows = ([known, unknown] if unknown_is_later else [unknown, known]) * 31
-    heatmap = history(windows)
-    assert len(heatmap.steps) == 31
-    assert (errors_of(heatmap) == 0.5).all()
-    assert verdicts_of(heatmap) == [["noisy"] * 31]
+    whole = history(windows)
+    assert (table_of(whole).errors == np.full((1, 31), 0.5)).all()
+    assert verdicts_of(whole) == [["noisy"] * 31]
 
 
 def test_a_layer_that_one_report_lacks_keeps_its_history():
-    heatmap = history([with_errors(a=0.5, b=0.1), with_errors(b=0.2), with_errors(a=0.3, b=0.1)])
-    assert heatmap.rows == ["a", "b"]
-    np.testing.assert_array_equal(errors_of(heatmap), np.float32([[0.5, NAN, 0.3], [0.1, 0.2, 0.1]]))
-
-
-def test_nothing_is_shown_before_the_first_window():
-    heatmap = Heatmap()
-    assert (heatmap.rows, heatmap.steps) == ([], [])
-    assert errors_of(heatmap).shape == (0, 0)
-
-
-def test_a_window_of_no_layers_is_a_column_without_rows():
-    heatmap = history([[], []])
-    assert (heatmap.rows, heatmap.steps) == ([], [1, 2])
-    heatmap.add(Report(with_errors(late=0.3)), 3)
-    assert heatmap.rows == ["late"]
-    np.testing.assert_array_equal(errors_of(heatmap), np.float32([[NAN, NAN, 0.3]]))
+    found = table_of(history([with_errors(a=0.5, b=0.125), with_errors(b=0.25), with_errors(a=0.375, b=0.125)]))
+    assert found.rows == ["a", "b"]
+    np.testing.assert_array_equal(found.errors, [[0.5, NAN, 0.375], [0.125, 0.25, 0.125]])
 
 
 def test_layers_that_come_later_or_in_another_order_keep_what_was():
-    heatmap = history([with_errors(a=0.1, b=0.2), with_errors(c=0.6, b=0.4, a=0.3)])
-    assert heatmap.rows == ["c", "b", "a"]
-    np.testing.assert_array_equal(errors_of(heatmap), np.float32([[NAN, 0.6], [0.2, 0.4], [0.1, 0.3]]))
-    assert verdicts_of(heatmap)[0] == [None, "healthy"]
-
-
-def test_layers_stay_themselves_when_another_goes():
-    heatmap = history([with_errors(a=0.1, b=0.2, c=0.3), with_errors(c=0.6, a=0.4)])
-    assert heatmap.rows[:2] == ["c", "a"]
-    np.testing.assert_array_equal(errors_of(heatmap)[:2], np.float32([[0.3, 0.6], [0.1, 0.4]]))
+    whole = history([with_errors(a=0.125, b=0.25), with_errors(c=0.625, b=0.5, a=0.375)])
+    assert table_of(whole).rows == ["c", "b", "a"]
+    np.testing.assert_array_equal(table_of(whole).errors, [[NAN, 0.625], [0.25, 0.5], [0.125, 0.375]])
+    assert verdicts_of(whole)[0] == [None, "healthy"]
 
 
 NAMES = [f"block{block}.norm{norm}" for block in range(30) for norm in range(4)]
@@ -204,66 +198,12 @@ NAMES = [f"block{block}.norm{norm}" for block in range(30) for norm in range(4)]
 )
 def test_groups_keep_their_history_when_layers_come_go_or_are_first_called_in_another_order(later):
     first, second = (quick_report(dict.fromkeys(names, error)) for names, error in ((NAMES, 0.5), (later, 0.25)))
-    heatmap = Heatmap()
-    heatmap.add(first, 1)
-    heatmap.add(second, 2)
-    np.testing.assert_array_equal(errors_of(heatmap), np.float32([[0.5, 0.25]] * len(heatmap.rows)))
-
-
-@pytest.mark.slow
-@settings(max_examples=12, deadline=None)
-@given(at=st.integers(0, 250), more=st.integers(1, 130), seed=st.integers(0, 2**32 - 1))
-def test_a_saved_heatmap_goes_on_as_one_that_never_stopped(at, more, seed):
-    rng = np.random.default_rng(seed)
-
-    def window():
-        names = ["a", "b", "c"][: rng.integers(1, 4)]
-        errors = {name: POOL[rng.integers(len(POOL))] for name in names}
-        return quick_report(errors, {name: VERDICT_NAMES[rng.integers(len(VERDICT_NAMES))] for name in names})
-
-    heatmap, resumed = Heatmap(), Heatmap()
-    for step in range(at):
-        heatmap.add(window(), step)
-    buffer = io.BytesIO()
-    torch.save(heatmap.state_dict(), buffer)
-    buffer.seek(0)
-    resumed.load_state_dict(torch.load(buffer, weights_only=True))
-    for step in range(at, at + more):
-        report = window()
-        assert heatmap.add(report, step) == resumed.add(report, step)
-    expected, state = heatmap.state_dict(), resumed.state_dict()
-    assert state.keys() == expected.keys()
-    for key, value in expected.items():
-        if isinstance(value, torch.Tensor):
-            np.testing.assert_array_equal(state[key], value, err_msg=key)
-        else:
-            assert state[key] == value
-
-
-def test_a_saved_state_stays_as_it_is_when_the_heatmap_goes_on_and_when_it_is_loaded_into_another():
-    heatmap = history([with_errors(a=0.5)] * 61)
-    state = heatmap.state_dict()
-    errors, steps = state["errors"].clone(), list(state["steps"])
-    resumed = Heatmap()
-    resumed.load_state_dict(state)
-    for each in (heatmap, resumed):
-        each.add(Report(with_errors(a=0.9)), 62)
-    assert (state["errors"] == errors).all()
-    assert state["steps"] == steps
-    assert errors_of(resumed)[0, -1] == np.float32(0.9)
-
-
-@pytest.mark.slow
-def test_the_state_is_small_however_many_layers_and_windows_there_are():
-    names = [f"encoder.stage{index // 100}.block{index // 4}.norm{index % 4}" for index in range(1000)]
-    report = Report([with_error(name, 0.1) for name in names])
-    heatmap = Heatmap()
-    for step in range(200):
-        heatmap.add(report, step)
-    buffer = io.BytesIO()
-    torch.save(heatmap.state_dict(), buffer)
-    assert buffer.tell() < 64 * 1024
-    assert errors_of(heatmap).shape == (len(heatmap.rows), 50)
+    whole = History()
+    whole.add(first, 1)
+    whole.add(second, 2)
+    found = table_of(whole)
+    expected = [[0.5, NAN if row == NAMES[-1] and len(later) < len(NAMES) else 0.25] for row in found.rows]
+    np.testing.assert_array_equal(found.errors, expected)
 
 
 # ------------------------------------------------------------------------------------------------------------- the rows
@@ -369,19 +309,21 @@ def test_layers_of_one_module_share_the_row_of_that_module():
 @pytest.mark.parametrize("scheme", ["one", "flat, 300", "resnet-152", "densenet-201", "mixed", "alternating"])
 def test_the_rows_are_in_the_order_of_the_reports_layers(scheme):
     names = SCHEMES[scheme]
-    heatmap, rows = history([[with_error(name, 0.1) for name in names]]), grouped(names)
-    assert heatmap.rows == sorted(set(rows.values()), key=[rows[name] for name in names].index)
+    whole, rows = history([[with_error(name, 0.1) for name in names]]), grouped(names)
+    assert table_of(whole).rows == sorted(set(rows.values()), key=[rows[name] for name in names].index)
 
 
 @pytest.mark.parametrize("scheme", ["flat, 300", "resnet-152", "densenet-201", "mixed"])
 def test_the_error_of_a_group_is_the_largest_of_its_layers(scheme):
     names, rng = SCHEMES[scheme], np.random.default_rng(0)
     errors = {name: float(rng.choice([NAN, *rng.lognormal(-2, 1, size=3)])) for name in names}
-    heatmap = history([with_errors(**errors)])
+    whole = history([with_errors(**errors)])
     expected = {}
     for name, row in grouped(names).items():
-        expected[row] = np.fmax(expected.get(row, NAN), np.float32(errors[name]))
-    np.testing.assert_array_equal(errors_of(heatmap)[:, 0], [expected[row] for row in heatmap.rows])
+        expected[row] = np.fmax(expected.get(row, NAN), rounded(errors[name]))
+    found = table_of(whole)
+    np.testing.assert_array_equal(found.errors[:, 0], [expected[row] for row in found.rows])
+    assert found.sizes == [list(grouped(names).values()).count(row) for row in found.rows]
 
 
 def test_the_verdict_of_a_group_is_that_of_its_worst_layer():
@@ -389,8 +331,8 @@ def test_the_verdict_of_a_group_is_that_of_its_worst_layer():
     layers[6] = with_error("net.6", 0.2, verdict="tiny-batch")  # needs attention, its neighbour with 0.3 does not
     layers[9] = with_error("net.9", 0.3, verdict="noisy")
     layers[10], layers[11] = unused("net.10"), stateless("net.11")
-    heatmap = history([layers])
-    of_row = dict(zip(heatmap.rows, verdicts_of(heatmap), strict=True))
+    whole = history([layers])
+    of_row = dict(zip(table_of(whole).rows, verdicts_of(whole), strict=True))
     assert of_row["net.6 to 7"] == ["tiny-batch"]
     assert of_row["net.8 to 9"] == ["noisy"]
     assert of_row["net.10 to 11"][0] in ("unused", "no-running-stats")
@@ -418,7 +360,7 @@ def cells(picture, num_rows, num_columns, x=0.5, y=0.5):
 
 
 def level_colors():
-    picture = history([[with_error(f"layer{index}", error) for index, error in enumerate(LEVELS)]]).draw()
+    picture = picture_of(history([[with_error(f"layer{index}", error) for index, error in enumerate(LEVELS)]]))
     return cells(picture, len(LEVELS), 1)[:, 0]
 
 
@@ -445,12 +387,12 @@ COLOR_VISION = {
 
 def worst_case(num_layers=60, num_windows=60, name="encoder.blocks.with_a_rather_long_name_indeed.norm{}"):
     """All verdicts and colours in a picture."""
-    heatmap, names = Heatmap(), [name.format(index) for index in range(num_layers)]
+    whole, names = History(), [name.format(index) for index in range(num_layers)]
     for window in range(num_windows):
         kinds = {name: (index + window) % len(VERDICTS) for index, name in enumerate(names)}
         errors = {name: LEVELS[kind % len(LEVELS)] for name, kind in kinds.items()}
-        heatmap.add(quick_report(errors, {name: VERDICT_NAMES[kind] for name, kind in kinds.items()}), window + 1)
-    return heatmap
+        whole.add(quick_report(errors, {name: VERDICT_NAMES[kind] for name, kind in kinds.items()}), window + 1)
+    return whole
 
 
 @pytest.mark.slow
@@ -466,9 +408,9 @@ def worst_case(num_layers=60, num_windows=60, name="encoder.blocks.with_a_rather
     ],
 )
 def test_a_picture_of_any_size_is_small_enough_and_its_drawing_warns_of_nothing(num_layers, num_windows, name):
-    heatmap = worst_case(num_layers, num_windows, name)
+    whole = worst_case(num_layers, num_windows, name)
     with without_warnings():
-        picture = heatmap.draw()
+        picture = picture_of(whole)
     assert (picture.dtype, picture.ndim, picture.shape[2]) == (np.uint8, 3, 3)
     assert picture.flags.c_contiguous
     assert picture.shape[0] <= 1400
@@ -477,7 +419,7 @@ def test_a_picture_of_any_size_is_small_enough_and_its_drawing_warns_of_nothing(
 
 def test_nothing_cannot_be_drawn():
     with pytest.raises(ValueError, match="no layer"):
-        history([[], []]).draw()
+        picture_of(history([[], []]))
 
 
 PLAIN = ["x" * 200, "W" * 200, "$a", "a\\b", "100%", "{x}", "<b>&amp;", "_x", "#", "a " * 9]
@@ -485,9 +427,9 @@ ODD = ["$a_b$", r"$\frac$", "a_b^c", "a\nb", "ä→β", "層"]  # may be drawn a
 
 
 def test_any_name_can_be_drawn():
-    heatmap = history([[with_error(name, 0.3, verdict="noisy") for name in [*PLAIN, *ODD]]] * 3)
+    whole = history([[with_error(name, 0.3, verdict="noisy") for name in [*PLAIN, *ODD]]] * 3)
     with without_warnings():
-        picture = heatmap.draw()
+        picture = picture_of(whole)
     assert picture.shape[0] <= 1400
     assert picture.shape[1] <= 1000
 
@@ -495,23 +437,23 @@ def test_any_name_can_be_drawn():
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ODD)
 def test_a_name_is_not_drawn_as_another_of_the_same_length(name):
-    picture = history([[with_error(name, 0.3)]]).draw()
-    other = history([[with_error("x" * len(name), 0.3)]]).draw()
+    picture = picture_of(history([[with_error(name, 0.3)]]))
+    other = picture_of(history([[with_error("x" * len(name), 0.3)]]))
     assert picture.shape != other.shape or (picture != other).any()
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["a", "x" * 28, "x" * 29, "W" * 200, "層" * 40])
 def test_nothing_is_cut_off_at_the_borders(name):
-    heatmap = history([[with_error(name, 0.3, verdict=verdict)] for verdict in VERDICTS], first_step=1_234_567)
-    picture = heatmap.draw()
+    whole = history([[with_error(name, 0.3, verdict=verdict)] for verdict in VERDICTS], first_step=1_234_567)
+    picture = picture_of(whole)
     for border in (picture[:, :4], picture[:, -4:], picture[:4], picture[-4:]):
         assert (border == 255).all()
 
 
 @pytest.mark.parametrize("num_windows", [1, 7, 30, 60])
 def test_the_steps_under_the_columns_stay_apart(num_windows):
-    picture = history([with_errors(layer=0.0)] * num_windows, first_step=1_234_567).draw()
+    picture = picture_of(history([with_errors(layer=0.0)] * num_windows, first_step=1_234_567))
     bottom = plot_of(picture)[0].stop
     ink = np.flatnonzero((picture[bottom + 3 : bottom + 18] < 128).any(axis=(0, 2)))
     labels = np.split(ink, np.flatnonzero(np.diff(ink) > 4) + 1)
@@ -522,12 +464,12 @@ def test_the_steps_under_the_columns_stay_apart(num_windows):
 @pytest.mark.slow
 def test_the_same_history_is_the_same_picture():
     first, second = worst_case(20, 30), worst_case(20, 30)
-    picture = first.draw()
-    np.testing.assert_array_equal(first.draw(), picture)
-    np.testing.assert_array_equal(second.draw(), picture)
-    resumed = Heatmap()
+    picture = picture_of(first)
+    np.testing.assert_array_equal(picture_of(first), picture)
+    np.testing.assert_array_equal(picture_of(second), picture)
+    resumed = History()
     resumed.load_state_dict(first.state_dict())
-    np.testing.assert_array_equal(resumed.draw(), picture)
+    np.testing.assert_array_equal(picture_of(resumed), picture)
 
 
 def test_a_cells_colour_is_that_of_its_error():
@@ -539,7 +481,7 @@ def test_a_cells_colour_is_that_of_its_error():
 
 
 def test_infinite_errors_are_darkest_and_unknown_ones_white():
-    picture = history([with_errors(known=0.0, infinite=INF, unknown=NAN)]).draw()
+    picture = picture_of(history([with_errors(known=0.0, infinite=INF, unknown=NAN)]))
     colors = cells(picture, 3, 1, x=0.1)[:, 0]
     assert (colors[2] == 255).all()
     assert not (colors[0] == 255).all()
@@ -550,9 +492,9 @@ def test_every_window_of_every_layer_has_its_cell():
     rng = np.random.default_rng(0)
     classes = rng.integers(0, 6, size=(17, 12))
     errors = np.array([0.01, 0.05, 0.15, 0.4, 1.0, 5.0])[classes]
-    heatmap = history([with_error(f"layer{i}", error) for i, error in enumerate(column)] for column in errors.T)
+    whole = history([with_error(f"layer{i}", error) for i, error in enumerate(column)] for column in errors.T)
     palette = level_colors()[[CLASSES.index(index) for index in range(6)]]
-    np.testing.assert_array_equal(cells(heatmap.draw(), 17, 12), palette[classes])
+    np.testing.assert_array_equal(cells(picture_of(whole), 17, 12), palette[classes])
 
 
 @pytest.mark.parametrize("vision", COLOR_VISION)
@@ -567,7 +509,7 @@ def test_a_letter_says_where_a_verdict_begins_and_stands_out_from_its_cell(error
     def window(verdict):
         return [layer("layer", running_mean=[error], verdict=verdict), with_error("other", 0.0)]
 
-    picture = history([window(verdict) for verdict in ("healthy", "noisy", "noisy", "lagging", "healthy")]).draw()
+    picture = picture_of(history([window(verdict) for verdict in ("healthy", "noisy", "noisy", "lagging", "healthy")]))
     plot = picture[plot_of(picture)]
     row = plot[3 : len(plot) // 2 - 3]
     width = plot.shape[1] // 5
@@ -582,7 +524,7 @@ def test_a_letter_says_where_a_verdict_begins_and_stands_out_from_its_cell(error
 
 def test_the_picture_of_healthy_layers_has_no_legend_of_verdicts():
     healthy, sick = history([with_errors(a=0.01)]), history([[with_error("a", 0.01, verdict="noisy")]])
-    assert (healthy.draw() != sick.draw()).any()
+    assert (picture_of(healthy) != picture_of(sick)).any()
 
 
 @pytest.fixture
@@ -603,21 +545,21 @@ def odd_settings():
 
 
 def test_settings_of_matplotlib_do_not_change_the_picture(request):
-    heatmap = worst_case(5, 7)
-    picture = heatmap.draw()
+    whole = worst_case(5, 7)
+    picture = picture_of(whole)
     request.getfixturevalue("odd_settings")
-    np.testing.assert_array_equal(heatmap.draw(), picture)
+    np.testing.assert_array_equal(picture_of(whole), picture)
 
 
 @pytest.mark.usefixtures("odd_settings")
 def test_drawing_leaves_the_settings_and_figures_of_the_user_and_all_random_states_as_they_are():
     fig, ax = plt.subplots()
-    heatmap = worst_case(5, 7)
+    whole = worst_case(5, 7)
     torch.manual_seed(3)
     before = dict(mpl.rcParams), plt.get_fignums(), plt.gcf(), plt.gca(), mpl.get_backend(), warnings.filters[:]
     states = random.getstate(), np.random.get_state(), torch.get_rng_state()
     try:
-        heatmap.draw()
+        picture_of(whole)
         after = dict(mpl.rcParams), plt.get_fignums(), plt.gcf(), plt.gca(), mpl.get_backend(), warnings.filters[:]
         assert after == before
         assert (plt.gcf(), plt.gca()) == (fig, ax)
@@ -629,25 +571,16 @@ def test_drawing_leaves_the_settings_and_figures_of_the_user_and_all_random_stat
 
 
 def test_drawing_changes_nothing_of_the_history():
-    heatmap = worst_case(5, 7)
-    before = heatmap.state_dict()
-    heatmap.draw()
-    after = heatmap.state_dict()
-    assert (after["rows"], after["steps"]) == (before["rows"], before["steps"])
-    np.testing.assert_array_equal(after["errors"], before["errors"])
-    np.testing.assert_array_equal(after["verdicts"], before["verdicts"])
+    whole = worst_case(5, 7)
+    before = whole.document()
+    picture_of(whole)
+    assert whole.document() == before
 
 
-def test_a_state_of_a_version_with_other_verdicts_in_another_order_keeps_the_verdicts_that_there_are() -> None:
-    heatmap = Heatmap()
-    heatmap.add(quick_report({"a": 0.5, "b": 0.2, "c": NAN}, {"a": "lagging", "b": "noisy"}), 1)
-    state = heatmap.state_dict()
-    names = ["an old one", *reversed(VERDICT_NAMES)]
-    indices = {index: names.index(name) for index, name in enumerate(VERDICT_NAMES)}
-    state["verdicts"] = torch.tensor([[indices[int(index)]] for index in state["verdicts"]], dtype=torch.uint8)
-    other = Heatmap()
-    other.load_state_dict(state | {"names": names})
-    assert other.state_dict()["verdicts"].tolist() == heatmap.state_dict()["verdicts"].tolist()
-    state["verdicts"][0] = 0
-    other.load_state_dict(state | {"names": names})
-    assert other.state_dict()["verdicts"][0] == len(VERDICT_NAMES)  # it is not known any more
+def test_a_flag_that_needs_attention_has_a_mark_of_its_own():
+    healthy = with_error("a", 0.01)
+    whole = history([[with_error("a", 0.01, flags=("never-updated",), needs_attention=True)]])
+    assert verdicts_of(whole) == [["never-updated"]]
+    picture, other = (plot[plot_of(plot)] for plot in (picture_of(whole), picture_of(history([[healthy]]))))
+    assert picture.shape == other.shape
+    assert (picture != other).any()

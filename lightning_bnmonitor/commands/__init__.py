@@ -1,0 +1,33 @@
+"""The command ``bnmonitor``, also ``python -m lightning_bnmonitor``. Needs neither torch nor Lightning."""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from lightning_bnmonitor.commands import show
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run the command with its arguments, those of the process if they are None.
+
+    Returns:
+        The exit status: 0; 1 if what was asked for is found to be so (``--fail-on``); 2 if it could not be done, with a
+        sentence on stderr.
+    """
+    parser = argparse.ArgumentParser("bnmonitor", description="What BatchNormMonitor has found in trainings.")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    show.add_to(commands)
+    chosen = parser.parse_args(arguments)
+    try:
+        status: int = chosen.run(chosen)
+        sys.stdout.flush()
+    except show.UnreadableError as error:
+        print(f"bnmonitor: {error}", file=sys.stderr)
+        return 2
+    except BrokenPipeError:  # whoever reads it has seen enough; Python itself would flush once more
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 0
+    return status

@@ -1,0 +1,117 @@
+"""The document of a run: what is kept of all its windows, in JSON's types, and how that becomes bytes and back.
+
+Numbers of all windows and layers are ``(W, L)`` arrays in base64: window after window, the layers in the model's order.
+Metrics are bfloat16, all high bytes before all low bytes, which compress better so. What else is in it is written by
+``report/history.py``.
+"""
+
+from __future__ import annotations
+
+import base64
+import json
+import zlib
+from collections.abc import Mapping
+from typing import Any, NamedTuple
+
+import numpy as np
+from numpy.typing import ArrayLike, NDArray
+
+FORMAT = 1
+"""The version of the format; another one is refused."""
+METRICS = ("eval_error", "noise", "val_error", "val_shift", "call_shift", "batch_jitter")
+"""What may be known of a layer in a window; what is known of none is absent."""
+ABSENT = 255
+"""In the place of a cause: the layer was not in that window."""
+ATTENTION = 128
+"""What is added to the cause of a layer that needs attention."""
+
+
+class Cells(NamedTuple):
+    """What is known of each layer in each window, ``(W, L)`` each."""
+
+    cause: NDArray[np.uint8]
+    """Index into the causes of the document, :data:`ABSENT` if the layer was not in that window."""
+    attention: NDArray[np.bool_]
+    """Whether it needed attention."""
+    metrics: dict[str, NDArray[np.float32]]
+    """Of :data:`METRICS` those that are known of any layer; NaN where it is not known."""
+
+
+def encode(document: Mapping[str, Any]) -> bytes:
+    """A document as compressed JSON.
+
+    Raises:
+        ValueError: If it contains numbers that JSON lacks.
+    """
+    text = json.dumps(document, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
+    return zlib.compress(text.encode(), 6)
+
+
+def decode(data: bytes) -> dict[str, Any]:
+    """The document that :func:`encode` has made.
+
+    Raises:
+        ValueError: If the bytes are no document, or one of another format.
+    """
+    try:
+        document = json.loads(zlib.decompress(data))
+    except (zlib.error, ValueError) as error:
+        raise ValueError(f"These are no data of lightning_bnmonitor, or they are damaged: {error}.") from error
+    if not isinstance(document, dict) or "format" not in document:
+        raise ValueError("These are no data of lightning_bnmonitor: they have no format.")
+    if document["format"] != FORMAT:
+        raise ValueError(
+            f"The data have format {document['format']!r}, and this version of lightning_bnmonitor reads format "
+            f"{FORMAT}: install the version that has written them, or a newer one."
+        )
+    return document
+
+
+def bfloat16(values: ArrayLike) -> NDArray[np.uint16]:
+    """The upper 16 bits of float32, rounded to the nearest, ties to even; NaN stays NaN."""
+    values = np.asarray(values, dtype=np.float32)
+    bits = values.view(np.uint32).astype(np.uint64)
+    rounded: NDArray[np.uint16] = ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
+    rounded[np.isnan(values)] = 0x7FC0
+    return rounded
+
+
+def as_float32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
+    """The numbers that :func:`bfloat16` has rounded to."""
+    values: NDArray[np.float32] = (bits.astype(np.uint32) << 16).view(np.float32)
+    return values
+
+
+def in_planes(bits: NDArray[np.uint16]) -> str:
+    """bfloat16 in base64: all high bytes, then all low bytes."""
+    flat = bits.ravel()
+    return packed(np.concatenate([(flat >> 8).astype(np.uint8), (flat & 0xFF).astype(np.uint8)]))
+
+
+def from_planes(text: str) -> NDArray[np.uint16]:
+    """What :func:`in_planes` was given, flat."""
+    pairs = np.ascontiguousarray(unpacked(text, np.uint8).reshape(2, -1).T)
+    return pairs.reshape(-1).view(">u2").astype(np.uint16)
+
+
+def packed(values: NDArray[Any]) -> str:
+    """The bytes of an array in base64; numbers of several bytes are little endian."""
+    return base64.b64encode(np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<")).tobytes()).decode()
+
+
+def unpacked(text: str, dtype: type[np.generic]) -> NDArray[Any]:
+    """The flat array that :func:`packed` was given."""
+    return np.frombuffer(base64.b64decode(text), dtype=np.dtype(dtype).newbyteorder("<"))
+
+
+def cells(document: Mapping[str, Any]) -> Cells:
+    """The arrays of a document.
+
+    Raises:
+        ValueError: If they have not as many windows and layers as the document.
+    """
+    shape = len(document["windows"]["step"]), len(document["layers"]["name"])
+    cause = unpacked(document["cause"], np.uint8).reshape(shape)
+    is_there = cause != ABSENT
+    metrics = {name: as_float32(from_planes(text)).reshape(shape) for name, text in document["metrics"].items()}
+    return Cells(np.where(is_there, cause & 127, ABSENT), is_there & (cause >= ATTENTION), metrics)
