@@ -96,6 +96,19 @@ def open_tab(page: Chrome, url: str, tab: str, minimum: int = 1, query: str = ""
     )
 
 
+def open_batchnorm(page: Chrome, url: str) -> None:
+    """Open our own tab, which is a frame, and wait until it shows layers by windows and one of the layers."""
+    page.get("about:blank")
+    page.get(f"{url}/#batchnorm")
+    wait = WebDriverWait(page, TIMEOUT)
+    wait.until(lambda page: page.find_elements(By.CSS_SELECTOR, "iframe"))
+    page.switch_to.frame(page.find_element(By.CSS_SELECTOR, "iframe"))
+    wait.until(
+        lambda page: page.find_elements(By.CSS_SELECTOR, "canvas") and page.find_elements(By.CSS_SELECTOR, "svg")
+    )
+    page.switch_to.default_content()
+
+
 def shoot(page: Chrome, path: Path) -> None:
     """Save a picture of what the page shows."""
     time.sleep(3)  # until cards have taken their room and lines are drawn
@@ -121,6 +134,10 @@ def main() -> None:
     page = browser(1560, 1190)
     try:
         with tensorboard(args.logdir / "synthetic") as url:
+            page.set_window_size(1280, 960)
+            open_batchnorm(page, url)
+            shoot(page, args.output / "batchnorm.png")
+            page.set_window_size(1560, 1190)
             open_tab(page, url, "timeseries", 6, f"tagFilter={quote(TAGS)}&smoothing=0")
             shoot(page, args.output / "tensorboard.png")
             page.set_window_size(1280, 860)

@@ -12,6 +12,7 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import numpy as np
+from numpy.typing import NDArray
 
 from lightning_bnmonitor.statistics.blocks import MAX_BLOCKS, Blocks
 from lightning_bnmonitor.statistics.channel_layout import ChannelLayout, FloatArray
@@ -72,6 +73,8 @@ class Sums(NamedTuple):
     """The part of it that a cubic in time is, ``(C,)``."""
     steps: FloatArray
     """Sum of squared differences between neighbouring blocks, ``(2, C)``."""
+    late_steps: FloatArray
+    """The part of it that is of the later half of the neighbours, ``(2, C)``."""
 
 
 def densities_of(blocks: Blocks) -> Densities:
@@ -99,9 +102,15 @@ def densities_of(blocks: Blocks) -> Densities:
     )
 
 
+def first_of_later(densities: Densities) -> NDArray[np.int64]:
+    """The first of the later half of the differences between neighbouring blocks, of each layer, ``(L,)``."""
+    first: NDArray[np.int64] = np.maximum(densities.num_blocks.astype(np.int64) - 1, 0) // 2
+    return first
+
+
 def sums_of(blocks: Blocks, densities: Densities, layout: ChannelLayout) -> Sums:
     """All sums that the analysis needs, in one pass over the blocks, layer by layer."""
-    weights = densities.weights
+    weights, first = densities.weights, first_of_later(densities)
     coefficients = np.stack(
         [
             np.broadcast_to(blocks.weight, weights.shape),
@@ -112,11 +121,12 @@ def sums_of(blocks: Blocks, densities: Densities, layout: ChannelLayout) -> Sums
         axis=2,
     )  # (2, L, 6, 16)
     sums, contrasts = np.empty((6, 2, layout.num_channels)), np.empty((3, layout.num_channels))
-    (within, steps), between = np.empty((2, 2, layout.num_channels)), np.empty(layout.num_channels)
+    (within, steps, late_steps), between = np.empty((3, 2, layout.num_channels)), np.empty(layout.num_channels)
     for layer, own in enumerate(layout.slices):
         num_blocks = int(densities.num_blocks[layer])
         if not num_blocks:
-            sums[..., own] = contrasts[:, own] = within[:, own] = steps[:, own] = between[own] = np.nan
+            sums[..., own] = contrasts[:, own] = between[own] = np.nan
+            within[:, own] = steps[:, own] = late_steps[:, own] = np.nan
             continue
         value = blocks.value[:num_blocks, :, own]
         for f in (MEAN, VAR):
@@ -124,12 +134,13 @@ def sums_of(blocks: Blocks, densities: Densities, layout: ChannelLayout) -> Sums
         blocks.m2[:num_blocks, :, own].sum(axis=0, out=within[:, own])
         step = value[1:] - value[:-1]
         np.square(step, out=step).sum(axis=0, out=steps[:, own])
+        step[first[layer] :].sum(axis=0, out=late_steps[:, own])
         difference = value[:, MEAN] - sums[1, MEAN, own]
         np.matmul(densities.cubic[layer, :, :num_blocks], difference, out=contrasts[:, own])
         np.matmul(weights[MEAN, layer, :num_blocks], np.square(difference, out=difference), out=between[own])
     weighted, reference, last, before, earlier, trend = sums
     smooth = np.square(contrasts, out=contrasts).sum(axis=0)
-    return Sums(weighted, reference, last, before, earlier, trend, within, between, smooth, steps)
+    return Sums(weighted, reference, last, before, earlier, trend, within, between, smooth, steps, late_steps)
 
 
 def squares_of(densities: Densities, sums: Sums, layout: ChannelLayout) -> FloatArray:

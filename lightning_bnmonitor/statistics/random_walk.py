@@ -8,7 +8,9 @@ has of the walk :math:`u \sigma^2` a batch in it, :math:`u = \sum (K^2 - 1) / (6
 
 .. math:: \sigma^2 = \frac{\sum D^2 - V (1 / G + 1 / G')}{\sum 1 + q_K + q_{K'} - u (1 / K + 1 / K')},
 
-with (2 K - 1) / 3 for each pair of equal blocks below. The lag of an average with momentum m behind the last batch is
+with (2 K - 1) / 3 for each pair of equal blocks below. It is taken over the later half of the neighbours, too, and the
+smaller counts: what moved early in a window, as in a first epoch, is forgotten at its end. The lag of an average with
+momentum m behind the last batch is
 :math:`e_t = (1 - m)(e_{t-1} - \sigma \xi_t)`, and where it is stationary
 
 .. math:: E_\text{walk}^2 = \operatorname{E} e^2 = \sigma^2 \frac{(1 - m)^2}{m (2 - m)}.
@@ -34,7 +36,7 @@ import numpy as np
 
 from lightning_bnmonitor.statistics.blocks import Blocks
 from lightning_bnmonitor.statistics.channel_layout import BoolArray, ChannelLayout, FloatArray
-from lightning_bnmonitor.statistics.contrasts import Densities, Sums
+from lightning_bnmonitor.statistics.contrasts import Densities, Sums, first_of_later
 from lightning_bnmonitor.statistics.noise import NoiseModel
 
 WALK_SPREAD = 1.5
@@ -67,15 +69,21 @@ def walk_error(
     """
     batches, weights = blocks.num_batches, densities.weights
     is_pair = batches[:, 1:] > 0
-    in_noise = _of_neighbours(1 / weights, is_pair)
+    is_late = is_pair & (np.arange(is_pair.shape[1]) >= first_of_later(densities)[:, None])
+    in_noise = 1 / weights
     inner = (batches - 1) * (2 * batches - 1) / (6 * batches)
     in_scale = np.where(batches > 0, batches**2 - 1, 0).sum(axis=1) / (6 * densities.dof)
-    extent = _of_neighbours(0.5 + inner - in_scale[:, None] / batches, is_pair)
+    extent = 0.5 + inner - in_scale[:, None] / batches
 
-    by_chance = noise.error(in_noise, unit) ** 2
-    excess = layout.mean(sums.steps / unit**2).sum(axis=0) - by_chance
+    def beyond_chance(steps: FloatArray, of: BoolArray) -> tuple[FloatArray, FloatArray]:
+        by_chance = noise.error(_of_neighbours(in_noise, of), unit) ** 2
+        return layout.mean(steps / unit**2).sum(axis=0) - by_chance, by_chance
+
+    excess, by_chance = beyond_chance(sums.steps, is_pair)
     is_chance = excess <= _STANDARD_ERRORS * np.sqrt(3 / is_pair.sum(axis=1)) * by_chance
-    variance = np.where(is_chance, 0, excess / extent)
+    late_excess, _ = beyond_chance(sums.late_steps, is_late)
+    variance = np.minimum(excess / _of_neighbours(extent, is_pair), late_excess / _of_neighbours(extent, is_late))
+    variance = np.where(is_chance, 0, np.maximum(variance, 0))
     error: FloatArray = np.sqrt(variance / (momentum * (2 - momentum))) * (1 - momentum)
     return error
 

@@ -369,19 +369,25 @@ def walk_error(blocks, weights, block_mean, noise_scale, unit, momentum):
     def square(values):
         return mean_of(values[0] / unit[0] ** 2) + mean_of(values[1] / unit[1] ** 2)
 
-    differences = by_chance = extent = 0.0
-    for one, other in pairwise(blocks):
-        differences += square((block_mean[:, other[0]] - block_mean[:, one[0]]) ** 2)
-        added = 1 / weights[:, one].sum(axis=1) + 1 / weights[:, other].sum(axis=1)
-        by_chance += square(noise_scale * added[:, None])
-        extent += ((steps[other].mean(axis=0) - steps[one].mean(axis=0)) ** 2).sum()
-        extent -= inner * (1 / len(one) + 1 / len(other))
-    if len(blocks) == 1 or np.isnan(by_chance):
+    def sums(pairs):
+        differences = by_chance = extent = 0.0
+        for one, other in pairs:
+            differences += square((block_mean[:, other[0]] - block_mean[:, one[0]]) ** 2)
+            added = 1 / weights[:, one].sum(axis=1) + 1 / weights[:, other].sum(axis=1)
+            by_chance += square(noise_scale * added[:, None])
+            extent += ((steps[other].mean(axis=0) - steps[one].mean(axis=0)) ** 2).sum()
+            extent -= inner * (1 / len(one) + 1 / len(other))
+        return differences - by_chance, by_chance, extent
+
+    pairs = list(pairwise(blocks))
+    excess, by_chance, extent = sums(pairs)
+    if not pairs or np.isnan(by_chance):
         return np.nan
-    excess = differences - by_chance
-    if excess <= 3 * np.sqrt(3 / (len(blocks) - 1)) * by_chance:
+    if excess <= 3 * np.sqrt(3 / len(pairs)) * by_chance:
         return 0.0
-    return np.sqrt(excess / extent * (1 - momentum) ** 2 / (1 - (1 - momentum) ** 2))
+    late_excess, _, late_extent = sums(pairs[len(pairs) // 2 :])
+    variance = max(min(excess / extent, late_excess / late_extent), 0)
+    return np.sqrt(variance * (1 - momentum) ** 2 / (1 - (1 - momentum) ** 2))
 
 
 def reference_error(observed, dof, num_samples):

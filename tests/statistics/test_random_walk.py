@@ -65,6 +65,16 @@ def test_the_net_movement_of_a_window_does_not_matter():
     assert told == pytest.approx((one_way.walk_error * unit_of(one_way)[0].mean()) ** 2, rel=0.35)
 
 
+@pytest.mark.parametrize("is_early", [True, False])
+def test_what_moved_early_and_has_settled_is_forgotten(is_early):
+    rng = np.random.default_rng(6)
+    walk = np.cumsum(rng.normal(0.0, 0.15, (64, 64)), axis=0)
+    path = np.concatenate([walk, np.broadcast_to(walk[-1], (64, 64))][:: 1 if is_early else -1])
+    layer = Layer(64, windows=[[Call(rng.normal(center, 1.0, (128, 64)), 0.1) for center in path]])
+    (analysis,) = assert_as_defined([layer])
+    assert analysis.walk_error < 0.03 if is_early else analysis.walk_error > 0.1
+
+
 def test_an_average_that_is_the_last_batch_is_not_behind_it():
     layer, _ = walking(np.random.default_rng(4), 0.2, "mean", 1.0, 64, 32)
     (analysis,) = analyses([layer])
