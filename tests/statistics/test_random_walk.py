@@ -68,8 +68,8 @@ def test_the_net_movement_of_a_window_does_not_matter():
 @pytest.mark.parametrize("is_early", [True, False])
 def test_what_moved_early_and_has_settled_is_forgotten(is_early):
     rng = np.random.default_rng(6)
-    walk = np.cumsum(rng.normal(0.0, 0.15, (64, 64)), axis=0)
-    path = np.concatenate([walk, np.broadcast_to(walk[-1], (64, 64))][:: 1 if is_early else -1])
+    walk = np.cumsum(rng.normal(0.0, 0.15, (48, 64)), axis=0)
+    path = np.concatenate([walk, np.broadcast_to(walk[-1], (80, 64))][:: 1 if is_early else -1])
     layer = Layer(64, windows=[[Call(rng.normal(center, 1.0, (128, 64)), 0.1) for center in path]])
     (analysis,) = assert_as_defined([layer])
     assert analysis.walk_error < 0.03 if is_early else analysis.walk_error > 0.1
