@@ -96,16 +96,14 @@ def open_tab(page: Chrome, url: str, tab: str, minimum: int = 1, query: str = ""
     )
 
 
-def open_batchnorm(page: Chrome, url: str) -> None:
-    """Open our own tab, which is a frame, and wait until it shows layers by windows and one of the layers."""
+def open_batchnorm(page: Chrome, url: str, layer: str) -> None:
+    """Open our own tab, which is a frame, with a layer selected, and wait until it shows that."""
     page.get("about:blank")
-    page.get(f"{url}/#batchnorm")
+    page.get(f"{url}/#batchnorm&p.batchnorm.show={quote(f'layer={layer}')}")
     wait = WebDriverWait(page, TIMEOUT)
     wait.until(lambda page: page.find_elements(By.CSS_SELECTOR, "iframe"))
     page.switch_to.frame(page.find_element(By.CSS_SELECTOR, "iframe"))
-    wait.until(
-        lambda page: page.find_elements(By.CSS_SELECTOR, "canvas") and page.find_elements(By.CSS_SELECTOR, "svg")
-    )
+    wait.until(lambda page: page.find_elements(By.XPATH, f'//h2[text()="{layer}"]'))
     page.switch_to.default_content()
 
 
@@ -135,7 +133,7 @@ def main() -> None:
     try:
         with tensorboard(args.logdir / "synthetic") as url:
             page.set_window_size(1280, 960)
-            open_batchnorm(page, url)
+            open_batchnorm(page, url, "stem.1")
             shoot(page, args.output / "batchnorm.png")
             page.set_window_size(1560, 1190)
             open_tab(page, url, "timeseries", 6, f"tagFilter={quote(TAGS)}&smoothing=0")
