@@ -59,7 +59,7 @@ def client(load_fast, logdir):
         def get_url(self):
             return ""
 
-    board = program.TensorBoard(plugins=[*default.get_plugins(), Loader], server_class=Server)
+    board = program.TensorBoard(plugins=default.get_plugins(), server_class=Server)
     board.configure(argv=["", f"--logdir={logdir}", f"--load_fast={load_fast}", "--reload_interval=1"])
     board._make_server()
     client = Client(*apps)
