@@ -179,6 +179,7 @@ def test_what_cannot_be_made_does_not_end_the_run_and_all_else_is_logged(tmp_pat
         def on_train_end(self, trainer, pl_module):
             monkeypatch.setattr(owner, name, fail)
 
+    monkeypatch.setattr(dashboard, "_SHARE", 0.0)  # what is not the first is made at the end
     logger, files = board(tmp_path), LikeMlflow()
     with pytest.warns(UserWarning, match=f"The BatchNorm {what} could not be made: Broken"):
         fit([logger, files], Spoil(), BatchNormMonitor())
