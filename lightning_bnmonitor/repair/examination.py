@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import nn
 
-from lightning_bnmonitor.arguments import as_patterns, check_num_batches
+from lightning_bnmonitor.arguments import as_patterns, check_positive_or_auto
 from lightning_bnmonitor.repair.fixed_weights import NumBatches, OnePass, agreement, without_gradients
 from lightning_bnmonitor.repair.passes import Forward, forward_of, run, training_only
 from lightning_bnmonitor.repair.selection import FROZEN, check_initialised, select
@@ -82,7 +82,7 @@ def examine(
         (('never-updated',), 3.0)
     """
     names = as_patterns("include", include), as_patterns("exclude", exclude)
-    check_num_batches("num_batches", num_batches)
+    check_positive_or_auto("num_batches", num_batches, or_none=True)
     found, how = find_layers(model, *names), forward or forward_of
     check_initialised(found)
     if not found:
