@@ -97,8 +97,9 @@ def examine(
         with agreement(together), training_only(model, in_training), generators_as_before(batches), seen.counting():
             count = run(model, seen.steps(batches, num_batches), how)
         report = seen.report()
-        if not count and not any(layer.num_samples for layer in report.values()):
-            raise ValueError("`batches` gave no batch: nothing was examined.")
+        # Several ranks do the same, though they may not have as many batches.
+        if not any(layer.num_samples for layer in report.values()) and (together or not count):
+            raise ValueError("`batches` gave no batch that a BatchNorm layer received: nothing was examined.")
         if evaluation is not None:
             with agreement(together), training_only(model, ()), generators_as_before(evaluation), seen.evaluating():
                 count = run(model, evaluation, how, "evaluation")

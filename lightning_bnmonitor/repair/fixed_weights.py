@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -27,6 +27,7 @@ from lightning_bnmonitor.tracking.measurement import LayerState
 from lightning_bnmonitor.tracking.recorder import Recorder
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 from lightning_bnmonitor.tracking.validation import with_validation
+from lightning_bnmonitor.tracking.windows import Windows
 
 NumBatches = int | Literal["auto"] | None
 """At most so many batches; all; or as many as make the noise of their statistics negligible."""
@@ -131,18 +132,21 @@ class OnePass:
                     "Argument `exclude` leaves it alone."
                 )
 
-    def report(self, are_averaged: bool = False) -> Report:
-        """Compare the running statistics as they are now with what was received.
+    def report(self) -> Report:
+        """The running statistics as they are now, from before the pass, against what was received."""
+        self._recorder.flush()
+        report = compare(*self._seen, False, self._together, self._as_known)
+        return Report(report.values(), report.rank, self._remarks(report))
+
+    def report_of_averages(self, together: bool) -> Report:
+        """The running statistics as they are now, the average of what was received, against that.
 
         Args:
-            are_averaged: Whether the running statistics are the average of what was received, rather than older.
+            together: Whether all ranks call this, if they do the same at all.
         """
-        self._recorder.flush()
-        layers, windows = self._recorder.layers, self._recorder.windows
-        if are_averaged:
-            return compare(layers, windows, are_averaged, self._together)
-        report = compare(layers, windows, are_averaged, self._together, self._as_known)
-        return Report(report.values(), report.rank, self._remarks(report))
+        for layer in self._recorder.layers:
+            layer.counts = layer.counts._replace(last_num_samples=0)  # which is in them as any other
+        return compare(*self._seen, True, self._together and together)
 
     def with_evaluation(self, report: Report) -> Report:
         """A report with what was received in the evaluation."""
@@ -160,6 +164,10 @@ class OnePass:
             f"error of {noise:.2g} at most (in `{worst}`){self._why_no_more}."
         )
 
+    @property
+    def _seen(self) -> tuple[Sequence[TrackedLayer], Windows]:
+        return self._recorder.layers, self._recorder.windows
+
     def _look(self) -> tuple[float, float, bool]:
         """How noisy the statistics are in the worst layer, of how many samples, and whether there are no more.
 
@@ -169,7 +177,7 @@ class OnePass:
             raise OtherRankError
         is_over = collectives.all_succeeded(self.has_ended) if self._together else self.has_ended
         self._recorder.flush()
-        noise, num_samples = precision(self._recorder.layers, self._recorder.windows, self._together)
+        noise, num_samples = precision(*self._seen, self._together)
         return noise, num_samples, is_over
 
     def _remarks(self, report: Report) -> Iterator[str]:

@@ -230,7 +230,7 @@ def recalibrate_layers(
         with old.restored_on_error():
             for layer, stats in new.items():
                 write_stats(layer, stats)
-            after = _only(seen.report(are_averaged=True), layers)
+            after = _only(seen.report_of_averages(bool(used)), layers)
             if isinstance(num_batches, int) and count < num_batches:
                 warnings.warn(
                     f"`batches` gave {count} batches, not the {num_batches} of `num_batches`: the running statistics "

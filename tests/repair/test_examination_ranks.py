@@ -112,6 +112,16 @@ def failing(scenario: str, rank: int) -> dict[str, Any]:
     return {"error": told, "here": here}
 
 
+def reached_by_none(rank: int) -> str:
+    """No layer is called, and one rank has no batch."""
+    model = network()
+    everything = Everything(model)
+    with pytest.raises(ValueError, match="gave no batch that a BatchNorm layer received") as caught:
+        examine(model, share(rank, 3 * rank), share(rank, 3), forward=lambda model, batch: None)
+    everything.assert_same()
+    return str(caught.value)
+
+
 def recalibrated(rank: int) -> dict[str, Any]:
     model = network()
     result = recalibrate(model, share(rank, 400), num_batches="auto")
@@ -129,6 +139,7 @@ def run_rank(rank: int, folder: str) -> None:
     )
     results: dict[str, Any] = {name: examined(name, rank, num[rank]) for name, num in LENGTHS.items()}
     results |= {name: failing(name, rank) for name in FAILURES}
+    results["reached by none"] = reached_by_none(rank)
     results["recalibrated"] = recalibrated(rank)
     results["alone"] = examine(network(), share(rank, 9), all_ranks=False)["0"].num_batches
     Path(folder, f"{rank}.pickle").write_bytes(pickle.dumps(results))
@@ -194,6 +205,10 @@ def test_if_one_fails_both_raise_and_both_models_are_as_they_were(
             assert "on purpose" in told["error"] or "the disk is gone" in told["error"]
         else:
             assert "Another rank could not run its batches" in told["error"]
+
+
+def test_if_no_data_reach_a_layer_both_raise(both_ranks: list[dict[str, Any]]) -> None:
+    assert both_ranks[0]["reached by none"] == both_ranks[1]["reached by none"]
 
 
 def test_recalibrate_takes_as_many_on_both_and_writes_the_statistics_of_all(both_ranks: list[dict[str, Any]]) -> None:
