@@ -174,8 +174,8 @@ def test_event_files_without_our_data(capsys, tmp_path):
 
 
 def test_data_of_another_version(capsys, tmp_path):
-    write(tmp_path / "newer", history(GOOD), format=2)
-    assert_refused(capsys, tmp_path, "newer: The data have format 2", "install")
+    write(tmp_path / "newer", history(GOOD), format=3)
+    assert_refused(capsys, tmp_path, "newer: The data have format 3", "install")
 
 
 def test_a_run_without_layers(capsys, tmp_path):
@@ -186,17 +186,23 @@ def test_a_run_without_layers(capsys, tmp_path):
 
 
 def test_data_that_lack_what_they_should_have(capsys, tmp_path):
-    for name, document in (("a", {"format": 1}), ("b", {**history(GOOD).document(), "cause": "AAAA"})):
+    for name, document in (("a", {"format": 2}), ("b", {**history(GOOD).document(), "cause": "AAAAA"})):
         writer = SummaryWriter(str(tmp_path / name))
 
         writer.file_writer.add_summary(summary(HISTORY, encode(document)), 1)
         writer.file_writer.add_summary(summary(HISTORY + "/z", b"no data"), 1)
         writer.close()
-    assert_refused(capsys, tmp_path, "a: Its data are damaged", "b: ", "(z): These are no data of lightning_bnmonitor")
+    assert_refused(
+        capsys,
+        tmp_path,
+        "a: Its data are damaged",
+        "b: Its data are damaged",
+        "(z): These are no data of lightning_bnmonitor",
+    )
 
 
 def test_one_run_that_cannot_be_read_hides_no_other_and_is_told_of(capsys, logdir):
-    write(logdir / "newer", history(GOOD), format=2)
+    write(logdir / "newer", history(GOOD), format=3)
     status, output, errors = shown(capsys, logdir, "--fail-on", "unhealthy")
     assert status == 2
     assert "run 10, step 30" in output

@@ -36,7 +36,7 @@ def logdir(load_fast, tmp_path_factory):
         write(folder / name, history(windows))
     write(folder / "two", history(GOOD), history(SICK, prefix="z"))
     write(folder / "z alone", history(SICK, prefix="z"))
-    write(folder / "newer", history(GOOD), format=2)
+    write(folder / "newer", history(GOOD), format=3)
     write(folder / "without")
     return folder
 
@@ -108,10 +108,10 @@ def test_a_history_is_the_newest_document_of_its_run(client, run, encoding):
 
 
 def test_a_document_of_a_newer_format_is_handed_on_for_the_page_to_say_so(client):
-    assert asked(client, "history", run="newer").json["format"] == 2
+    assert asked(client, "history", run="newer").json["format"] == 3
     answer = asked(client, "channels", run="newer", layer="stem")
     assert answer.status_code == 404
-    assert "format 2" in answer.json["error"]
+    assert "format 3" in answer.json["error"]
 
 
 @pytest.mark.parametrize("layer", ODD_NAMES)

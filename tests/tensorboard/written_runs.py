@@ -7,7 +7,7 @@ from pathlib import Path
 from torch.utils.tensorboard import SummaryWriter
 
 from lightning_bnmonitor import Report
-from lightning_bnmonitor.page.document import encode
+from lightning_bnmonitor.page.document import FORMAT, encode
 from lightning_bnmonitor.report.history import History
 from lightning_bnmonitor.tensorboard.events import CHANNELS, HISTORY, summary, tag
 from tests.report.made_reports import with_error
@@ -34,7 +34,7 @@ GOOD = {10: {"stem": 0.5, "head": 0.25}, 20: {"stem": 0.03125, "head": 0.0625}}
 SICK = {10: {"stem": 0.03125, "head": 0.0}, 20: {"stem": 0.25, "head": 0.0}, 30: {"head": 0.0, "stem": 1.0}}
 
 
-def write(folder: Path, *histories: History, format: int = 1) -> Path:
+def write(folder: Path, *histories: History, format: int = FORMAT) -> Path:
     """Event files of a folder with the documents of histories, of whatever format. Returns the newest."""
     writer = SummaryWriter(str(folder))
     for made in histories:
