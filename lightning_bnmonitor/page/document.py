@@ -59,7 +59,7 @@ def decode(data: bytes) -> dict[str, Any]:
         ValueError: If the bytes are no document, or one of another format.
     """
     try:
-        document = json.loads(zlib.decompress(data))
+        document: dict[str, Any] = json.loads(zlib.decompress(data))
     except (zlib.error, ValueError) as error:
         raise ValueError(f"These are no data of lightning_bnmonitor, or they are damaged: {error}.") from error
     if not isinstance(document, dict) or "format" not in document:
@@ -99,7 +99,7 @@ def as_float32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
 
 
 def with_digits(bits: NDArray[np.uint16], digits: int) -> NDArray[np.uint16]:
-    """bfloat16 rounded to fewer binary digits after the first, of its 7: to within ``2 ** -(digits + 1)`` of each."""
+    """bfloat16 rounded to fewer binary digits after the first, 1 to 7: to within ``2 ** -(digits + 1)`` of each."""
     dropped = MOST_DIGITS - digits
     half = np.uint16(1 << dropped >> 1)
     rounded: NDArray[np.uint16] = (bits + half) >> dropped << dropped

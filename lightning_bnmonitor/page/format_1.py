@@ -1,6 +1,6 @@
 """Documents of format 1, of version 0.5.0: how they become those of today.
 
-There, arrays were bytes in base64: metrics bfloat16, all high bytes before all low ones; channels little endian float32.
+Its arrays were bytes in base64: metrics bfloat16, all high bytes before all low ones; channels little endian float32.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ def upgraded(document: dict[str, Any]) -> dict[str, Any]:
 
 def _upgraded(name: str, part: Any) -> Any:
     if name == "cause" and isinstance(part, str):
-        return packed(np.frombuffer(base64.b64decode(part), dtype=np.uint8).astype(np.uint32) << 24)
+        return packed(np.frombuffer(base64.b64decode(part), dtype=np.uint8))
     if name == "metrics":
         return {metric: _of_planes(text) for metric, text in part.items()}
     if name == "values":
@@ -38,5 +38,5 @@ def _upgraded(name: str, part: Any) -> Any:
 
 
 def _of_planes(text: str) -> str:
-    high, low = np.frombuffer(base64.b64decode(text), dtype=np.uint8).reshape(2, -1).astype(np.uint32)
-    return packed(high << 24 | low << 16)
+    high, low = np.frombuffer(base64.b64decode(text), dtype=np.uint8).reshape(2, -1).astype(np.uint16)
+    return packed(np.bitwise_or(high << 8, low, dtype=np.uint16))

@@ -6,6 +6,8 @@ a character has bits of one number alone. What is zero in all of them at the end
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 from numpy.typing import NDArray
 
@@ -15,9 +17,9 @@ _CODES[_ALPHABET] = np.arange(64, dtype=np.uint64)
 _SHIFTS = (30, 24, 18, 12, 6, 0)  # of each six bits, where four zeros are behind the 32 bits of a number
 
 
-def packed(words: NDArray[np.uint32]) -> str:
-    """Numbers of 32 bits as text."""
-    flat = words.ravel().astype(np.uint64) << 4
+def packed(numbers: NDArray[np.unsignedinteger[Any]]) -> str:
+    """Numbers of 32, 16 or 8 bits as text: the upper ones of 32."""
+    flat = numbers.ravel().astype(np.uint64) << (36 - 8 * numbers.itemsize)
     planes = [(flat >> shift & 63).astype(np.uint8) for shift in _SHIFTS]
     while planes and not planes[-1].any():
         planes.pop()

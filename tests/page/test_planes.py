@@ -39,5 +39,5 @@ def test_what_is_zero_in_all_of_them_at_the_end_takes_no_room(words):
 
 @pytest.mark.parametrize(("text", "count"), [("AAA", 2), ("A", 0), ("Ä", 3)])
 def test_a_text_of_another_number_of_numbers_is_refused(text, count):
-    with pytest.raises(ValueError, match="damaged: [1-3] characters"):
+    with pytest.raises(ValueError, match=r"damaged: [1-3] characters"):
         planes.unpacked(text, count)
