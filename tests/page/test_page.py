@@ -241,7 +241,7 @@ class TestPanel:
             const chart = document.querySelectorAll(".panel .charts")[1]?.querySelector(".chart");
             if (!chart) return null;
             const points = path =>
-                path.getAttribute("d").match(/[ML][^MLh]+/g).map(p => p.slice(1).split(" ").map(Number));
+                path.getAttribute("d").match(/[ML][^MLhV]+/g).map(p => p.slice(1).split(" ").map(Number));
             const [a, b] = points(chart.querySelector(".line")), dots = points(chart.querySelector(".dots"));
             const slope = (b[1] - a[1]) / (b[0] - a[0]);
             return Math.max(...dots.map(([x, y]) => Math.abs(y - (a[1] + slope * (x - a[0])))));

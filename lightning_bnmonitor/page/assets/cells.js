@@ -74,7 +74,7 @@ function drawMarks(context, place, series, middle) {
 		const value = series.values[column];
 		const color = colorOf(value, pane.isDifference) ?? css("--page");
 		context.fillStyle = inkOn(color);
-		if (place.column >= NUMBER && !Number.isNaN(value)) {
+		if (place.column >= NUMBER && !isNaN(value)) {
 			context.textAlign = "right";
 			context.fillText(brief(value, pane.isDifference), columnEdge(place, column + 1) - 7, middle);
 		}

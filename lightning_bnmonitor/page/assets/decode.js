@@ -17,7 +17,6 @@ const CODES = new Uint8Array(128);
 /** What cannot be shown, in words for the reader. */
 export class Unreadable extends Error {}
 
-/** All that is remembered of a run's windows. */
 export class Run {
 	#metrics = new Map();
 	#causes = new Map();
@@ -44,7 +43,6 @@ export class Run {
 		return this.values(metric)[window * this.names.length + layer] ?? NaN;
 	}
 
-	/** A metric of a layer over all windows. */
 	course(metric, layer) {
 		return this.steps.map((_, window) => this.value(metric, window, layer));
 	}
@@ -65,7 +63,6 @@ export class Run {
 		return this.#causes.get(layer);
 	}
 
-	/** Whether a layer needs attention in a window. */
 	needsAttention(window, layer) {
 		const cell = this.cells[window * this.names.length + layer];
 		return cell !== ABSENT && cell >= ATTENTION;
@@ -106,10 +103,10 @@ export class Run {
 }
 
 /** The larger of two numbers, where NaN is none. */
-export const larger = (a, b) => (a >= b || Number.isNaN(b) ? a : b);
+export const larger = (a, b) => (a >= b || isNaN(b) ? a : b);
 
 /** A number to sort by: NaN below all others. */
-export const orBelow = (value) => (Number.isNaN(value) ? -Infinity : value);
+export const orBelow = (value) => (isNaN(value) ? -Infinity : value);
 
 /** One of a layer's sets of channels, as arrays; null if there is none. */
 export function channelsOf(set) {

@@ -16,7 +16,6 @@ export function outerWindow() {
 export class Host {
 	#port = null;
 	#answer = () => {};
-	/** Called whenever TensorBoard has reloaded its data. */
 	onReload = () => {};
 
 	constructor() {
@@ -58,7 +57,6 @@ export class Address {
 		this.window = this.outer ?? window;
 	}
 
-	/** The text that was kept. */
 	read() {
 		const hash = this.window.location.hash.slice(1);
 		if (!this.outer) return hash;
@@ -81,7 +79,6 @@ export class Address {
 		}
 	}
 
-	/** Call back when the reader changes the address. */
 	onChange(callback) {
 		this.window.addEventListener("hashchange", callback);
 	}

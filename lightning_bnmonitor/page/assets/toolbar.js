@@ -35,7 +35,6 @@ export class Toolbar {
 		this.legend = el("div.legend");
 	}
 
-	/** Show what there is to choose from. */
 	update(run, others, names, isCompared) {
 		const { state } = this;
 		const choose = (key) => (value) => state.set({ [key]: value });
@@ -50,7 +49,6 @@ export class Toolbar {
 		[this.depth.value, this.versus.value] = [state.depth, state.versus];
 	}
 
-	/** Fill the lists. */
 	#offer(run, others, names) {
 		const option = (value, label) => el("option", { value }, label);
 		const group = (label, options) => (options.length ? [el("optgroup", { label }, options)] : []);
