@@ -15,7 +15,7 @@ export function drawChannels(encoded, width) {
 	if (!set?.index.length) return [];
 	const { values: v, course, index, of } = set;
 	const half = Math.max(Math.floor((width - 16) / 2), 180);
-	const all = index.length < of ? `the ${whole(index.length)} worst of ${count(of, "channel")}` : count(of, "channel");
+	const all = `${index.length < of ? `the ${whole(index.length)} worst of ` : ""}${count(of, "channel")}`;
 	const stdErrors = v.stderr_var?.map((error, i) => error / Math.sqrt(v.running_var[i])); // two of them: 2·error / (2·std)
 	const pair = (names, means, stds, errors, badness, color) => [
 		scatter(half, index, [`${names[0]} mean`, means[0]], [`${names[1]} mean`, means[1]], errors?.[0], badness, color),
@@ -79,15 +79,15 @@ function drawCourse(width, { course, index, values }, moment, transform) {
 	const ys = course[moment].map(transform);
 	const [exact, running, stderr] = [of("exact"), of("running"), values[`stderr_${moment}`]?.[at]];
 	const error = (moment === "mean" ? 2 * stderr : stderr / running) || 0;
+	const both = [0, ends.at(-1)];
 	const chart = new Chart({
 		width,
 		height: HEIGHT,
-		x: (pixels) => linear([0, ends.at(-1)], pixels),
+		x: (pixels) => linear(both, pixels),
 		y: (pixels) => linear(extent([...ys, exact, running - error, running + error]), pixels),
 		xLabel: "batch in the window",
 		yLabel: `batch ${label}`,
 	});
-	const both = [0, ends.at(-1)];
 	chart.band(both, [running - error, running - error], [running + error, running + error]);
 	chart.line(both, [exact, exact], { color: css("--quiet"), width: 1, dash: "2 3" });
 	chart.line(both, [running, running], { color: lineColor("eval_error"), dash: "6 4" });

@@ -98,10 +98,9 @@ export class Chart {
 		return this.#stroke(kind, known.map((i) => `M${this.#point(xs[i], lows[i])}V${this.y(highs[i]).toFixed(1)}`).join(""), style);
 	}
 
-	/** A horizontal line with a word at its right end. */
 	level(value, text) {
 		const at = this.y(value);
-		return this.#line("level", this.left, at, this.right, at).#text("tick", this.right, at - 3, text, "end");
+		return this.#line("level", this.left, at, this.right, at).#text("tick", this.right - 4, at - 3, text, "end");
 	}
 
 	cursor(value) {

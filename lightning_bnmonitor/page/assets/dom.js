@@ -3,7 +3,6 @@
 /** An HTML element: "tag.class", properties ("on…": listeners, "style": CSS) or none, children. */
 export const el = (tag, ...rest) => filled(document.createElement(tag.split(".")[0]), tag, rest);
 
-/** An SVG element; see `el`. */
 export const svg = (tag, ...rest) => filled(document.createElementNS("http://www.w3.org/2000/svg", tag.split(".")[0]), tag, rest);
 
 /** A row of a table: names of cells' classes, or "", and what is in them. */

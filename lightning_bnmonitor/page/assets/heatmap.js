@@ -10,7 +10,6 @@ import { describeCell } from "./tooltip.js";
 const WIDEST = 88; // pixels of a column
 const HEIGHTS = [32, 28, 22, 18]; // of a row
 const NAME_SHARE = 0.36; // of the width at most
-const HEAD = 22; // pixels of the panes' titles
 const HELP = "Heatmap: arrow keys select, Enter folds modules, Escape takes back";
 
 /** Shows what `update` is given; actions: `select(row, step)`, `fold(row, outer)`, `unselect()`. */
@@ -85,7 +84,7 @@ export class Heatmap {
 		const width = this.scroller.clientWidth;
 		if (!rows.length) this.labels.replaceChildren();
 		if (!width) return;
-		const room = this.element.clientHeight - this.axis.offsetHeight - (this.heads.hidden ? 0 : HEAD);
+		const room = this.element.clientHeight - this.axis.offsetHeight - this.heads.offsetHeight;
 		this.rowHeight = HEIGHTS.find((each) => rows.length * each <= room) ?? HEIGHTS.at(-1);
 		this.body.style.height = this.spacer.style.height = `${rows.length * this.rowHeight}px`;
 		this.#measured = this.#size;

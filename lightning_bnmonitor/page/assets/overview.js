@@ -10,18 +10,18 @@ export class Overview {
 		this.scroller = scroller;
 		this.canvas = el("canvas");
 		this.seen = el("div.seen");
-		this.element = el("div.overview", { title: "All layers, by their last value: click to go there" }, this.canvas, this.seen);
-		this.element.addEventListener("click", ({ clientY }) => {
+		const onclick = ({ clientY }) => {
 			const { top, height } = this.element.getBoundingClientRect();
 			scroller.scrollTop = ((clientY - top) / height) * scroller.scrollHeight - height / 2;
-		});
+		};
+		this.element = el("div.overview", { title: "All layers, by their last value: click to go there", onclick }, this.canvas, this.seen);
 	}
 
 	/** Draw all rows, the worst last, which is seen where they share pixels; hidden if all are in sight. */
 	update(rows, pane) {
 		const { scrollHeight, clientHeight: height } = this.scroller;
 		const isNeeded = scrollHeight > height + 1;
-		this.element.classList.toggle("needless", !isNeeded);
+		this.element.style.visibility = isNeeded ? "" : "hidden";
 		if (!isNeeded) return;
 		[this.canvas.width, this.canvas.height] = [WIDTH, height];
 		const context = this.canvas.getContext("2d");

@@ -99,9 +99,7 @@ function metricsChart({ run, layer, view, others: [other] }, width, actions) {
 		chart.line(xs, ys, { color: lineColor("eval_error"), width: 2, dash: "5 4", name: "other" });
 		keys.push([el("i.dashed"), `eval_error of ${other.title}`]);
 	}
-	chart.element.addEventListener("click", (event) => {
-		actions.step(run.steps[chart.x.index(event.clientX - chart.element.getBoundingClientRect().left)]);
-	});
+	chart.element.onclick = ({ clientX }) => actions.step(run.steps[chart.x.index(clientX - chart.element.getBoundingClientRect().left)]);
 	return el("section.charts", el("h3", "Over the windows"), el("div.keys", keys.map((key) => el("span.key", key))), chart.element);
 }
 

@@ -27,7 +27,6 @@ export class State {
 	}
 
 	set(changes) {
-		if (Object.entries(changes).every(([key, value]) => this[key] === value)) return;
 		Object.assign(this, changes);
 		this.#address.write(this.toString());
 		this.onChange();

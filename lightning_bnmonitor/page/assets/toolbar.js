@@ -26,12 +26,12 @@ export class Toolbar {
 			"aria-label": "Filter by a part of the name, a pattern, or a cause",
 			oninput: () => state.set({ filter: this.filter.value }),
 		});
-		const exports = el(
+		this.exports = el(
 			"span.exports",
 			el("button", { title: "The heatmap as a table", onclick: actions.table }, "CSV"),
 			el("button", { title: "The heatmap as a picture", onclick: actions.picture }, "SVG"),
 		);
-		this.element = el("div.toolbar", this.metrics, this.order, this.depth, this.filter, this.versus, this.view, exports);
+		this.element = el("div.toolbar", this.metrics, this.order, this.depth, this.filter, this.versus, this.view);
 		this.legend = el("div.legend");
 	}
 
@@ -80,6 +80,6 @@ export class Toolbar {
 			const text = String(levels[i]).replace("-", "−").replace("0.", ".");
 			return el("span.step", { title: names.get(levels[i]) }, el("i", { style: { background: color } }), text);
 		});
-		this.legend.replaceChildren(el("div.scale", steps), el("div.keys", buttons));
+		this.legend.replaceChildren(el("div.scale", steps), el("div.keys", buttons), this.exports);
 	}
 }
