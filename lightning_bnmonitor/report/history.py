@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import html
 import io
 import json
 import math
@@ -73,7 +74,7 @@ class History:
     each layer the worse one is kept, whole. That is one in which it needs attention; of two such, the one with the
     larger error. The last window always stands for itself, and of each layer the window of its largest error is kept
     (``eval_error``, or ``val_error`` if that is larger). Of these two, values per channel are kept, too, of at most
-    32 768 channels of the model.
+    32 768 channels of the model. In a notebook a history shows itself as the page of :meth:`to_html`.
 
     Args:
         prefix: What the logged names begin with.
@@ -217,6 +218,10 @@ class History:
         """What :meth:`to_html` writes."""
         run = {"history": self.document(), "channels": self.channels()}
         return page({"run": run}, "BatchNorm")
+
+    def _repr_html_(self) -> str:
+        # In a frame: neither the notebook's styles nor its scripts are the page's.
+        return f'<iframe srcdoc="{html.escape(self.page())}" style="width: 100%; height: 720px; border: 0"></iframe>'
 
     def state_dict(self) -> dict[str, Any]:
         """Everything but the channels of the last window, in tensors and primitives."""
