@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -134,6 +136,15 @@ def test_names_come_out_as_they_are(capsys, tmp_path):
     assert set(json.loads(output)["<b> & ü"]["layers"]) == set(ODD_NAMES)
 
 
+def test_letters_that_a_terminal_lacks_are_spelled_out(tmp_path):
+    write(tmp_path, history({1: {"größe.层": 0.5}}))
+    command = [sys.executable, "-m", "lightning_bnmonitor", "show", str(tmp_path)]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert rb"gr\xf6\xdfe.\u5c42" in done.stdout
+
+
 def test_further_monitors_of_a_run_are_shown_by_themselves(capsys, tmp_path):
     write(tmp_path, history(GOOD), history(SICK, prefix="z"))
     _, output, _ = shown(capsys, tmp_path, "--json")
@@ -164,6 +175,37 @@ def test_a_folder_that_is_a_file(capsys, tmp_path):
 def test_a_folder_without_event_files(capsys, tmp_path):
     (tmp_path / "notes.txt").write_text("nothing")
     assert_refused(capsys, tmp_path, "no event files")
+
+
+def test_a_name_that_no_folder_can_have(capsys, tmp_path):
+    assert_refused(capsys, tmp_path / ("a" * 5000), "cannot be read: File name too long")
+
+
+def test_files_and_folders_that_cannot_be_read_are_named_beside_what_can(capsys, logdir, monkeypatch):
+    (logdir / "run 9" / "events.out.tfevents.1").symlink_to("nothing")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("run 10"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    status, output, errors = shown(capsys, logdir, "--fail-on", "unhealthy")
+    assert status == 2
+    assert output.startswith("run 9, step 20")
+    assert "run 10 cannot be read: Permission denied." in errors
+    assert "events.out.tfevents.1 cannot be read." in errors
+    assert_refused(capsys, logdir / "run 10", "cannot be read: Permission denied")
+
+
+@pytest.mark.parametrize("part", [{"metrics": []}, {"cause": None}, {"layers": 3}, {"latest": None}, {"windows": {}}])
+def test_data_of_other_types_are_damaged_in_either_format(capsys, tmp_path, part):
+    for name in (1, 2):
+        writer = SummaryWriter(str(tmp_path / str(name)))
+        writer.file_writer.add_summary(summary(HISTORY, encode(history(GOOD).document() | part | {"format": name})), 1)
+        writer.close()
+    assert_refused(capsys, tmp_path, "1: Its data are damaged", "2: Its data are damaged")
 
 
 def test_event_files_without_our_data(capsys, tmp_path):
