@@ -42,6 +42,12 @@ def test_it_prints_the_report_of_the_last_window_of_each_run(capsys, logdir):
     assert output == f"run 9, step 20\n\n{good}\n\n\nrun 10, step 30\n\n{sick}\n"
 
 
+@pytest.mark.parametrize("options", [[], ["--window", 20], ["--json"]])
+def test_what_version_0_5_has_written_is_shown_the_same(capsys, logdir, tmp_path, options):
+    write(tmp_path / "older", history(SICK), format=1)
+    assert shown(capsys, tmp_path / "older", *options) == shown(capsys, logdir / "run 10", *options)
+
+
 def test_of_an_earlier_window_it_prints_the_sentence_and_a_table_of_metrics(capsys, logdir):
     status, output, _ = shown(capsys, logdir / "run 10", "--window", 20)
     assert status == 0

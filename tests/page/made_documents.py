@@ -51,8 +51,9 @@ def planes(words, number):
 def words_of(text, count):
     """What `planes` was given, of numbers of any length."""
     place_of = {digit: place for place, digit in enumerate(DIGITS.tolist())}
-    digits = np.array([place_of[digit] for digit in text], dtype=np.int64).reshape(-1, count)
-    return (sum(of_all * 64 ** (5 - place) for place, of_all in enumerate(digits)) // 16).astype(np.uint32)
+    digits = np.array([place_of[digit] for digit in text], dtype=np.int64).reshape(-1, max(count, 1))
+    words = sum((of_all * 64 ** (5 - place) for place, of_all in enumerate(digits)), np.zeros(count, dtype=np.int64))
+    return (words // 16).astype(np.uint32)
 
 
 def floats(values):

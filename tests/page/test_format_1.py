@@ -1,43 +1,17 @@
-"""Documents that version 0.5.0 has written: its arrays put together by hand, after its format."""
+"""Documents that version 0.5.0 has written become those of today."""
 
-import base64
 import json
-import zlib
 
 import numpy as np
 import pytest
 
 from lightning_bnmonitor.page import document
 from tests.page import made_documents as made
+from tests.page.older_documents import as_format_1
 
 
-def base64_of(array, dtype):
-    return base64.b64encode(np.ascontiguousarray(array, dtype=dtype).tobytes()).decode()
-
-
-def of_format_1(new, count=None):
-    """A document as 0.5.0 has written it: bytes of causes, bfloat16 in two planes of bytes, little endian float32."""
-    old = new | {"format": 1}
-    if "layers" in new and "cause" in new:
-        count = len(new["windows"]["step"]) * len(new["layers"]["name"])
-        words = {name: made.words_of(text, count) for name, text in new["metrics"].items()}
-        planes = {name: np.concatenate([each >> 24, each >> 16 & 255]) for name, each in words.items()}
-        old["metrics"] = {name: base64_of(each, np.uint8) for name, each in planes.items()}
-        old["cause"] = base64_of(made.words_of(new["cause"], count) >> 24, np.uint8)
-    else:
-        old["layers"] = {
-            name: {
-                which: its
-                | {
-                    "values": {
-                        key: base64_of(made.words_of(text, its["of"]), "<u4") for key, text in its["values"].items()
-                    }
-                }
-                for which, its in sets.items()
-            }
-            for name, sets in new["layers"].items()
-        }
-    return zlib.compress(json.dumps(old, separators=(",", ":")).encode())
+def old_data(new):
+    return document.encode(as_format_1(new))
 
 
 def arrays_of(channels):
@@ -56,7 +30,7 @@ def without_arrays(whole):
 @pytest.mark.parametrize("make", [made.two_sick_of_53, made.odd_names, made.healthy])
 def test_the_run_is_what_it_was(make):
     new = make()
-    for old in (document.decode(of_format_1(new)), document.decode(document.upgraded(of_format_1(new)))):
+    for old in (document.decode(old_data(new)), document.decode(document.upgraded(old_data(new)))):
         assert without_arrays(old) == without_arrays(new)
         found, expected = document.cells(old), document.cells(new)
         np.testing.assert_array_equal(found.cause, expected.cause)
@@ -68,7 +42,7 @@ def test_the_run_is_what_it_was(make):
 
 def test_channels_are_what_they_were():
     new = made.channels_document(made.five_layers())
-    old = document.decode(of_format_1(new))
+    old = document.decode(old_data(new))
     assert arrays_of(old) == arrays_of(new)
     assert (
         json.loads(json.dumps(old["layers"]["stem.1"]["latest"]["course"]))

@@ -10,6 +10,7 @@ from lightning_bnmonitor import Report
 from lightning_bnmonitor.page.document import FORMAT, encode
 from lightning_bnmonitor.report.history import History
 from lightning_bnmonitor.tensorboard.events import CHANNELS, HISTORY, summary, tag
+from tests.page.older_documents import as_format_1
 from tests.report.made_reports import with_error
 
 WHAT_ALL_SAY = {"batch_size": 32.0, "batches": 8.0, "effective_momentum": 0.1}  # what explanations rest on
@@ -40,7 +41,7 @@ def write(folder: Path, *histories: History, format: int = FORMAT) -> Path:
     for made in histories:
         writer.add_scalar("loss", 1.0, 1)
         for kind, document in ((HISTORY, made.document()), (CHANNELS, made.channels())):
-            data = encode(document | {"format": format})
+            data = encode(as_format_1(document) if format == 1 else document | {"format": format})
             writer.file_writer.add_summary(summary(tag(kind, made.prefix), data), made.windows.steps[-1])
     writer.close()
     return max(folder.glob("*tfevents*"))
