@@ -11,7 +11,7 @@ def as_format_1(new):
     """A document of today with bytes of causes, bfloat16 in two planes of bytes, little endian float32."""
     old = {"format": 1} | {name: part for name, part in new.items() if name != "format"}
     if "cause" not in new:
-        layers = {name: {which: _old_set(its) for which, its in sets.items()} for name, sets in new["layers"].items()}
+        layers = {name: {which: old_set(its) for which, its in sets.items()} for name, sets in new["layers"].items()}
         return old | {"layers": layers}
     count = len(new["windows"]["step"]) * len(new["layers"]["name"])
     words = {name: words_of(text, count) for name, text in new["metrics"].items()}
@@ -23,7 +23,7 @@ def as_format_1(new):
     }
 
 
-def _old_set(its):
+def old_set(its):
     """Of a layer's channels."""
     return its and its | {
         "values": {name: _base64(words_of(text, its["of"]), "<u4") for name, text in its["values"].items()}

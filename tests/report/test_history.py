@@ -6,6 +6,7 @@ import io
 import json
 import math
 import pickle
+import zlib
 from functools import cache
 
 import numpy as np
@@ -21,6 +22,7 @@ from lightning_bnmonitor.report.channel_values import MAX_CHANNELS, channel_valu
 from lightning_bnmonitor.report.history import History
 from lightning_bnmonitor.report.kept_windows import CAUSES, MAX_WINDOWS, KeptWindows, Row
 from tests.page.made_documents import words_of
+from tests.page.older_documents import old_set
 from tests.report.made_reports import NOT_SICK, branches_report, layer, stateless, unused, with_error
 
 NAN, INF = math.nan, math.inf
@@ -432,6 +434,24 @@ def test_a_state_of_another_version_keeps_what_this_one_knows():
     expected = history.windows.causes.copy()
     expected[0, 1] = document.ABSENT
     np.testing.assert_array_equal(resumed.windows.causes, expected)
+
+
+def test_the_state_in_a_checkpoint_of_version_0_5_is_gone_on_from():
+    history = History()
+    for step, error in ((1, 0.5), (2, 0.25)):
+        history.add(Report([of_channels(step, 5, evidence={"eval_error": error})]), step)
+    state = history.state_dict()
+    rest = json.loads(zlib.decompress(state["rest"].numpy().tobytes()))
+    kept = rest["worst"]["a"]
+    old = {"format": 1} | rest | {"format": 1, "worst": {"a": kept | {"channels": old_set(kept["channels"])}}}
+    state["rest"] = torch.tensor(list(document.encode(old)), dtype=torch.uint8)
+    resumed = History()
+    resumed.load_state_dict(state)
+    assert resumed.document() == history.document()
+    worst = history.channels()["layers"]["a"]["worst"]
+    for each in (history, resumed):
+        each.add(Report([of_channels(3, 5, evidence={"eval_error": 0.125})]), 3)
+        assert each.channels()["layers"]["a"]["worst"] == worst
 
 
 def test_a_state_of_another_format_is_refused():
