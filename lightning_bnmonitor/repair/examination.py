@@ -60,8 +60,8 @@ def examine(
         include: ``fnmatch`` patterns of the names of layers to examine; None for all.
         exclude: ``fnmatch`` patterns of the names of layers to leave out: these are in eval mode.
         all_ranks: Whether all ranks of the default process group of ``torch.distributed``, if there is one, call this
-            together, each with its own data, and get one report. That takes four collectives, two more with
-            ``evaluation``, and six each time that ``"auto"`` looks.
+            together, each with its own data, and get one report. That takes four collectives, four more
+            with ``evaluation``, and six each time that ``"auto"`` looks.
 
     Returns:
         The report. It is that of :attr:`Recalibration.before`, too.

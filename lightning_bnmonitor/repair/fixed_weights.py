@@ -37,7 +37,7 @@ MAX_SAMPLES = 100_000
 """No more samples are looked at to come there: data may have no end."""
 _FIRST_LOOK = 8  # batches
 _GROWTH = 1.25, 2.0  # from look to look, whatever the noise promises
-_SPOILING = ("ordered-batches", "grouped-batches")  # verdicts on the data
+_SPOILING = ("tiny-batch", "ordered-batches", "grouped-batches")  # verdicts on how batches are made
 _INITIAL = np.array([[0.0], [1.0]])
 
 
