@@ -51,7 +51,7 @@ class PairedLosses:
     def losses(self, label: str, in_training: Iterable[nn.Module] = ()) -> Tensor:
         """Losses with these modules in training mode, in float64."""
         collected: list[Tensor] = []
-        with training_only(self.model, in_training), self.same_batches():
+        with training_only(self.model, in_training), same_batches(self.batches):
             run(self.model, self.measured(label, collected), self.run_model)
         return self.joined(collected)
 
@@ -110,19 +110,19 @@ class PairedLosses:
         by_chance = float(difference.std()) / math.sqrt(len(difference))
         return float(difference.mean()), math.hypot(by_chance, self.rounding * float(other.abs().mean()))
 
-    @contextmanager
-    def same_batches(self) -> Iterator[None]:
-        """A context after which the generators that a loader draws from are as before it."""
-        loader = self.batches
-        samplers = [loader, loader.sampler, loader.batch_sampler] if isinstance(loader, DataLoader) else []
-        samplers += [getattr(sampler, "sampler", None) for sampler in samplers]  # of a batch sampler that was given
-        generators = {getattr(sampler, "generator", None) for sampler in samplers}
-        states = [(generator, generator.get_state()) for generator in generators if generator is not None]
-        try:
-            yield
-        finally:
-            for generator, state in states:
-                generator.set_state(state)
+
+@contextmanager
+def same_batches(batches: Iterable[Any]) -> Iterator[None]:
+    """A context after which the generators that a loader draws from are as before it."""
+    samplers = [batches, batches.sampler, batches.batch_sampler] if isinstance(batches, DataLoader) else []
+    samplers += [getattr(sampler, "sampler", None) for sampler in samplers]  # of a batch sampler that was given
+    generators = {getattr(sampler, "generator", None) for sampler in samplers}
+    states = [(generator, generator.get_state()) for generator in generators if generator is not None]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
 
 
 def difference_of_samples(one: Tensor, other: Tensor) -> Difference:
