@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from lightning_bnmonitor.commands.messages import CommandError
-from lightning_bnmonitor.commands.options import add_num_batches, add_subject, repair_command
+from lightning_bnmonitor.commands.options import add_exclude, add_num_batches, add_subject, repair_command
 
 _DESCRIPTION = """Compare the running statistics of a trained model with the exact statistics of training data, and of
 validation data. Changes nothing. Exits with 2 if it cannot be done."""
@@ -18,6 +18,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser = commands.add_parser("check", help="whether a checkpoint is right in eval()", description=_DESCRIPTION)
     add_subject(parser, needs_checkpoint=False, has_validation=True)
     add_num_batches(parser)
+    add_exclude(parser)
     parser.add_argument("--html", type=Path, metavar="FILE", help="write TensorBoard's page of it to this file")
     parser.add_argument("--json", action="store_true", help="print JSON")
     parser.add_argument("--fail-on", choices=["unhealthy"], help="exit with 1 if a layer needs attention")
@@ -44,6 +45,7 @@ def run(arguments: argparse.Namespace) -> int:
                 subject.evaluation(label="validation data"),
                 subject.runner,
                 arguments.num_batches,
+                exclude=arguments.exclude,
             )
     print(json.dumps(report.to_dict(), ensure_ascii=False) if arguments.json else report)
     if not arguments.json and arguments.ckpt_path and any("recalibrate" in layer.remedy for layer in report.unhealthy):

@@ -25,6 +25,8 @@ def attached_trainer(model: Any, data: Any, device: torch.device) -> Any:
     logging.disable(logging.INFO)  # what it has to say of itself
     try:
         trainer = Trainer(barebones=True, accelerator=device.type if is_known else "cpu", devices=devices)
+    except Exception as error:
+        raise CommandError(f"--device {device} cannot be used: {told(error)}.") from error
     finally:
         logging.disable(disabled)
     trainer.training = True

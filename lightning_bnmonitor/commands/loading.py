@@ -76,7 +76,10 @@ def load(arguments: argparse.Namespace) -> Subject:
     missing = _with_weights(model, checkpoint)
     if not any(isinstance(module, BatchNorm) for module in model.modules()):
         raise CommandError(f"There is no BatchNorm layer in {type(model).__name__}: nothing to look at.")
-    model.to(device)
+    try:
+        model.to(device)
+    except Exception as error:
+        raise CommandError(f"The model cannot be moved to --device {device}: {told(error)}.") from error
     runner = Runner(model, data if data is source else None, trainer, forward)
     training = loaders_of(source, "train_dataloader", "training")
     validation = loaders_of(source, "val_dataloader", "validation") if getattr(arguments, "validation", False) else []

@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import sys
 import sysconfig
 import traceback
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
-_PACKAGE = str(Path(__file__).parents[1])
+_PACKAGE = f"{Path(__file__).parents[1]}{os.sep}"
 _OTHERS = (*(sysconfig.get_path(name) for name in ("stdlib", "purelib", "platlib")), _PACKAGE, "<frozen")
 
 
@@ -34,8 +35,8 @@ def say(sentence: str) -> None:
 
 @contextmanager
 def quietly() -> Iterator[None]:
-    """A context without what Lightning says of a Trainer that logs nothing, in which warnings of ours look like sentences of ours."""
-    with warnings.catch_warnings():
+    """A context in which stdout is kept for what the command has found, and our warnings look like what it tells."""
+    with warnings.catch_warnings(), redirect_stdout(sys.stderr):
         show = warnings.showwarning
 
         def show_shortly(message: Any, category: type[Warning], filename: str, *rest: Any) -> None:

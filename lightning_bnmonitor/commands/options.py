@@ -67,6 +67,16 @@ def add_num_batches(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def add_exclude(parser: argparse.ArgumentParser) -> None:
+    """Add the option that leaves layers alone."""
+    parser.add_argument(
+        "--exclude",
+        action="append",
+        metavar="PATTERN",
+        help="names of layers to leave alone, as 'backbone.*': those that a callback freezes in training, say",
+    )
+
+
 def number_of_batches(text: str) -> int | str | None:
     """``auto``, None for ``all``, or a positive number.
 

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from lightning_bnmonitor.commands.messages import CommandError
-from lightning_bnmonitor.commands.options import add_num_batches, add_subject
+from lightning_bnmonitor.commands.options import add_exclude, add_num_batches, add_subject
 
 if TYPE_CHECKING:
     from lightning_bnmonitor.commands.checkpoint import Checkpoint
@@ -25,6 +25,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     parser = commands.add_parser("repair", help="write a checkpoint that is right in eval()", description=_DESCRIPTION)
     add_subject(parser, needs_checkpoint=True, has_validation=False)
     add_num_batches(parser)
+    add_exclude(parser)
     parser.add_argument(
         "--frozen", action="store_true", help="repair layers, too, that are in eval mode or update nothing in training"
     )
@@ -47,7 +48,7 @@ def run(arguments: argparse.Namespace) -> int:
     with quietly():
         subject = load(arguments)
         assert subject.checkpoint is not None
-        done = _repair(subject, subject.checkpoint, arguments.num_batches, arguments.frozen)
+        done = _repair(subject, subject.checkpoint, arguments)
     check_output(arguments.output, arguments.ckpt_path, arguments.force)  # it may have come meanwhile
     write(subject.checkpoint, arguments.output)
     print("\n\n".join(f"{what[0].upper()}{what[1:]}: {table}" for what, table in done.items()))
@@ -55,9 +56,7 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def _repair(
-    subject: Subject, checkpoint: Checkpoint, num_batches: int | str | None, frozen: bool
-) -> dict[str, Recalibration]:
+def _repair(subject: Subject, checkpoint: Checkpoint, arguments: argparse.Namespace) -> dict[str, Recalibration]:
     """Replace the running statistics of all weights in a checkpoint, in memory.
 
     Returns:
@@ -76,7 +75,14 @@ def _repair(
         warnings.filterwarnings("ignore", "recalibrate has left layers alone")
         with as_command_error():
             batches = subject.batches(label=what)
-            done[what] = result = recalibrate(subject.model, batches, subject.runner, num_batches, frozen=frozen)
+            done[what] = result = recalibrate(
+                subject.model,
+                batches,
+                subject.runner,
+                arguments.num_batches,
+                exclude=arguments.exclude,
+                frozen=arguments.frozen,
+            )
         if result.misfits:
             say(
                 f"Left alone, though wrong: {', '.join(result.misfits)}. They are in eval mode in training, or update "
