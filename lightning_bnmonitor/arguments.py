@@ -18,6 +18,12 @@ def check_positive_or_none(argument: str, value: Any) -> None:
         raise ValueError(f"`{argument}` must be a positive integer or None, got {value!r}.")
 
 
+def check_num_batches(argument: str, value: Any) -> None:
+    """Raise ValueError if a value is neither a positive integer nor None nor ``"auto"``."""
+    if value != "auto" and value is not None and (not _is_integer(value) or value < 1):
+        raise ValueError(f'`{argument}` must be a positive integer, "auto" or None, got {value!r}.')
+
+
 def check_not_negative(argument: str, value: Any) -> None:
     """Raise ValueError if a value is not an integer, or is negative."""
     if not _is_integer(value) or value < 0:

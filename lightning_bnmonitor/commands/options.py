@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import shlex
 from pathlib import Path
+from typing import Literal
 
 
 def add_subject(parser: argparse.ArgumentParser, *, needs_checkpoint: bool, has_validation: bool) -> None:
@@ -77,14 +78,14 @@ def add_exclude(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def number_of_batches(text: str) -> int | str | None:
+def number_of_batches(text: str) -> int | Literal["auto"] | None:
     """``auto``, None for ``all``, or a positive number.
 
     Raises:
         ArgumentTypeError: If it is none of these.
     """
     if text == "auto":
-        return text
+        return "auto"
     if text == "all":
         return None
     try:
