@@ -49,7 +49,7 @@ def run(arguments: argparse.Namespace) -> int:
             )
     print(json.dumps(report.to_dict(), ensure_ascii=False) if arguments.json else report)
     if not arguments.json and arguments.ckpt_path and any("recalibrate" in layer.remedy for layer in report.unhealthy):
-        print(f"\nrecalibrate, for the checkpoint:\n{repair_command(arguments)}")
+        print(f"\nFor this checkpoint, `recalibrate` is:\n{repair_command(arguments)}")
     if arguments.html is not None:
         try:
             report.to_html(arguments.html)

@@ -19,8 +19,6 @@ from lightning_bnmonitor.commands.messages import CommandError, say, told
 from lightning_bnmonitor.commands.running import Batches, Runner, overrides, settle
 from lightning_bnmonitor.compat import BatchNorm
 
-_HINTS = {"model": "--model", "data": "--data"}
-
 
 @dataclass
 class Subject:
@@ -56,21 +54,11 @@ def load(arguments: argparse.Namespace) -> Subject:
         CommandError: If any of it cannot be done: what, and what to give instead.
     """
     checkpoint = None if arguments.ckpt_path is None else Checkpoint(arguments.ckpt_path, arguments.weights_only)
-    config = {} if arguments.config is None else read_config(arguments.config)
-    makers = {what: _maker(what, getattr(arguments, what), config, arguments.config) for what in ("model", "data")}
     forward = arguments.forward or ""
     if forward not in ("", "training_step", "model"):
         forward = imported("--forward", forward)
     device = _device(arguments.device)
-    _seed(config.get("seed_everything"))
-    made_of: dict[str, Any] = {}
-    for what, maker in makers.items():
-        kept = ({}, None) if checkpoint is None else checkpoint.hyper_parameters(what)
-        if maker is not None:
-            made_of[what] = made(_HINTS[what], maker, config.get(what), *kept)
-    model, data = made_of["model"], made_of.get("data")
-    if not isinstance(model, nn.Module):
-        raise CommandError(f"The model is a {type(model).__name__}, not a module: --model must give one.")
+    model, data = _made(arguments, checkpoint)
     trainer = attached_trainer(model, data, device)
     source = set_up(model, data)
     missing = _with_weights(model, checkpoint)
@@ -80,13 +68,27 @@ def load(arguments: argparse.Namespace) -> Subject:
         model.to(device)
     except Exception as error:
         raise CommandError(f"The model cannot be moved to --device {device}: {told(error)}.") from error
-    runner = Runner(model, data if data is source else None, trainer, forward)
+    runner = Runner(model, data, trainer, forward)
     training = loaders_of(source, "train_dataloader", "training")
     validation = loaders_of(source, "val_dataloader", "validation") if getattr(arguments, "validation", False) else []
     subject = Subject(model, checkpoint, runner, training, validation, missing)
     if not forward and (reason := settle(runner, subject.batches(1))):
         say(reason)
     return subject
+
+
+def _made(arguments: argparse.Namespace, checkpoint: Checkpoint | None) -> tuple[nn.Module, Any]:
+    """The model, not yet with its weights, and the data, None if there are none of their own."""
+    config = {} if arguments.config is None else read_config(arguments.config)
+    makers = {what: _maker(what, getattr(arguments, what), config, arguments.config) for what in ("model", "data")}
+    _seed(config.get("seed_everything"))
+    found: dict[str, Any] = {}
+    for what, maker in makers.items():
+        kept = ({}, None) if checkpoint is None else checkpoint.hyper_parameters(what)
+        found[what] = None if maker is None else made(f"--{what}", maker, config.get(what), *kept)
+    if not isinstance(found["model"], nn.Module):
+        raise CommandError(f"--model has given a {type(found['model']).__name__}: it must be a model, or make one.")
+    return found["model"], found["data"]
 
 
 def _maker(what: str, option: str | None, config: Mapping[str, Any], path: Path | None) -> Callable[..., Any] | None:
@@ -127,7 +129,9 @@ def _with_weights(model: nn.Module, checkpoint: Checkpoint | None) -> list[str]:
     if checkpoint is None:
         return []
     content: dict[str, Any] = checkpoint.content
-    weights = next(iter(checkpoint.states.values()))
+    (what, weights), *others = checkpoint.states.items()
+    if others:
+        say(f"Evaluated are {what}.")
     if overrides(model, "on_load_checkpoint"):
         content = copy.deepcopy(content)  # what it changes is not what is written
         try:

@@ -237,7 +237,7 @@ def trained_like(checkpoint, folder):
         (("--model", "no_such_package.net:Net"), ["No module named 'no_such_package'", "PYTHONPATH"]),
         (("--model", named("Nett")), ["tests.commands.projects has no Nett"]),
         (("--model", named("NOT_CALLABLE")), ["must be a class or a function, got int"]),
-        (("--model", named("no_model")), ["The model is a int, not a module"]),
+        (("--model", named("no_model")), ["--model has given a int"]),
         (("--model", "__main__:Net", *DATA), ["of the script that was run", "`--model train:Net`"]),
         (("--model", projects.MODEL), ["Net has no `train_dataloader`. Which data? Give --data"]),
         (("--model", projects.MODEL, "--data", named("no_model")), ["--data has given a int"]),
