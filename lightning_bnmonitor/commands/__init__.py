@@ -16,7 +16,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 1 if what was asked for is found to be so (``--fail-on``); 2 if it could not be done, with a
-        sentence on stderr.
+        sentence on stderr; 130 if it was interrupted.
     """
     parser = argparse.ArgumentParser(
         "bnmonitor", description="BatchNorm in eval(): of trained models, and of trainings that were monitored."
@@ -31,6 +31,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except CommandError as error:
         print(f"bnmonitor: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("bnmonitor: interrupted.", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # whoever reads it has seen enough; Python itself would flush once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -32,7 +32,7 @@ def attached_trainer(model: Any, data: Any, device: torch.device) -> Any:
     trainer.training = True
     model.trainer = trainer
     if hasattr(type(data), "transfer_batch_to_device"):
-        data.trainer = trainer
+        data.trainer, trainer.datamodule = trainer, data
     return trainer
 
 

@@ -126,7 +126,7 @@ class Shared(Net):
 
 class BuiltInSetup(LightningModule):
     def setup(self, stage):
-        self.net = Net()
+        self.net = Net(width=self.trainer.datamodule.hparams.batch_size // 2)
 
     def training_step(self, batch, batch_idx):
         return nn.functional.mse_loss(self.net(batch[0]), batch[1])
