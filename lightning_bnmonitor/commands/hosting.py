@@ -24,7 +24,7 @@ def attached_trainer(model: Any, data: Any, device: torch.device) -> Any:
     disabled = logging.root.manager.disable
     logging.disable(logging.INFO)  # what it has to say of itself
     try:
-        trainer = Trainer(barebones=True, accelerator=device.type if is_known else "cpu", devices=devices)
+        trainer: Any = Trainer(barebones=True, accelerator=device.type if is_known else "cpu", devices=devices)
     except Exception as error:
         raise CommandError(f"--device {device} cannot be used: {told(error)}.") from error
     finally:
