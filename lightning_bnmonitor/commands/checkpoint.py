@@ -77,9 +77,9 @@ def load_weights(model: nn.Module, weights: Mapping[str, Any], path: Path) -> li
     try:
         found = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
-        raise CommandError(
-            f"The weights in {path} do not fit {type(model).__name__}: {told(error)}. {_OTHER}"
-        ) from error
+        _, *troubles = (line.strip().rstrip(".") for line in str(error).splitlines())
+        listed = _listed(troubles) or told(error)
+        raise CommandError(f"The weights in {path} do not fit {type(model).__name__}: {listed}. {_OTHER}") from error
     stats = {name for layer in stats_names(model).values() for name in layer}
     missing = [name for name in found.missing_keys if name not in stats]
     unexpected = list(found.unexpected_keys)

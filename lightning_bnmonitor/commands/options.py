@@ -98,10 +98,10 @@ def number_of_batches(text: str) -> int | Literal["auto"] | None:
 
 
 def repair_command(arguments: argparse.Namespace, *more: str) -> str:
-    """The command that repairs what was looked at."""
+    """The command that repairs the checkpoint that was looked at."""
     words = ["bnmonitor", "repair"]
     for option in ("config", "model", "data", "forward", "device", "ckpt_path"):
         value = getattr(arguments, option)
         words += [f"--{option}", str(value)] if value is not None else []
     words += [] if arguments.weights_only else ["--no-weights-only"]
-    return shlex.join([*words, *more, "--output", "repaired.ckpt"])
+    return shlex.join([*words, *more, "--output", f"repaired{arguments.ckpt_path.suffix}"])

@@ -69,9 +69,10 @@ def _repair(subject: Subject, checkpoint: Checkpoint, arguments: argparse.Namesp
 
     done: dict[str, Recalibration] = {}
     layers = find_layers(subject.model, None, None)
+    missing = subject.missing
     for what, weights in checkpoint.states.items():
         if done:
-            load_weights(subject.model, weights, checkpoint.path)
+            missing = load_weights(subject.model, weights, checkpoint.path)
         warnings.filterwarnings("ignore", "recalibrate has left layers alone")
         with as_command_error():
             batches = subject.batches(label=what)
@@ -91,5 +92,5 @@ def _repair(subject: Subject, checkpoint: Checkpoint, arguments: argparse.Namesp
         repaired = [layers[name] for name in result.after if name not in result.left_alone]
         if not repaired:
             raise CommandError(f"No layer can be repaired: {result}")
-        put_stats(weights, subject.model, repaired, subject.missing)
+        put_stats(weights, subject.model, repaired, missing)
     return done

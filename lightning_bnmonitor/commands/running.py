@@ -161,13 +161,20 @@ def one_of(batches: Iterable[Any]) -> Any:
 
 @torch.no_grad()
 def _failure(runner: Runner, batch: Any) -> Exception | None:
-    """What the model says to a batch, in eval mode."""
+    """Why the model cannot be run on a batch, in eval mode: what it raises, or that it changes its own weights."""
+    weights = list(runner.model.parameters())
+    before = [each.clone() for each in weights]
+    failed: Exception | None = None
     with training_only(runner.model, ()):
         try:
             runner(runner.model, batch)
         except Exception as error:
-            return error
-    return None
+            failed = error
+    for now, then in zip(weights, before, strict=True):
+        if not torch.allclose(now, then, rtol=0, atol=0, equal_nan=True):
+            now.copy_(then)
+            failed = failed or RuntimeError("it changes weights")
+    return failed
 
 
 def _num_positional(function: Callable[..., Any]) -> int:

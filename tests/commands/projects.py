@@ -111,6 +111,29 @@ class NeedsOptimizers(Net):
         return super().training_step(batch, batch_idx)
 
 
+class MovesWeights(Net):
+    """As those that keep an average of themselves."""
+
+    def training_step(self, batch, batch_idx):
+        self.body.weight.data.mul_(0.5)
+        return super().training_step(batch, batch_idx)
+
+
+class OldNames(Net):
+    """Its checkpoints had another name for a layer, which it still loads."""
+
+    def on_load_checkpoint(self, checkpoint):
+        weights = checkpoint["state_dict"]
+        for name in [name for name in weights if name.startswith("old.")]:
+            weights[f"first.{name.removeprefix('old.')}"] = weights.pop(name)
+
+
+class LoadsSome(Net):
+    """Its checkpoints lack what is loaded from elsewhere."""
+
+    strict_loading = False
+
+
 class Frozen(Net):
     def __init__(self) -> None:
         super().__init__()

@@ -208,6 +208,12 @@ def test_where_training_step_fails_the_model_is_called_and_that_is_said(capsys, 
     assert "give --forward" in errors
 
 
+def test_a_step_that_changes_weights_is_not_run(capsys, checkpoint, tmp_path):
+    weights, errors = repaired(capsys, tmp_path, checkpoint, "--model", named("MovesWeights"), *DATA)
+    assert_exact(weights, exact_stats(weights, X))
+    assert "it changes weights" in errors
+
+
 @pytest.mark.parametrize("how", ["model", named("run_on_inputs"), "training_step"])
 def test_it_is_run_as_told(capsys, checkpoint, tmp_path, how):
     weights, _ = repaired(capsys, tmp_path, checkpoint, "--model", projects.MODEL, *DATA, "--forward", how)
@@ -224,6 +230,26 @@ def trained_like(checkpoint, folder):
     content["state_dict"] = projects.Net().state_dict()
     torch.save(content, folder / "default.ckpt")
     return folder / "default.ckpt"
+
+
+def test_what_the_models_own_hook_makes_of_a_checkpoint_is_loaded_and_never_written(capsys, checkpoint, tmp_path):
+    content = read(checkpoint)
+    weights = content["state_dict"]
+    content["state_dict"] = {name.replace("first.", "old."): value for name, value in weights.items()}
+    torch.save(content, tmp_path / "old.ckpt")
+    subject = ("--model", named("OldNames"), *DATA)
+    assert bnmonitor(capsys, "check", *subject, "--ckpt_path", tmp_path / "old.ckpt")[0] == 0
+    assert "no first.running_mean is among them" in refused(capsys, tmp_path, tmp_path / "old.ckpt", *subject)
+
+
+def test_a_checkpoint_may_lack_weights_where_the_model_says_so(capsys, checkpoint, tmp_path):
+    content = read(checkpoint)
+    del content["state_dict"]["head.weight"]
+    torch.save(content, tmp_path / "some.ckpt")
+    weights, _ = repaired(capsys, tmp_path, tmp_path / "some.ckpt", "--model", named("LoadsSome"), *DATA)
+    assert "head.weight" not in weights
+    (tmp_path / "repaired.ckpt").unlink()
+    assert "lacks head.weight" in refused(capsys, tmp_path, tmp_path / "some.ckpt", "--model", projects.MODEL, *DATA)
 
 
 # ------------------------------------------------------------------------------------------------------------ bad input
@@ -284,6 +310,7 @@ def test_a_checkpoint_of_another_model(capsys, checkpoint, tmp_path):
     )
     assert "do not fit Net" in errors
     assert "size mismatch for body.weight" in errors
+    assert "and 4 more. Is it of another project" in errors
     errors = refused(capsys, tmp_path, checkpoint, "--model", named("Shared"), *DATA)
     assert "do not fit Shared" in errors  # made without the width, which it takes no argument for
     content = read(checkpoint)
