@@ -53,6 +53,7 @@ def run(arguments: argparse.Namespace) -> int:
         arguments.forward = arguments.forward or "model"
     with quietly():
         subject = load(arguments)
+        subject.say_which_weights()
         if arguments.loss is None and subject.runner.forward != "training_step":
             raise CommandError("What is the loss? Give --loss package.module:function, of the output and the batch.")
         subject.runner.steps_alike = True

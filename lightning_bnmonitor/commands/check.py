@@ -36,6 +36,7 @@ def run(arguments: argparse.Namespace) -> int:
 
     with quietly():
         subject = load(arguments)
+        subject.say_which_weights()
         from lightning_bnmonitor import examine
 
         with as_command_error():

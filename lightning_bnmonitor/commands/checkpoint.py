@@ -50,7 +50,10 @@ class Checkpoint:
             return {"the weights": self.content}
         weights = self.content[_AVERAGED]
         if isinstance(trained := self.content.get(_TRAINED), dict) and "averaging_state" in self.content:
-            return {f"the averaged weights, `{_AVERAGED}`": weights, f"the weights in training, `{_TRAINED}`": trained}
+            return {
+                f"the averaged weights (`{_AVERAGED}`)": weights,
+                f"the weights in training (`{_TRAINED}`)": trained,
+            }
         return {"the weights": weights}
 
     def hyper_parameters(self, of: str) -> tuple[dict[str, Any], str | None]:

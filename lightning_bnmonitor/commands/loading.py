@@ -35,6 +35,12 @@ class Subject:
     missing: list[str]
     """Names of running statistics that the checkpoint lacks."""
 
+    def say_which_weights(self) -> None:
+        """Tell, where the checkpoint holds several, which are looked at."""
+        several = [] if self.checkpoint is None else list(self.checkpoint.states)
+        if len(several) > 1:
+            say(f"Looked at are {several[0]}, not {several[1]}.")
+
     def batches(self, num_batches: int | None = None, label: str | None = None) -> Batches:
         """Training data, at most so many batches, with a progress bar if there is a label."""
         return Batches(self.training, self.runner, num_batches=num_batches, label=label)
@@ -129,9 +135,7 @@ def _with_weights(model: nn.Module, checkpoint: Checkpoint | None) -> list[str]:
     if checkpoint is None:
         return []
     content: dict[str, Any] = checkpoint.content
-    (what, weights), *others = checkpoint.states.items()
-    if others:
-        say(f"Evaluated are {what}.")
+    weights = next(iter(checkpoint.states.values()))
     if overrides(model, "on_load_checkpoint"):
         content = copy.deepcopy(content)  # what it changes is not what is written
         try:

@@ -12,7 +12,7 @@ from typing import Any
 
 from lightning_bnmonitor.commands.messages import CommandError, told
 
-_PARSER = 'A config takes jsonargparse: pip install "jsonargparse[signatures]".'
+_PARSER = 'What LightningCLI has saved is read by jsonargparse: pip install "jsonargparse[signatures]".'
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -143,8 +143,7 @@ def _section(parameters: Mapping[str, inspect.Parameter], section: object, kept:
 def _parsed(maker: Callable[..., Any], section: dict[str, Any]) -> Any:
     """What jsonargparse makes of a section."""
     try:
-        from jsonargparse import ArgumentParser
-        from jsonargparse.typing import class_from_function
+        from jsonargparse import ArgumentParser, class_from_function  # type: ignore[attr-defined]
     except ImportError as error:
         raise CommandError(_PARSER) from error
     parser = ArgumentParser(exit_on_error=False)

@@ -146,7 +146,10 @@ def test_it_says_that_averaged_weights_are_evaluated(capsys, tmp_path):
     checkpoint = trained(tmp_path, seeded(projects.Net), averaging("EMAWeightAveraging")(decay=0.9))
     status, _, errors = checked(capsys, checkpoint)
     assert status == 0
-    assert errors == "bnmonitor: Evaluated are the averaged weights, `state_dict`.\n"
+    assert errors == (
+        "bnmonitor: Looked at are the averaged weights (`state_dict`), not the weights in training "
+        "(`current_model_state`).\n"
+    )
 
 
 def test_layers_are_left_out_on_request(capsys, sick):

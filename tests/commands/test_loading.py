@@ -159,6 +159,12 @@ def test_arguments_that_were_linked_to_others_come_from_the_checkpoint(capsys, t
     assert_exact(weights, exact_stats(weights, X, batch_size=24))
 
 
+def test_a_config_takes_jsonargparse(capsys, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "jsonargparse", None)
+    errors = refused(capsys, tmp_path, checkpoint, "--config", config(tmp_path, CLASSES))
+    assert 'pip install "jsonargparse[signatures]"' in errors
+
+
 @pytest.mark.parametrize("has_classes", [True, False])
 def test_what_lightnings_command_has_written(capsys, tmp_path, monkeypatch, has_classes):
     monkeypatch.chdir(tmp_path)

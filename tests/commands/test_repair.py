@@ -80,8 +80,8 @@ def test_averaged_weights_and_those_in_training_are_repaired_each_with_its_own_s
     assert not torch.allclose(
         new["state_dict"]["second.running_mean"], new["current_model_state"]["second.running_mean"]
     )
-    assert "The averaged weights, `state_dict`: 2 BatchNorm layers recalibrated" in text
-    assert "The weights in training, `current_model_state`: 2 BatchNorm layers recalibrated" in text
+    assert "The averaged weights (`state_dict`): 2 BatchNorm layers recalibrated" in text
+    assert "The weights in training (`current_model_state`): 2 BatchNorm layers recalibrated" in text
 
 
 def test_statistics_that_are_put_back_in_training_stay_as_they_are(capsys, tmp_path):
