@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from lightning_bnmonitor.commands.messages import CommandError, told
 from lightning_bnmonitor.compat import BatchNorm
 
-_STATS = ("running_mean", "running_var")
+_STATS = ("running_mean", "running_var", "num_batches_tracked")
 _AVERAGED, _TRAINED = "state_dict", "current_model_state"  # as WeightAveraging names them
 _MAX_LISTED = 3
 
@@ -109,6 +109,8 @@ def stats_names(model: nn.Module) -> dict[nn.Module, list[str]]:
 def put_stats(weights: dict[str, Any], model: nn.Module, layers: Iterable[nn.Module], missing: Collection[str]) -> None:
     """Replace the running statistics of layers among weights by those that the model has now, in the same precision.
 
+    The number of updates is added where it is missing, and left as it is where it is not.
+
     Args:
         weights: What is changed.
         model: The model.
@@ -122,6 +124,9 @@ def put_stats(weights: dict[str, Any], model: nn.Module, layers: Iterable[nn.Mod
     for layer in layers:
         for name in names[layer]:
             new = getattr(layer, name.rpartition(".")[2]).detach().cpu()
+            if name.endswith("num_batches_tracked"):
+                weights.setdefault(name, new.clone())
+                continue
             if name not in weights and name not in missing:
                 raise CommandError(f"The checkpoint has its weights by other names: no {name} is among them.")
             old = weights.get(name)

@@ -19,14 +19,15 @@ def attached_trainer(model: Any, data: Any, device: torch.device) -> Any:
 
     if not hasattr(type(model), "transfer_batch_to_device"):
         return None
-    is_known = device.type in ("cuda", "mps")
-    devices: Any = [device.index or 0] if is_known else 1
+    where: dict[str, Any] = {"accelerator": "cpu", "devices": 1}
+    if device.type in ("cuda", "mps"):
+        where = {"accelerator": device.type, "devices": [device.index or 0]}
     disabled = logging.root.manager.disable
     logging.disable(logging.INFO)  # what it has to say of itself
     try:
-        trainer: Any = Trainer(barebones=True, accelerator=device.type if is_known else "cpu", devices=devices)
+        trainer: Any = Trainer(barebones=True, **where)
     except Exception as error:
-        raise CommandError(f"--device {device} cannot be used: {told(error)}.") from error
+        raise CommandError(f"No Trainer can be made for --device {device}: {told(error)}.") from error
     finally:
         logging.disable(disabled)
     trainer.training = True
@@ -40,15 +41,15 @@ def set_up(model: nn.Module, data: Any) -> Any:
     """Call the hooks that make data and layers, in the order of a Trainer. Returns what has the loaders."""
     if hasattr(data, "train_dataloader"):
         for hook, given in (("prepare_data", ()), ("setup", ("fit",))):
-            if (error := _failure(data, hook, *given)) is not None:
+            if (error := _error_of(data, hook, *given)) is not None:
                 raise CommandError(f"`{hook}` of {type(data).__name__} has failed: {told(error)}.") from error
     for hook, given in (("setup", ("fit",)), ("configure_model", ())):
-        if (error := _failure(model, hook, *given)) is not None:
+        if (error := _error_of(model, hook, *given)) is not None:
             say(f"`{hook}` of {type(model).__name__} has failed, and is left out: {told(error)}.")
     return model if data is None else data
 
 
-def _failure(owner: object, hook: str, *given: str) -> Exception | None:
+def _error_of(owner: object, hook: str, *given: str) -> Exception | None:
     """What a hook has raised, if it is not Lightning's."""
     try:
         if overrides(owner, hook):

@@ -144,10 +144,10 @@ def _with_weights(model: nn.Module, checkpoint: Checkpoint | None) -> list[str]:
             raise CommandError(f"`on_load_checkpoint` of {type(model).__name__} has failed: {told(error)}.") from error
         weights = content["state_dict"]
     missing = load_weights(model, weights, checkpoint.path)
-    if missing:
-        layers = sorted({name.rpartition(".")[0] for name in missing})
+    layers = [name.removesuffix(".running_mean") for name in missing if name.endswith("running_mean")]
+    if layers:
+        several = f"{len(layers)} BatchNorm layer{'s' * (len(layers) > 1)}"
         say(
-            f"{checkpoint.path} lacks the running statistics of {len(layers)} BatchNorm layers, as of {layers[0]}: "
-            "eval() runs with the initial zeros and ones. `bnmonitor repair` adds them."
+            f"{checkpoint.path} lacks the running statistics of {several}, as of {layers[0]}: eval() runs with the initial zeros and ones. `bnmonitor repair` adds them."
         )
     return missing

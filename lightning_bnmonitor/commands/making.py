@@ -101,7 +101,7 @@ def made(option: str, maker: Callable[..., Any], section: object, kept: Mapping[
             return maker()
         if section is None and "_instantiator" not in kept:
             return maker(**_arguments(parameters, kept, argument))
-        return _parsed(maker, _section(parameters, section, kept))
+        return _parsed(option.strip("-"), maker, _section(parameters, section, kept))
     except CommandError:
         raise
     except Exception as error:
@@ -116,13 +116,10 @@ def made(option: str, maker: Callable[..., Any], section: object, kept: Mapping[
 def _arguments(
     parameters: Mapping[str, inspect.Parameter], kept: Mapping[str, Any], argument: str | None
 ) -> dict[str, Any]:
-    if (
-        argument is not None
-        and argument in parameters
-        and parameters[argument].kind is not inspect.Parameter.VAR_KEYWORD
-    ):
-        return {argument: dict(kept)}
-    if any(parameter.kind is inspect.Parameter.VAR_KEYWORD for parameter in parameters.values()):
+    takes_any = {name for name, parameter in parameters.items() if parameter.kind is inspect.Parameter.VAR_KEYWORD}
+    if argument in parameters.keys() - takes_any:
+        return {str(argument): dict(kept)}
+    if takes_any:
         return dict(kept)
     return {name: value for name, value in kept.items() if name in parameters}
 
@@ -140,7 +137,7 @@ def _section(parameters: Mapping[str, inspect.Parameter], section: object, kept:
     return {**filled, "init_args": given} if "class_path" in filled else given
 
 
-def _parsed(maker: Callable[..., Any], section: dict[str, Any]) -> Any:
+def _parsed(key: str, maker: Callable[..., Any], section: dict[str, Any]) -> Any:
     """What jsonargparse makes of a section."""
     try:
         from jsonargparse import ArgumentParser, class_from_function  # type: ignore[attr-defined]
@@ -149,14 +146,14 @@ def _parsed(maker: Callable[..., Any], section: dict[str, Any]) -> Any:
     parser = ArgumentParser(exit_on_error=False)
     if "class_path" in section and isinstance(maker, type):
         section = {**section, "class_path": f"{maker.__module__}.{maker.__qualname__}"}
-        parser.add_subclass_arguments(maker, "it", fail_untyped=False)
+        parser.add_subclass_arguments(maker, key, fail_untyped=False)
     else:
         one = maker if isinstance(maker, type) else class_from_function(maker)
         section = section.get("init_args", {}) if "class_path" in section else section
-        parser.add_class_arguments(one, "it", fail_untyped=False)
-    parsed = parser.parse_object({"it": section})
+        parser.add_class_arguments(one, key, fail_untyped=False)
+    parsed = parser.parse_object({key: section})
     make = getattr(parser, "instantiate", None) or parser.instantiate_classes  # until 4.49
-    return make(parsed).it
+    return make(parsed)[key]
 
 
 def _name(maker: Callable[..., Any]) -> str:
