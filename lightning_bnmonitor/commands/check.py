@@ -49,8 +49,10 @@ def run(arguments: argparse.Namespace) -> int:
                 exclude=arguments.exclude,
             )
     print(json.dumps(report.to_dict(), ensure_ascii=False) if arguments.json else report)
-    if not arguments.json and arguments.ckpt_path and any("recalibrate" in layer.remedy for layer in report.unhealthy):
-        print(f"\nFor this checkpoint, `recalibrate` is:\n{repair_command(arguments)}")
+    remedies = " ".join(layer.remedy for layer in report.unhealthy)
+    if not arguments.json and arguments.ckpt_path is not None and "recalibrate" in remedies:
+        command = repair_command(arguments, *(["--frozen"] if "frozen=True" in remedies else []))
+        print(f"\nFor this checkpoint, `recalibrate` is:\n{command}")
     if arguments.html is not None:
         try:
             report.to_html(arguments.html)

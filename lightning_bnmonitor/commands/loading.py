@@ -148,6 +148,7 @@ def _with_weights(model: nn.Module, checkpoint: Checkpoint | None) -> list[str]:
     if layers:
         several = f"{len(layers)} BatchNorm layer{'s' * (len(layers) > 1)}"
         say(
-            f"{checkpoint.path} lacks the running statistics of {several}, as of {layers[0]}: eval() runs with the initial zeros and ones. `bnmonitor repair` adds them."
+            f"{checkpoint.path} lacks the running statistics of {several}, as of {layers[0]}: eval() "
+            "runs with the initial zeros and ones. `bnmonitor repair` adds them."
         )
     return missing

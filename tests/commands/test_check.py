@@ -152,6 +152,17 @@ def test_it_says_that_averaged_weights_are_evaluated(capsys, tmp_path):
     )
 
 
+def test_frozen_layers_have_the_command_that_repairs_them(capsys, tmp_path):
+    checkpoint = trained(tmp_path, seeded(projects.Frozen))
+    subject = ("--model", f"{projects.__name__}:Frozen", "--data", projects.DATA)
+    _, output, _ = checked(capsys, checkpoint, subject=subject)
+    command = output.splitlines()[-1].removeprefix("bnmonitor ").removesuffix("repaired.ckpt").split()
+    assert "--frozen" in command
+    assert bnmonitor(capsys, *command, tmp_path / "repaired.ckpt")[0] == 0
+    status, output, _ = checked(capsys, tmp_path / "repaired.ckpt", "--fail-on", "unhealthy", subject=subject)
+    assert status == 0, output
+
+
 def test_layers_are_left_out_on_request(capsys, sick):
     _, output, _ = checked(capsys, sick, "--exclude", "first", "--json")
     assert list(layers_of(output)) == ["second"]
