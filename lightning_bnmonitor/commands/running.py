@@ -12,8 +12,7 @@ import torch
 from torch import nn
 
 from lightning_bnmonitor.commands.messages import CommandError, told
-from lightning_bnmonitor.repair.paired_losses import same_batches
-from lightning_bnmonitor.repair.passes import Forward, forward_of, on_device_of, training_only
+from lightning_bnmonitor.repair.passes import Forward, forward_of, generators_as_before, on_device_of, training_only
 
 _BEFORE, _MOVE, _AFTER = "on_before_batch_transfer", "transfer_batch_to_device", "on_after_batch_transfer"
 
@@ -111,7 +110,7 @@ class Batches:
 
     def _places(self) -> Iterator[tuple[int, int, Any]]:
         for loader_index, loader in enumerate(self._loaders):
-            with same_batches(loader):
+            with generators_as_before(loader):
                 for index, batch in enumerate(loader):
                     yield loader_index, index, batch
 

@@ -202,6 +202,15 @@ _STATEMENTS = (
         ),
     ),
     Statement(
+        name="half-frozen",
+        explanation=(
+            "Its weights do not train (`requires_grad=False`), and it is in training mode: where the model is trained "
+            "on like this, its running statistics go over to the data of that, and what was trained with the old ones "
+            "no longer works in eval().",
+        ),
+        remedy=("To keep it as it is, call `layer.eval()` after every `model.train()`.",),
+    ),
+    Statement(
         name="small-last-batch",
         explanation=_explain_last_batch,
         remedy=("Leave it out in training: `DataLoader(..., drop_last=True)`.",),

@@ -6,6 +6,7 @@ import itertools
 import math
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, Literal
 
 import numpy as np
@@ -94,7 +95,7 @@ class OnePass:
                 return
             if is_over or num_samples >= MAX_SAMPLES:
                 why = "the data ended" if is_over else 'so many are the most that `num_batches="auto"` takes'
-                self._why_no_more = f", not {NOISE}: {why}"
+                self._why_no_more = f", not below {NOISE}: {why}"
                 return
             look = math.ceil(look * min(max((noise / NOISE) ** 2, _GROWTH[0]), _GROWTH[1]))
 
@@ -105,7 +106,8 @@ class OnePass:
             stack.callback(self._model.register_forward_hook(self._count_model_call).remove)
             for layer in self._recorder.layers:
                 if has_own_forward(layer.module):
-                    stack.enter_context(kernel_inputs(layer.module, layer.hook))
+                    no_kernel = partial(setattr, layer.hook, "own_forward", True)
+                    stack.enter_context(kernel_inputs(layer.module, layer.hook, no_kernel))
                 else:
                     handle = layer.module.register_forward_hook(layer.hook, with_kwargs=True)
                     stack.callback(handle.remove)
@@ -146,6 +148,18 @@ class OnePass:
         """A report with what was received in the evaluation."""
         return with_validation(report, self._recorder.layers, self._together, num_loaders=1)
 
+    def precision_of(self, report: Report) -> str:
+        """A sentence on how well the statistics are known, and from how many samples; empty if nothing was called."""
+        called = {name: layer.evidence for name, layer in report.items() if "now_error" in layer.evidence}
+        if not called:
+            return ""
+        num_batches, size = (next(iter(called.values()))[name] for name in ("batches", "batch_size"))
+        noise, worst = max((evidence["now_error"], name) for name, evidence in called.items())
+        return (
+            f"{num_batches:.0f} batches with {num_batches * size:.0f} samples were looked at: chance in these makes an "
+            f"error of {noise:.2g} at most (in `{worst}`){self._why_no_more}."
+        )
+
     def _look(self) -> tuple[float, float, bool]:
         """How noisy the statistics are in the worst layer, of how many samples, and whether there are no more.
 
@@ -160,13 +174,8 @@ class OnePass:
 
     def _remarks(self, report: Report) -> Iterator[str]:
         """How certain it all is, and what it does not tell."""
-        called = {name: layer.evidence for name, layer in report.items() if "now_error" in layer.evidence}
-        if called:
-            num_batches, size = (next(iter(called.values()))[name] for name in ("batches", "batch_size"))
-            noise, worst = max((evidence["now_error"], name) for name, evidence in called.items())
-            seen = f"{num_batches:.0f} batches with {num_batches * size:.0f} samples were looked at"
-            reached = f"chance in these makes an error of {noise:.2g} at most (in `{worst}`)"
-            yield f"{seen}: {reached}{self._why_no_more}."
+        if precise := self.precision_of(report):
+            yield precise
         spoiled = next((layer for layer in report.values() if layer.verdict in _SPOILING), None)
         if spoiled is not None:
             yield (
@@ -190,13 +199,13 @@ class OnePass:
         layer.counts = layer.counts._replace(momentum=momentum, last_num_samples=last)
         if layer.start.history is None and state.now.buffers is not None:
             layer.start = layer.start._replace(history=_history(layer, state.now.buffers, received, momentum, last))
-        is_trained = self._is_trained and layer.module.training
+        goes_on = self._is_trained and layer.module.training and why is None and bool(state.now.num_tracked)
         known = its._replace(
             calls={**its.calls, "skipped": layer.hook.skipped},
             training_calls=its.training_calls if why in (None, STALE) else 0,
             updates_nothing=why is not None,
             effective_momentum=momentum,
-            has_frozen_weights=is_trained and has_frozen_weights(layer.module),
+            has_frozen_weights=goes_on and has_frozen_weights(layer.module),
             calls_per_model_call=layer.num_calls / self._model_calls if self._model_calls else math.nan,
         )
         return state._replace(circumstances=known)
@@ -242,10 +251,10 @@ def _history(
 ) -> History:
     r"""What running statistics are made of that were updated K times with momentum m, by batches like those received.
 
-    The initial values have a weight of :math:`A = (1 - m)^K`, if the running statistics are nearer to what they make of
-    what was received than to that itself (they may have been replaced since); their squared weights add up to
-    :math:`(1 - A^2)\, m / (2 - m)`. With momentum None: no weight, and 1 / K. Of one that has not counted its updates
-    it is as if these were many. The last batch, if its size is known, comes last there, too.
+    The initial values have a weight of :math:`A = (1 - m)^K`, if that explains most of what the running statistics are
+    off (they may have been replaced since); the squared weights of batches add up to :math:`(1 - A^2)\, m / (2 - m)`.
+    With momentum None: 0 and 1 / K. Running statistics whose updates were not counted are taken to have had many. The
+    last batch, if its size is known, comes last there, too.
     """
     num, count = layer.start.num_tracked, received.samples_per_batch
     if not 0 < momentum <= 1 or count <= 1:
@@ -264,10 +273,10 @@ def _history(
 
 
 def _has_initial_part(running: FloatArray, received: FloatArray, weight: float, eps: float) -> bool:
-    """Whether running statistics, ``(2, C)``, are nearer to a mixture with the initial values than to what came."""
+    """Whether a part of the initial values explains most of what running statistics, ``(2, C)``, are off."""
     scaled = received[1] + eps
     unit = np.stack([np.sqrt(scaled), 2 * scaled])
     apart, initial = (running - received) / unit, weight * (_INITIAL - received) / unit
     is_known = np.isfinite(apart) & np.isfinite(initial)
     apart, initial = apart[is_known], initial[is_known]
-    return bool(np.square(apart - initial).sum() <= np.square(apart).sum())
+    return bool(np.square(apart - initial).sum() <= np.square(apart).sum() / 2)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_bnmonitor.arguments import as_patterns, check_num_batches
+from lightning_bnmonitor.arguments import as_patterns, check_positive_or_auto
 from lightning_bnmonitor.compat import BatchNorm
 from lightning_bnmonitor.repair.fixed_weights import NumBatches, OnePass, agreement, without_gradients
 from lightning_bnmonitor.repair.passes import Forward, forward_of, run, training_only
@@ -74,7 +74,9 @@ def recalibrate(
         forward: Called with the model and a batch, to run it. By default ``model(batch)`` for a tensor or an object,
             ``model(batch[0])`` for a tuple or list (inputs first, as ``update_bn`` does), ``model(**batch)`` for a
             mapping, all moved to the model's device. Mixed precision: run the model under ``torch.autocast`` in it.
-        num_batches: At most so many batches; None for all.
+        num_batches: At most so many batches; None for all; ``"auto"`` for as many as it takes until chance in the
+            statistics makes an error of at most 0.01 in every layer, as in :func:`~lightning_bnmonitor.examine`: how
+            many that were, and what was reached, is printed.
         include: ``fnmatch`` patterns of the names of layers to recalibrate; None for all.
         exclude: ``fnmatch`` patterns of the names of layers to leave alone, in eval mode.
         frozen: Whether to recalibrate frozen layers, too: those in eval mode while the model is in training mode, and
@@ -83,15 +85,16 @@ def recalibrate(
             mode as a whole frozen layers cannot be told apart, and are recalibrated: use ``exclude``.
         all_ranks: Whether all ranks of the default process group of ``torch.distributed``, if there is one, call this
             together, each with its own data: statistics are merged, and the same on all. That takes six collectives,
-            whose size grows with channels; with ``SyncBatchNorm`` each rank needs as many batches, too.
+            whose size grows with channels, and six each time that ``"auto"`` looks; with ``SyncBatchNorm`` each rank
+            needs as many batches, too.
 
     Returns:
         Where the running statistics stood against these data, where they stand now, and the way back.
 
     Raises:
-        ValueError: If ``num_batches`` is not a positive integer or None, there is no batch at all, a layer has not been
-            initialised (lazy ones, before the first call), or what a layer receives, or its variance in the precision
-            of its buffers, is not finite.
+        ValueError: If ``num_batches`` is not a positive integer, ``"auto"`` or None, there is no batch at all, a layer
+            has not been initialised (lazy ones, before the first call), or what a layer receives, or its variance in
+            the precision of its buffers, is not finite.
         TypeError: If ``include`` or ``exclude`` is neither None nor strings.
         RuntimeError: If the model cannot take a batch, with its own error as the cause, or a layer receives something
             else than ``(N, C, *)``; or another rank has failed.
@@ -125,7 +128,8 @@ class Recalibration:
     """What :func:`recalibrate` has done. Printed, it is a table.
 
     Attributes:
-        before: The running statistics as they were, against the data: one report of all ranks.
+        before: The running statistics as they were, against the data: one report of all ranks, as that of
+            :func:`~lightning_bnmonitor.examine`, of the layers that were left alone, too.
         after: The running statistics as they were written, against the same data.
         num_batches: Batches that were run, on this rank.
         left_alone: Layers whose running statistics are as they were, by name, and why: ``"frozen"`` (in eval mode in
@@ -144,6 +148,7 @@ class Recalibration:
         misfits: Mapping[str, float],
         old: SavedBuffers,
         histories: Mapping[BatchNorm, History | None],
+        precision: str = "",
     ) -> None:
         self.before = before
         self.after = after
@@ -152,6 +157,7 @@ class Recalibration:
         self.misfits = dict(misfits)
         self._old = old
         self._histories = dict(histories)
+        self._precision = f" {precision}" if precision else ""
         self._told = False
 
     def tell_trackers(self) -> None:
@@ -183,7 +189,7 @@ class Recalibration:
                 noise = after.evidence.get("noise_error", float("nan"))
                 rows.append([name, before.verdict, *errors, f"{noise:.4f}", after.verdict, str(after.num_samples)])
         of = f"{self.num_batches} batch{'es' * (self.num_batches != 1)}"
-        parts = [f"{len(rows)} BatchNorm layer{'s' * (len(rows) != 1)} recalibrated on {of}."]
+        parts = [f"{len(rows)} BatchNorm layer{'s' * (len(rows) != 1)} recalibrated on {of}.{self._precision}"]
         if rows:
             headers = ["layer", "before", "eval_error", "after", "noise", "now", "samples"]
             align = ("left", "left", "right", "right", "right", "left", "right")
@@ -204,7 +210,7 @@ def recalibrate_layers(
     all_ranks: bool,
 ) -> Recalibration:
     """:func:`recalibrate` of selected layers."""
-    check_num_batches("num_batches", num_batches)
+    check_positive_or_auto("num_batches", num_batches, or_none=True)
     layers, left_alone, aside, unchanging = selection
     check_initialised(layers)
     old = SavedBuffers(layers.values())
@@ -234,7 +240,8 @@ def recalibrate_layers(
     histories: dict[BatchNorm, History | None] = {layer: _history(before[name]) for name, layer in used.items()}
     reasons = {**left_alone, **{name: UNUSED for name in layers if name not in used}}
     misfits = misfits_in(_only(before, aside))
-    return Recalibration(before, after, count, reasons, misfits, old.of(used.values()), histories)
+    precision = seen.precision_of(before) if num_batches == "auto" else ""
+    return Recalibration(before, after, count, reasons, misfits, old.of(used.values()), histories, precision)
 
 
 def _only(report: Report, names: Container[str]) -> Report:
