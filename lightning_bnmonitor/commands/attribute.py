@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import dataclasses
 import sys
+import textwrap
 from typing import Any
 
 from lightning_bnmonitor.commands.messages import CommandError
-from lightning_bnmonitor.commands.options import add_subject, number_of_batches, repair_command
+from lightning_bnmonitor.commands.options import add_subject, number_of_batches, repair_advice
 
 _DESCRIPTION = """Take apart by how much the loss of a trained model is worse in eval() than in training mode: running
 statistics, layer by layer, dropout, the data. Changes nothing. Exits with 2 if it cannot be done."""
@@ -66,10 +66,8 @@ def run(arguments: argparse.Namespace) -> int:
                 progress=sys.stderr.isatty(),
                 evaluation=subject.evaluation(arguments.num_batches),
             )
-    if arguments.ckpt_path is not None:
-        more = ["--frozen"] if "frozen=True" in found.repair else []
-        found = dataclasses.replace(found, repair=repair_command(arguments, *more))
-    print(found)
+    said, table = str(found).split("\n\n", 1)
+    print(f"{textwrap.fill(said, 120, break_long_words=False)}\n\n{table}{repair_advice(arguments, said)}")
     return 0
 
 

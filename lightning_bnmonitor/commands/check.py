@@ -7,7 +7,7 @@ import json
 from pathlib import Path
 
 from lightning_bnmonitor.commands.messages import CommandError
-from lightning_bnmonitor.commands.options import add_exclude, add_num_batches, add_subject, repair_command
+from lightning_bnmonitor.commands.options import add_exclude, add_num_batches, add_subject, repair_advice
 
 _DESCRIPTION = """Compare the running statistics of a trained model with the exact statistics of training data, and of
 validation data. Changes nothing. Exits with 2 if it cannot be done."""
@@ -48,11 +48,11 @@ def run(arguments: argparse.Namespace) -> int:
                 arguments.num_batches,
                 exclude=arguments.exclude,
             )
-    print(json.dumps(report.to_dict(), ensure_ascii=False) if arguments.json else report)
-    remedies = " ".join(layer.remedy for layer in report.unhealthy)
-    if not arguments.json and arguments.ckpt_path is not None and "recalibrate" in remedies:
-        command = repair_command(arguments, *(["--frozen"] if "frozen=True" in remedies else []))
-        print(f"\nFor this checkpoint, `recalibrate` is:\n{command}")
+    if arguments.json:
+        print(json.dumps(report.to_dict(), ensure_ascii=False))
+    else:
+        remedies = " ".join(layer.remedy for layer in report.unhealthy)
+        print(f"{report}{repair_advice(arguments, remedies)}")
     if arguments.html is not None:
         try:
             report.to_html(arguments.html)

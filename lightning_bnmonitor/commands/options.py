@@ -97,11 +97,20 @@ def number_of_batches(text: str) -> int | Literal["auto"] | None:
     return number
 
 
-def repair_command(arguments: argparse.Namespace, *more: str) -> str:
-    """The command that repairs the checkpoint that was looked at."""
+def repair_advice(arguments: argparse.Namespace, text: str) -> str:
+    """The command that repairs the checkpoint, where a text has advised to recalibrate the model; empty if it has not.
+
+    Args:
+        arguments: Of the command that has found it.
+        text: What it has to say.
+    """
+    if arguments.ckpt_path is None or "recalibrate(model, loader" not in text:
+        return ""
     words = ["bnmonitor", "repair"]
     for option in ("config", "model", "data", "forward", "device", "ckpt_path"):
         value = getattr(arguments, option)
         words += [f"--{option}", str(value)] if value is not None else []
     words += [] if arguments.weights_only else ["--no-weights-only"]
-    return shlex.join([*words, *more, "--output", f"repaired{arguments.ckpt_path.suffix}"])
+    words += ["--frozen"] if "frozen=True" in text else []
+    command = shlex.join([*words, "--output", f"repaired{arguments.ckpt_path.suffix}"])
+    return f"\n\nFor this checkpoint, `recalibrate` is:\n{command}"

@@ -58,7 +58,8 @@ def test_it_names_the_layer_and_the_command_that_repairs_it(capsys, spoiled):
     command = (
         f"bnmonitor repair --model {projects.MODEL} --data {projects.DATA} --ckpt_path {spoiled} --output repaired.ckpt"
     )
-    assert f"Repair: `{command}`." in output
+    assert output.endswith(f"\n\nFor this checkpoint, `recalibrate` is:\n{command}\n")
+    assert max(map(len, output.partition("\n\n")[0].splitlines())) <= 120
     assert spoiled.read_bytes() == before
 
 
