@@ -21,7 +21,7 @@ def read_config(path: Path) -> dict[str, Any]:
     Raises:
         CommandError: If it cannot be read.
     """
-    import yaml
+    import yaml  # which Lightning brings
 
     try:
         config = yaml.safe_load(path.read_text(encoding="utf-8"))

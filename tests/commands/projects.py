@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import ClassVar
+
 import torch
 from lightning.pytorch import LightningDataModule, LightningModule
 from torch import Tensor, nn
@@ -57,6 +59,20 @@ class Data(LightningDataModule):
         return loader(1, self.hparams.batch_size)
 
 
+class SplitByChance(Data):
+    """What it trains on is drawn anew each time, unless the seed is the same."""
+
+    drawn: ClassVar[list[Tensor]] = []
+
+    def setup(self, stage):
+        self.rows = torch.randperm(96)[:64]
+        self.drawn.append(self.rows)
+
+    def train_dataloader(self):
+        x = inputs(0)[self.rows]
+        return DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), self.hparams.batch_size)
+
+
 class NoData(Data):
     def train_dataloader(self):
         return DataLoader(TensorDataset(torch.empty(0, FEATURES), torch.empty(0, 1)), 16)
@@ -92,6 +108,15 @@ class NamedBatches(Net):
 
     def validation_step(self, batch, number, which=0):
         super().validation_step(batch, number)
+
+
+class WithHead(Net):
+    """One of its arguments is a module."""
+
+    def __init__(self, head: nn.Module, width: int = 8) -> None:
+        super().__init__(width)
+        self.save_hyperparameters()
+        self.head = head
 
 
 class Manual(Net):

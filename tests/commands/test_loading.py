@@ -12,6 +12,8 @@ from tests.commands import projects
 from tests.commands.checkpoints import assert_exact, bnmonitor, exact_stats, read, seeded, trained
 
 X = projects.inputs(0)
+DATA = ("--data", projects.DATA)
+BOTH = ("--model", projects.MODEL, *DATA)
 
 
 def named(name):
@@ -165,24 +167,52 @@ def test_a_config_takes_jsonargparse(capsys, checkpoint, tmp_path, monkeypatch):
     assert 'pip install "jsonargparse[signatures]"' in errors
 
 
-@pytest.mark.parametrize("has_classes", [True, False])
-def test_what_lightnings_command_has_written(capsys, tmp_path, monkeypatch, has_classes):
-    monkeypatch.chdir(tmp_path)
+def fit_by_command(folder, monkeypatch, *arguments, classes=(None, None)):
+    """Config and checkpoint that Lightning's command leaves."""
+    monkeypatch.chdir(folder)
     monkeypatch.setattr(sys, "argv", ["train.py"])
     trainer = ["--trainer.max_epochs=1", "--trainer.accelerator=cpu", "--trainer.enable_progress_bar=false"]
+    LightningCLI(*classes, args=["fit", *trainer, *arguments], seed_everything_default=1)
+    (checkpoint,) = folder.glob("lightning_logs/version_0/checkpoints/*.ckpt")
+    return folder / "lightning_logs" / "version_0" / "config.yaml", checkpoint
+
+
+@pytest.mark.parametrize("has_classes", [True, False])
+def test_what_lightnings_command_has_written(capsys, tmp_path, monkeypatch, has_classes):
     given = [f"--model={projects.__name__}.Net", f"--data={projects.__name__}.Data"] if has_classes else []
     of = (None, None) if has_classes else (projects.Net, projects.Data)
-    arguments = ["fit", *trainer, *given, "--model.width=7", "--data.batch_size=32"]
-    LightningCLI(*of, args=arguments, trainer_defaults={"logger": True}, seed_everything_default=1)
-    (checkpoint,) = tmp_path.glob("lightning_logs/version_0/checkpoints/*.ckpt")
-    path = tmp_path / "lightning_logs" / "version_0" / "config.yaml"
-    classes = ("--model", projects.MODEL, "--data", projects.DATA)
-    both = ("--config", path) if has_classes else ("--config", path, *classes)
-    for arguments in (both, classes):
+    arguments = [*given, "--model.width=7", "--data.batch_size=32"]
+    path, checkpoint = fit_by_command(tmp_path, monkeypatch, *arguments, classes=of)
+    for arguments in (("--config", path) if has_classes else ("--config", path, *BOTH), BOTH):
         weights, errors = repaired(capsys, tmp_path, checkpoint, *arguments)
         assert errors == ""
         assert_exact(weights, exact_stats(weights, X, batch_size=32))
         (tmp_path / "repaired.ckpt").unlink()
+
+
+def test_arguments_that_are_objects(capsys, tmp_path, monkeypatch):
+    given = [
+        f"--model={projects.__name__}.WithHead",
+        f"--data={projects.__name__}.Data",
+        "--model.head=torch.nn.Linear",
+    ]
+    arguments = [*given, "--model.width=6", "--model.head.in_features=6", "--model.head.out_features=1"]
+    path, checkpoint = fit_by_command(tmp_path, monkeypatch, *arguments)
+    for arguments in (("--config", path), ("--model", named("WithHead"), *DATA)):
+        weights, errors = repaired(capsys, tmp_path, checkpoint, *arguments)
+        assert errors == ""
+        assert_exact(weights, exact_stats(weights, X))
+        (tmp_path / "repaired.ckpt").unlink()
+
+
+def test_training_data_that_are_drawn_by_the_seed_are_those_of_training(capsys, tmp_path, monkeypatch):
+    given = [f"--model={projects.__name__}.Net", f"--data={projects.__name__}.SplitByChance"]
+    projects.SplitByChance.drawn.clear()
+    path, checkpoint = fit_by_command(tmp_path, monkeypatch, *given, "--seed_everything=5")
+    weights, _ = repaired(capsys, tmp_path, checkpoint, "--config", path)
+    (rows, again) = projects.SplitByChance.drawn
+    assert torch.equal(rows, again)
+    assert_exact(weights, exact_stats(weights, X[rows]))
 
 
 # -------------------------------------------------------------------------------------------------------- how it is run
@@ -224,10 +254,6 @@ def test_a_step_that_changes_weights_is_not_run(capsys, checkpoint, tmp_path):
 def test_it_is_run_as_told(capsys, checkpoint, tmp_path, how):
     weights, _ = repaired(capsys, tmp_path, checkpoint, "--model", projects.MODEL, *DATA, "--forward", how)
     assert_exact(weights, exact_stats(weights, X))
-
-
-DATA = ("--data", projects.DATA)
-BOTH = ("--model", projects.MODEL, *DATA)
 
 
 def trained_like(checkpoint, folder):

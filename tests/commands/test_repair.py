@@ -203,6 +203,17 @@ def test_a_full_disk_leaves_what_was_there(capsys, checkpoint, tmp_path):
     assert list(tmp_path.iterdir()) == [output]
 
 
+def test_an_interrupt_leaves_nothing(capsys, checkpoint, tmp_path, monkeypatch):
+    def interrupted(self, batch, batch_idx):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(projects.Net, "training_step", interrupted)
+    output = ("--output", tmp_path / "repaired.ckpt")
+    status, text, errors = bnmonitor(capsys, "repair", *SUBJECT, "--ckpt_path", checkpoint, *output)
+    assert (status, text, errors) == (130, "", "bnmonitor: interrupted.\n")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_who_may_read_it_is_as_of_the_old_one(capsys, checkpoint, tmp_path):
     checkpoint.chmod(0o640)
     repaired(capsys, checkpoint, tmp_path)
