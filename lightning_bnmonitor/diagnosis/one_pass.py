@@ -41,7 +41,7 @@ def _cure_non_finite(evidence: Evidence) -> list[str]:
 def _explain_unused(evidence: Evidence) -> list[str]:
     if evidence.get("calls_skipped"):
         return ["No call of it was counted."]
-    return ["None of these batches reached it."]
+    return ["It is not reached by any of these batches."]
 
 
 def _explain_frozen(evidence: Evidence) -> list[str]:
@@ -220,8 +220,8 @@ _STATEMENTS = (
     Statement(
         name="other-weights",
         explanation=(
-            "None of `batches` reached it, and some of `evaluation` do: its running statistics are {val_error} off "
-            "what it receives of these (chance explains {val_error_noise}).",
+            "`batches` do not reach it, and `evaluation` does: its running statistics are {val_error} off what it "
+            "receives there (chance explains {val_error_noise}).",
         ),
         remedy=(f"Give data that reach it, in training and to `recalibrate` ({RECALIBRATE_CALL}).",),
     ),

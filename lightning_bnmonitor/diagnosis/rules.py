@@ -152,8 +152,9 @@ def is_never_updated(layer: Circumstances, evidence: Evidence) -> bool:
 
 
 def does_not_fit(layer: Circumstances, evidence: Evidence) -> bool:
-    """Whether one pass shows running statistics that are off, and it is not the initial values."""
-    return is_of_one_pass(evidence) and is_lagging(layer, evidence)
+    """Whether one pass shows running statistics that are off, neither by the initial values nor by their own noise."""
+    is_else = is_lagging(layer, evidence) or (is_off(evidence) and not is_noisy(layer, evidence))
+    return is_of_one_pass(evidence) and is_else
 
 
 def _batches_vary(evidence: Evidence) -> bool:

@@ -149,7 +149,7 @@ def test_layers_without_running_statistics_and_layers_that_are_not_reached() -> 
     model.a = nn.BatchNorm1d(C, track_running_stats=False)
     report = examine(model, batches(20))
     assert [report[name].verdict for name in "abc"] == ["no-running-stats", report["b"].verdict, "unused"]
-    assert "None of these batches reached it." in report["c"].explanation
+    assert "It is not reached by any of these batches." in report["c"].explanation
 
 
 def in_order(data: list[Tensor]) -> list[Tensor]:
@@ -317,7 +317,7 @@ class TestEvaluation:
         model.head.num_batches_tracked += 5
         layer = examine(model, batches(60), batches(20))["head"]
         assert (layer.verdict, layer.flags, layer.needs_attention) == ("unused", ("other-weights",), True)
-        assert "None of `batches` reached it" in layer.explanation
+        assert "`batches` do not reach it" in layer.explanation
 
     def test_none_at_all_is_an_error(self) -> None:
         with pytest.raises(ValueError, match="`evaluation` gave no batch"):
