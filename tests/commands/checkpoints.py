@@ -16,7 +16,9 @@ from tests.commands import projects
 STATS = ("running_mean", "running_var")
 
 
-def trained(folder: Path, model: Any, *callbacks: Any, data: Any = None, epochs: int = 1) -> Path:
+def trained(
+    folder: Path, model: Any, *callbacks: Any, data: Any = None, epochs: int = 1, ckpt_path: Path | None = None
+) -> Path:
     """The checkpoint that a short training has left after its last epoch."""
     saving = ModelCheckpoint(dirpath=folder, filename="last", every_n_epochs=epochs)
     trainer = Trainer(
@@ -27,7 +29,7 @@ def trained(folder: Path, model: Any, *callbacks: Any, data: Any = None, epochs:
         enable_progress_bar=False,
         enable_model_summary=False,
     )
-    trainer.fit(model, data or projects.Data())
+    trainer.fit(model, data or projects.Data(), ckpt_path=ckpt_path)
     return folder / "last.ckpt"
 
 
