@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -25,6 +26,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for command in (check, repair, attribute, show):
         command.add_to(commands)
     chosen = parser.parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of layers may have letters that a terminal lacks
     try:
         status: int = chosen.run(chosen)
         sys.stdout.flush()

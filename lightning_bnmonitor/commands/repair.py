@@ -51,7 +51,7 @@ def run(arguments: argparse.Namespace) -> int:
         done = _repair(subject, subject.checkpoint, arguments)
     check_output(arguments.output, arguments.ckpt_path, arguments.force)  # it may have come meanwhile
     write(subject.checkpoint, arguments.output)
-    print("\n\n".join(f"{what[0].upper()}{what[1:]}: {table}" for what, table in done.items()))
+    print("\n\n".join(f"{what[0].upper()}{what[1:]}:\n{table}" for what, table in done.items()))
     print(f"\nWritten to {arguments.output}: {' and '.join(done)} with exact running statistics, all else as it was.")
     return 0
 

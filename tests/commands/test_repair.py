@@ -85,8 +85,8 @@ def test_averaged_weights_and_those_in_training_are_repaired_each_with_its_own_s
     again = averaging("EMAWeightAveraging")(decay=0.9)
     resumed = trained(tmp_path / "resumed", projects.Net(), again, epochs=3, ckpt_path=tmp_path / "repaired.ckpt")
     assert read(resumed)["global_step"] == 18
-    assert "The averaged weights (`state_dict`): 2 BatchNorm layers recalibrated" in text
-    assert "The weights in training (`current_model_state`): 2 BatchNorm layers recalibrated" in text
+    assert "The averaged weights (`state_dict`):\n2 BatchNorm layers recalibrated" in text
+    assert "The weights in training (`current_model_state`):\n2 BatchNorm layers recalibrated" in text
 
 
 def test_statistics_that_are_put_back_in_training_stay_as_they_are(capsys, tmp_path):
