@@ -48,6 +48,32 @@ def moments_of(x: Tensor) -> tuple[Tensor, Tensor]:
     return first.double().add_(centre), var
 
 
+@torch.no_grad()
+def masked_moments_of(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """How many values per channel a mask lets count, and their mean and biased variance.
+
+    The others may be anything, NaN too. Two passes, the second about the mean, in which no digit is lost.
+
+    Args:
+        x: ``(N, C, *positions)``, not empty.
+        mask: Bool, ``(N, *positions)``, or of size 1 where all are alike.
+
+    Returns:
+        ``()``, ``(C,)`` and ``(C,)``, float64 where the device has it; 0 each if none counts.
+    """
+    dims = [dim for dim in range(x.ndim) if dim != 1]
+    double = torch.float32 if x.device.type == "mps" else torch.float64
+    values = x if x.dtype in (torch.float32, torch.float64) else x.float()
+    mask = mask[:, None]
+    count = mask.sum(dtype=double) * (x.numel() // x.shape[1] / mask.numel())
+    num = count.clamp_min(1)
+    centre = (torch.where(mask, values, 0).sum(dims, keepdim=True, dtype=double) / num).to(values.dtype)
+    deviation = torch.where(mask, values - centre, 0)
+    first = deviation.sum(dims, dtype=double) / num
+    second = deviation.square_().sum(dims, dtype=double) / num
+    return count, first + centre.flatten(), second.sub_(first.square()).clamp_min_(0)
+
+
 def _with_positions(x: Tensor) -> Tensor:
     """``(N, C, P)``."""
     return x[..., None] if x.ndim == 2 else x.flatten(2)

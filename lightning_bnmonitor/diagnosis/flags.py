@@ -271,6 +271,24 @@ _TABLE = (
         remedy=_cure_other_weights,
     ),
     Flag(
+        name="padded",
+        rule=rules.is_moved_by_padding,
+        attention=lambda _: True,
+        explanation=(
+            "Of the values that it receives, a share of {padding_share} is padding, and from batch to batch that share "
+            "varies by {padding_scatter} (standard deviation). This alone moves what training normalises by, by "
+            "{padding_shift} (chance explains {padding_noise}): in training a sample's activations depend on how much "
+            "padding there is beside it, in eval() they do not.",
+            "Without padding, the statistics are {padding_offset} off those with it.",
+        ),
+        remedy=(
+            "Normalise by the values that count: with x (B, C, T), a bool mask (B, T) and an `nn.BatchNorm1d`, "
+            "`y = torch.zeros_like(x); y.mT[mask] = bn(x.mT[mask])` in the place of `y = bn(x)`. Or put sequences of "
+            "like length into a batch, or use `nn.LayerNorm` over the channels, which sees no other position "
+            "(`nn.GroupNorm` does).",
+        ),
+    ),
+    Flag(
         name="rank-0-only",
         rule=lambda _, evidence: evidence.get("rank_error", 0.0) > WARNING,
         attention=lambda _: True,

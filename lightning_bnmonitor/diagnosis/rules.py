@@ -89,6 +89,11 @@ def is_trained_in_eval(layer: Circumstances, _: Evidence) -> bool:
     return not layer.was_called and layer.calls_in_eval_mode > 0 and layer.steps_in_eval_mode > 0
 
 
+def is_moved_by_padding(layer: Circumstances, evidence: Evidence) -> bool:
+    """Whether padding moves what training normalises by, from batch to batch."""
+    return layer.training_calls > 0 and evidence.get("padding_shift", 0.0) > WARNING
+
+
 def net_error(evidence: Evidence) -> float:
     """``val_error`` with its noise taken off; 0 up to three times that."""
     return _beyond_chance(evidence.get("val_error", 0.0), evidence.get("val_error_noise", math.inf))

@@ -60,6 +60,9 @@ class LayerValues:
     val_running: Tensor | None = None
     """Running mean and variance as that validation began, ``(2, C)``; None if they had no part in it."""
 
+    unpadded: Tensor | None = None
+    """Mean and unbiased variance of the values that the mask lets count, ``(2, C)``; None if no mask told of them."""
+
     @property
     def num_features(self) -> int:
         """Channels C."""

@@ -23,6 +23,7 @@ from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.statistics.blocks import Blocks, at_fixed_weights
 from lightning_bnmonitor.statistics.borders import has_jump
 from lightning_bnmonitor.statistics.channel_layout import ChannelLayout
+from lightning_bnmonitor.statistics.padding import PaddedSums
 from lightning_bnmonitor.statistics.pooling import PooledStatistics, error_of_one_rank, pool
 from lightning_bnmonitor.tracking import collectives
 from lightning_bnmonitor.tracking.exchange import Exchange, Frame
@@ -34,6 +35,7 @@ from lightning_bnmonitor.tracking.measurement import (
     measure,
     states_of,
 )
+from lightning_bnmonitor.tracking.paddings import of_layers
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 from lightning_bnmonitor.tracking.windows import Windows, layout_of
 
@@ -63,16 +65,18 @@ def assess(
     ordered = windows.in_order(layers)
     contrasts, inputs = windows.call_sites.contrasts(ordered), windows.probe.scores()
     measured = measure(states_of(ordered, ended), windows.blocks(ordered), contrasts, inputs)
+    paddings = windows.paddings
     if all_ranks and measured.analysis.layout.num_channels:
-        exchange = _exchange(layers, ordered)
+        exchange = _exchange(layers, ordered, has_masks=paddings is not None)
         num_ranks = np.array([layer.counts.num_ranks for layer in ordered])
         shares = exchange.gather(PooledStatistics.of_window(measured.analysis, num_ranks))
+        padded = {} if paddings is None else paddings.gathered(layers)
         with exchange.answer() as answer:
             if shares:
-                answer.message = exchange.packed(describe(measured, _seen(shares, measured)))
+                answer.message = exchange.packed(describe(measured, _seen(shares, measured), padded))
         reports = exchange.unpacked(answer.message, _frames(measured.states, measured.blocks))
     else:
-        reports = describe(measured)
+        reports = describe(measured, padded={} if paddings is None else paddings.sums())
     return Report(reports, rank=_rank(all_ranks)), list(endings_of(measured))
 
 
@@ -111,12 +115,18 @@ def compare(layers: Sequence[TrackedLayer], windows: Windows, are_averaged: bool
     return Report(reports, rank=_rank(all_ranks))
 
 
-def describe(measured: Measurement, seen: Seen | None = None, at_fixed_weights: bool = False) -> list[LayerReport]:
+def describe(
+    measured: Measurement,
+    seen: Seen | None = None,
+    padded: Mapping[TrackedLayer, PaddedSums] | None = None,
+    at_fixed_weights: bool = False,
+) -> list[LayerReport]:
     """The reports of layers.
 
     Args:
         measured: What the windows of this rank show.
         seen: What all ranks have seen, if that is to be the population.
+        padded: What is known of padding, of all ranks likewise.
         at_fixed_weights: Whether the weights stayed as they were: the population then is what the layers receive now.
     """
     states, blocks, analysis, judged, windows, running, eps, contrasts, *_ = measured
@@ -138,9 +148,15 @@ def describe(measured: Measurement, seen: Seen | None = None, at_fixed_weights: 
     numbers = torch.cat([exact, running, now, torch.from_numpy(judged.z), torch.from_numpy(judged.std_error)])
     rows = zip(*(metrics[name].tolist() for name in METRICS), strict=True)
     parts, counts = torch.split(numbers, layout.widths.tolist(), dim=-1), num_samples.tolist()
+    paddings = of_layers(padded or {}, [state.layer for state in states], population, layout, eps)
     orders = _of_order(measured)
-    added = [{**more, **calls, **order} for more, calls, order in zip(together, apart, orders, strict=True)]
-    described = zip(_frames(states, blocks), states, observed, added, evidence, rows, counts, parts, strict=True)
+    added = [
+        {**more, **calls, **order, **(padding.evidence if padding is not None else {})}
+        for more, calls, order, padding in zip(together, apart, orders, paddings, strict=True)
+    ]
+    unpadded = [padding and padding.unpadded for padding in paddings]
+    frames = _frames(states, blocks)
+    described = zip(frames, states, observed, added, evidence, rows, counts, parts, unpadded, strict=True)
     return [
         frame(
             num_batches=state.layer.num_calls,
@@ -148,8 +164,9 @@ def describe(measured: Measurement, seen: Seen | None = None, at_fixed_weights: 
             has_running_stats=state.now.buffers is not None,
             diagnosis=diagnose(state.circumstances, {**own, **more, **of_all}, dict(zip(METRICS, values, strict=True))),
             numbers=part,
+            unpadded=kept,
         )
-        for frame, state, own, more, of_all, values, count, part in described
+        for frame, state, own, more, of_all, values, count, part, kept in described
     ]
 
 
@@ -181,9 +198,9 @@ def _seen(shares: Sequence[PooledStatistics], measured: Measurement) -> Seen:
     return Seen(everyone, [{"ranks": float(len(shares)), "rank_error": error} for error in errors.tolist()])
 
 
-def _exchange(layers: Sequence[TrackedLayer], ordered: Sequence[TrackedLayer]) -> Exchange:
+def _exchange(layers: Sequence[TrackedLayer], ordered: Sequence[TrackedLayer], has_masks: bool = False) -> Exchange:
     position = {layer: index for index, layer in enumerate(ordered)}
-    return Exchange(layout_of(ordered), np.array([position[layer] for layer in layers], dtype=np.int64))
+    return Exchange(layout_of(ordered), np.array([position[layer] for layer in layers], dtype=np.int64), has_masks)
 
 
 def _rank(all_ranks: bool) -> int | None:

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, get_args
 
 import torch
 from torch import nn
 
-from lightning_bnmonitor.arguments import as_patterns, check_choice
+from lightning_bnmonitor.arguments import as_patterns, check_callable_or_none, check_choice
 from lightning_bnmonitor.capture.attachment import Attachment
 from lightning_bnmonitor.capture.batch_moments import CaptureMode
 from lightning_bnmonitor.report.report import Report
@@ -43,9 +43,12 @@ class BatchNormTracker:
         capture: ``"auto"`` takes the batch moments in the cheapest way that is exact; ``"pass"`` makes a pass of its
             own over every input: slower, and the reference for the others. What ``torch.compile`` has compiled takes
             them in its graph either way.
+        mask: Where inputs are padded: a function of the batch (that :meth:`see_inputs` is told) which returns what is
+            none, to have statistics without padding, too, and to be told where it does harm: see
+            :class:`~lightning_bnmonitor.capture.masks.BatchMasks`.
 
     Raises:
-        TypeError: If ``include`` or ``exclude`` is neither None nor strings.
+        TypeError: If ``include`` or ``exclude`` is neither None nor strings, or ``mask`` neither None nor a function.
         ValueError: If ``capture`` is unknown.
 
     Example::
@@ -67,13 +70,16 @@ class BatchNormTracker:
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         capture: CaptureMode = "auto",
+        mask: Callable[[Any], Any] | None = None,
     ) -> None:
         check_choice("capture", capture, get_args(CaptureMode))
+        check_callable_or_none("mask", mask)
         self._include = as_patterns("include", include)
         self._exclude = as_patterns("exclude", exclude)
         self._capture = capture
+        self._mask = mask
         self._model = weakref.ref(model)
-        self._recorder = Recorder(model, by_pass=capture == "pass")
+        self._recorder = Recorder(model, by_pass=capture == "pass", mask=mask)
         self._attachment: Attachment | None = None
         self._closing: Report | None = None  # the report of a window that has ended, once it was asked for
         self._validated: Report | None = None  # the same, with a validation after it
@@ -90,7 +96,7 @@ class BatchNormTracker:
         model = self._model()
         if model is None:
             raise RuntimeError(_NO_MODEL)
-        twin = BatchNormTracker(memo.get(id(model), model), self._include, self._exclude, self._capture)
+        twin = BatchNormTracker(memo.get(id(model), model), self._include, self._exclude, self._capture, self._mask)
         twin.load_state_dict(self.state_dict())
         return twin
 
@@ -123,6 +129,7 @@ class BatchNormTracker:
             model,
             recorder.gate,
             hooks,
+            recorder.mask_hooks(),
             see=recorder.see_arguments,
             drain=recorder.drain,
             after_step=recorder.merge_if_full,
