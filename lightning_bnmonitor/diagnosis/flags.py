@@ -273,7 +273,7 @@ _TABLE = (
     Flag(
         name="padded",
         rule=rules.is_moved_by_padding,
-        attention=lambda _: True,
+        attention=rules.is_spoiled_by_padding,
         explanation=(
             "Of the values that it receives, a share of {padding_share} is padding, and from batch to batch that share "
             "varies by {padding_scatter} (standard deviation). This alone moves what training normalises by, by "

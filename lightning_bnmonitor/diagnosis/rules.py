@@ -26,6 +26,7 @@ _FEW_VALUES = 10  # independent ones in a batch
 _SATURATED = math.sqrt(1.5 / 8)  # the jitter of 8 independent values
 _WORTH_DROPPING = 0.08  # of the noise that a small last batch adds
 _CALL_SHIFT = 0.05  # from which on it is said
+_PADDING_SHIFT = 0.05  # likewise
 _SEVERAL = 1.25  # calls of a layer for each of its model's
 _SHARE = 0.02  # of a channel's variance, that the order or the making of batches must explain to count
 _SMOOTH = 0.6  # share of a movement from which on it may be that of the weights
@@ -90,8 +91,13 @@ def is_trained_in_eval(layer: Circumstances, _: Evidence) -> bool:
 
 
 def is_moved_by_padding(layer: Circumstances, evidence: Evidence) -> bool:
-    """Whether padding moves what training normalises by, from batch to batch."""
-    return layer.training_calls > 0 and evidence.get("padding_shift", 0.0) > WARNING
+    """Whether padding moves what training normalises by, from batch to batch, by so much that it is to be known."""
+    return layer.training_calls > 0 and evidence.get("padding_shift", 0.0) > _PADDING_SHIFT
+
+
+def is_spoiled_by_padding(evidence: Evidence) -> bool:
+    """Whether so much that it needs attention."""
+    return evidence.get("padding_shift", 0.0) > WARNING
 
 
 def net_error(evidence: Evidence) -> float:

@@ -188,7 +188,8 @@ class LayerValues:
     def __getstate__(self) -> dict[str, Any]:
         # They may be views of all layers' numbers, which would be saved with them.
         blocks = self.blocks and (self.blocks[0].clone(), self.blocks[1].clone())
-        return {**vars(self), "numbers": self.numbers.clone(), "blocks": blocks}
+        unpadded = None if self.unpadded is None else self.unpadded.clone()
+        return {**vars(self), "numbers": self.numbers.clone(), "blocks": blocks, "unpadded": unpadded}
 
     @property
     def _moments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:
