@@ -19,6 +19,7 @@ from lightning_bnmonitor.capture.masked_calls import MaskedMoments
 from lightning_bnmonitor.diagnosis.evidence import of_padding
 from lightning_bnmonitor.statistics.channel_layout import ChannelLayout, FloatArray
 from lightning_bnmonitor.statistics.padding import ROWS, SCALARS, PaddedSums, padding_of, pooled, with_batches
+from lightning_bnmonitor.statistics.side_by_side import on_device
 from lightning_bnmonitor.statistics.window import commit
 from lightning_bnmonitor.tracking import collectives
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
@@ -95,7 +96,7 @@ class Paddings:
             return
         totals, *parts = zip(*waiting, strict=True)
         count, kept, every = (_on_home(torch.stack(part)) for part in parts)
-        total = torch.tensor(totals, dtype=torch.float64, device="cpu").to(count.device, non_blocking=True)
+        total = on_device(np.array(totals, dtype=float), count.device)
         before = self._sums.get(layer) or PaddedSums.empty(kept.shape[-1], count.device)
         sums = with_batches(before, total, count, kept, every)
         commit([partial(setitem, self._sums, layer, sums), partial(delitem, self._waiting[layer], slice(len(waiting)))])

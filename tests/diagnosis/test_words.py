@@ -46,6 +46,7 @@ NUMBERS_OF_FLAGS = {
     "interrupted-batch": [],
     "missed-calls": ["updates_per_call"],
     "not-updating": ["calls_not_updating"],
+    "padded": ["padding_share", "padding_scatter", "padding_shift", "padding_noise", "padding_offset"],
     "written-outside": [],
 }
 NUMBERS_OF_REMEDIES = {

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 import pytest
 import torch
@@ -121,7 +123,7 @@ def test_how_batches_are_merged_and_which_rank_sees_them_makes_no_difference(see
     whole, rng = sums_of(batches, chunk=len(batches)), np.random.default_rng(seed)
     borders = [0, *sorted(set(cuts)), len(batches)]
     parts = [PaddedSums.empty(3, CPU) for _ in range(ranks)]
-    for start, stop in zip(borders[:-1], borders[1:], strict=True):
+    for start, stop in itertools.pairwise(borders):
         rank = rng.integers(ranks)
         parts[rank] = added(parts[rank], batches[start:stop])
     together = pooled([PaddedSums.unpacked(part.packed()) for part in parts])
