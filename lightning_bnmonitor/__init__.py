@@ -1,9 +1,9 @@
 """Exact statistics of every BatchNorm layer's inputs beside its running statistics, in TensorBoard.
 
 Three ways in: :class:`BatchNormMonitor`, a callback for Lightning's Trainer; :class:`BatchNormTracker`, for any loop;
-:func:`recalibrate` and :func:`attribute_eval_gap`, for a model and data. A :class:`Report` maps the names of layers to
-:class:`LayerReport`, values per channel and a verdict. :class:`ChannelMoments` is the exact streaming metric alone, a
-``torchmetrics.Metric`` for ``(N, C, *)`` tensors of any length.
+:func:`examine`, :func:`recalibrate` and :func:`attribute_eval_gap`, for a model and data. A :class:`Report` maps the
+names of layers to :class:`LayerReport`, values per channel and a verdict. :class:`ChannelMoments` is the exact
+streaming metric alone, a ``torchmetrics.Metric`` for ``(N, C, *)`` tensors of any length.
 
 **How the moments are taken.** BatchNorm's kernel has computed the mean and the inverse standard deviation of the batch,
 and autograd keeps them for the backward pass. A forward hook reads these two small tensors and puts them aside: no
@@ -59,6 +59,7 @@ if TYPE_CHECKING:
     from lightning_bnmonitor.callbacks.unhealthy import UnhealthyBatchNormError
     from lightning_bnmonitor.repair.attribution import attribute_eval_gap
     from lightning_bnmonitor.repair.eval_gap import Attribution
+    from lightning_bnmonitor.repair.examination import examine
     from lightning_bnmonitor.repair.recalibration import Recalibration, recalibrate
     from lightning_bnmonitor.report.layer_report import LayerReport
     from lightning_bnmonitor.report.report import Report
@@ -78,6 +79,7 @@ __all__ = [
     "Report",
     "UnhealthyBatchNormError",
     "attribute_eval_gap",
+    "examine",
     "recalibrate",
 ]
 
@@ -93,6 +95,7 @@ _ROOMS = {
     "Report": "report.report",
     "UnhealthyBatchNormError": "callbacks.unhealthy",
     "attribute_eval_gap": "repair.attribution",
+    "examine": "repair.examination",
     "recalibrate": "repair.recalibration",
 }
 

@@ -114,6 +114,8 @@ EVIDENCE: Mapping[str, str] = {
     "padding_offset": "RMS error of the normalised activation that statistics with padding make on the values that "
     "are none",
     "ranks": "how many ranks the window is of, if several",
+    "one_pass": "1 if what the layer received is that of one pass of given data, at fixed weights",
+    "num_updates": "updates of its running statistics so far, as it has counted them: of one pass",
     "rank_error": "RMS error that comes from rank 0's data differing from all ranks', chance taken off; 0 where it may "
     "be chance",
     "recommended_momentum": "the momentum that the remedy names",

@@ -152,7 +152,8 @@ def _compensate(evidence: Evidence) -> list[str]:
     return ["Set `momentum={compensated_momentum}` to get the effect of {momentum}."]
 
 
-def _explain_calls(evidence: Evidence) -> list[str]:
+def explain_calls(evidence: Evidence) -> list[str]:
+    """Explain ``calls-differ``."""
     which = {1: "the first is", 2: "the second is", 3: "the third is"}
     named = which.get(int(evidence["call_shift_index"]), "those from the fourth on are")
     if evidence["calls_per_step"] == 2:
@@ -172,7 +173,8 @@ def _explain_calls(evidence: Evidence) -> list[str]:
     ]
 
 
-def _cure_calls(evidence: Evidence) -> list[str]:
+def cure_calls(evidence: Evidence) -> list[str]:
+    """What to do about ``calls-differ``."""
     if rules.is_at_several_places(evidence):
         return ["Give each place a BatchNorm layer of its own; the weights around it may stay shared."]
     return [
@@ -187,8 +189,8 @@ _TABLE = (
         name="calls-differ",
         rule=rules.has_unlike_calls,
         attention=rules.is_spoiled_by_calls,
-        explanation=_explain_calls,
-        remedy=_cure_calls,
+        explanation=explain_calls,
+        remedy=cure_calls,
     ),
     Flag(
         name="dead-channels",
@@ -236,7 +238,7 @@ _TABLE = (
     ),
     Flag(
         name="never-updated",
-        rule=None,
+        rule=rules.is_never_updated,
         attention=lambda _: True,
         explanation=(
             "Its running statistics were never updated: they are the initial zeros and ones (`num_batches_tracked` is "
@@ -305,7 +307,7 @@ _TABLE = (
     Flag(
         name="small-last-batch",
         rule=rules.has_small_last_batch,
-        attention=rules.is_tiny_at_last,
+        attention=rules.is_spoiled_by_last,
         explanation=_explain_last_batch,
         remedy=("Leave it out: `DataLoader(..., drop_last=True)`.",),
     ),

@@ -32,20 +32,20 @@ def forward_of(model: nn.Module, batch: Any) -> Any:
     return model(**batch) if isinstance(batch, Mapping) else model(batch)
 
 
-def run(model: nn.Module, batches: Iterable[Any], forward: Forward, num_batches: int | None = None) -> int:
-    """Run a model on batches, at most so many. Returns how many there were.
+def run(model: nn.Module, batches: Iterable[Any], forward: Forward, argument: str = "batches") -> int:
+    """Run a model on batches, which are called ``argument`` in errors. Returns how many there were.
 
     Raises:
         RuntimeError: If it cannot take one, with its own error as the cause.
     """
     count = 0
-    for batch in itertools.islice(batches, num_batches):
+    for batch in batches:
         try:
             forward(model, batch)
         except Exception as error:
             raise RuntimeError(
-                f"The model cannot take batch {count} of `batches`, a {type(batch).__name__}: {error!r}. Nothing was "
-                "changed. Argument `forward`, a function of the model and a batch, tells how to run one."
+                f"The model cannot take batch {count} of `{argument}`, a {type(batch).__name__}: {error!r}. Nothing "
+                "was changed. Argument `forward`, a function of the model and a batch, tells how to run one."
             ) from error
         count += 1
     return count

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -20,13 +20,13 @@ from lightning_bnmonitor.diagnosis.evidence import (
 )
 from lightning_bnmonitor.report.layer_report import LayerReport
 from lightning_bnmonitor.report.report import Report
-from lightning_bnmonitor.statistics.blocks import Blocks, at_fixed_weights
+from lightning_bnmonitor.statistics.blocks import Blocks, at_fixed_weights, pooled
 from lightning_bnmonitor.statistics.borders import has_jump
-from lightning_bnmonitor.statistics.channel_layout import ChannelLayout
+from lightning_bnmonitor.statistics.channel_layout import ChannelLayout, FloatArray
 from lightning_bnmonitor.statistics.padding import PaddedSums
-from lightning_bnmonitor.statistics.pooling import PooledStatistics, error_of_one_rank, pool
+from lightning_bnmonitor.statistics.pooling import PooledStatistics, error_of_one_rank, error_of_sampling, pool
 from lightning_bnmonitor.tracking import collectives
-from lightning_bnmonitor.tracking.exchange import Exchange, Frame
+from lightning_bnmonitor.tracking.exchange import Exchange, Frame, answer_of_rank_zero
 from lightning_bnmonitor.tracking.measurement import (
     Ending,
     LayerState,
@@ -48,6 +48,15 @@ class Seen(NamedTuple):
     """What follows from it for each layer."""
 
 
+class Received(NamedTuple):
+    """What a layer has received at fixed weights, on all ranks together."""
+
+    samples_per_batch: float
+    """Values per channel."""
+    value: FloatArray
+    """Mean of batch means and of unbiased batch variances, ``(2, C)``."""
+
+
 def assess(
     layers: Sequence[TrackedLayer], windows: Windows, ended: bool = False, all_ranks: bool = False
 ) -> tuple[Report, list[Ending]]:
@@ -65,22 +74,28 @@ def assess(
     ordered = windows.in_order(layers)
     contrasts, inputs = windows.call_sites.contrasts(ordered), windows.probe.scores()
     measured = measure(states_of(ordered, ended), windows.blocks(ordered), contrasts, inputs)
-    paddings = windows.paddings
-    if all_ranks and measured.analysis.layout.num_channels:
-        exchange = _exchange(layers, ordered, has_masks=paddings is not None)
+    together = all_ranks and measured.analysis.layout.num_channels > 0
+    padded = _padded(windows, layers, together)
+    if together:
+        exchange = _exchange(layers, ordered, windows)
         num_ranks = np.array([layer.counts.num_ranks for layer in ordered])
         shares = exchange.gather(PooledStatistics.of_window(measured.analysis, num_ranks))
-        padded = {} if paddings is None else paddings.gathered(layers)
         with exchange.answer() as answer:
             if shares:
                 answer.message = exchange.packed(describe(measured, _seen(shares, measured), padded))
         reports = exchange.unpacked(answer.message, _frames(measured.states, measured.blocks))
     else:
-        reports = describe(measured, padded={} if paddings is None else paddings.sums())
+        reports = describe(measured, padded=padded)
     return Report(reports, rank=_rank(all_ranks)), list(endings_of(measured))
 
 
-def compare(layers: Sequence[TrackedLayer], windows: Windows, are_averaged: bool, all_ranks: bool = False) -> Report:
+def compare(
+    layers: Sequence[TrackedLayer],
+    windows: Windows,
+    are_averaged: bool,
+    all_ranks: bool = False,
+    as_known: Callable[[LayerState, Received], LayerState] | None = None,
+) -> Report:
     """Running statistics against batches that were received at fixed weights and have updated nothing.
 
     Args:
@@ -88,31 +103,85 @@ def compare(layers: Sequence[TrackedLayer], windows: Windows, are_averaged: bool
         windows: Where they lie.
         are_averaged: Whether the running statistics are the average of all these batches, rather than older.
         all_ranks: Whether to report on all ranks together: all have to call this, and get the same report.
+        as_known: Adds what is known of a layer besides. It may set what the running statistics are made of.
     """
     ordered = windows.in_order(layers)
     states, blocks, layout = states_of(ordered), windows.blocks(ordered), layout_of(ordered)
-    own = PooledStatistics.of_batches(blocks.beside, blocks.first_bad, layout)
+    own = _received(blocks, layout)
+    contrasts, inputs = windows.call_sites.contrasts(ordered), windows.probe.scores()
+    together = all_ranks and layout.num_channels > 0
+    padded = _padded(windows, layers, together)
 
-    def described(pooled: PooledStatistics, evidence: Mapping[str, float]) -> list[LayerReport]:
-        batches = pooled.as_batches(layout)
-        received = [
-            _receiving(state, int(num), are_averaged)
-            for state, num in zip(states, batches.num_batches.tolist(), strict=True)
-        ]
-        measured = measure(received, at_fixed_weights(blocks, batches, are_averaged), with_earlier=False)
-        return describe(measured, Seen(pooled, [evidence] * len(states)), at_fixed_weights=True)
+    def described(everyone: PooledStatistics, evidence: Mapping[str, float]) -> list[LayerReport]:
+        batches = everyone.as_batches(layout)
+        counts = zip(batches.num_batches.tolist(), batches.num_samples.tolist(), layout.slices, strict=True)
+        known = []
+        for state, (num, samples, channels) in zip(states, counts, strict=True):
+            receiving = _receiving(state, int(num), are_averaged)
+            received = Received(samples / max(num, 1), batches.value[:, channels])
+            known.append(as_known(receiving, received) if as_known is not None else receiving)
+        measured = measure(known, at_fixed_weights(blocks, batches, are_averaged), contrasts, inputs, False)
+        in_order = measure(known, blocks, with_earlier=False).judged.batching  # of this rank
+        judged = replace(measured.judged, batching=in_order)
+        seen = Seen(everyone, [{**evidence, "one_pass": 1.0}] * len(states))
+        return describe(measured._replace(judged=judged, blocks=blocks), seen, padded, at_fixed_weights=True)
 
-    if all_ranks and layout.num_channels:
-        exchange = _exchange(layers, ordered)
+    if together:
+        exchange = _exchange(layers, ordered, windows)
         shares = exchange.gather(own)
         with exchange.answer() as answer:
             if shares:
                 answer.message = exchange.packed(described(pool(shares, layout), {"ranks": float(len(shares))}))
-        mine = at_fixed_weights(blocks, own.as_batches(layout), are_averaged)
-        reports = exchange.unpacked(answer.message, _frames(states, mine))
+        reports = exchange.unpacked(answer.message, _frames(states, blocks))
     else:
         reports = described(own, {})
     return Report(reports, rank=_rank(all_ranks))
+
+
+class Precision(NamedTuple):
+    """How well the statistics of what layers have received at fixed weights are known."""
+
+    noise: float
+    """What chance makes of them in the worst layer: an RMS error of the normalised activation."""
+    num_samples: float
+    """In all batches of the layer that was called first."""
+
+
+def precision(layers: Sequence[TrackedLayer], windows: Windows, all_ranks: bool = False) -> Precision:
+    """How well the statistics of what layers have received so far are known.
+
+    Layers that were not called, or whose every channel has a value that is not finite, do not count; the noise is
+    infinite if a layer was called once on each rank at most.
+
+    Args:
+        layers: In the order of the model's modules.
+        windows: Where they lie.
+        all_ranks: Whether all ranks call this, and get the same answer on all their data.
+    """
+    ordered = windows.in_order(layers)
+    layout, eps = layout_of(ordered), np.array([layer.module.eps for layer in ordered])
+    own = _received(windows.blocks(ordered), layout)
+
+    def of(everyone: PooledStatistics) -> Precision:
+        noise = error_of_sampling(everyone, layout, eps)
+        is_alone = (everyone.num_samples > 0) & (everyone.dof < 1)
+        called = everyone.batch_size[everyone.num_samples > 0]
+        largest = np.max(np.where(is_alone, np.inf, np.nan_to_num(noise)), initial=0.0)
+        return Precision(float(largest), float(called[0]) if len(called) else 0.0)
+
+    if not all_ranks:
+        return of(own)
+    shares = _exchange(layers, ordered, windows).gather(own)
+    with answer_of_rank_zero(len(Precision._fields)) as answer:
+        if shares:
+            answer.message = torch.tensor(of(pool(shares, layout)), dtype=torch.float64, device="cpu")
+    return Precision(*answer.message.tolist())
+
+
+def _received(blocks: Blocks, layout: ChannelLayout) -> PooledStatistics:
+    """What this rank has received at fixed weights."""
+    with np.errstate(all="ignore"):
+        return PooledStatistics.of_batches(pooled(blocks), blocks.first_bad, layout)
 
 
 def describe(
@@ -198,9 +267,17 @@ def _seen(shares: Sequence[PooledStatistics], measured: Measurement) -> Seen:
     return Seen(everyone, [{"ranks": float(len(shares)), "rank_error": error} for error in errors.tolist()])
 
 
-def _exchange(layers: Sequence[TrackedLayer], ordered: Sequence[TrackedLayer], has_masks: bool = False) -> Exchange:
+def _exchange(layers: Sequence[TrackedLayer], ordered: Sequence[TrackedLayer], windows: Windows) -> Exchange:
     position = {layer: index for index, layer in enumerate(ordered)}
-    return Exchange(layout_of(ordered), np.array([position[layer] for layer in layers], dtype=np.int64), has_masks)
+    positions = np.array([position[layer] for layer in layers], dtype=np.int64)
+    return Exchange(layout_of(ordered), positions, has_masks=windows.paddings is not None)
+
+
+def _padded(windows: Windows, layers: Sequence[TrackedLayer], together: bool) -> Mapping[TrackedLayer, PaddedSums]:
+    """What is known of padding: of this rank, or of all, on rank 0."""
+    if windows.paddings is None:
+        return {}
+    return windows.paddings.gathered(layers) if together else windows.paddings.sums()
 
 
 def _rank(all_ranks: bool) -> int | None:

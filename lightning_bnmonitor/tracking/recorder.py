@@ -41,10 +41,17 @@ class Recorder:
     Args:
         root: Calls count while it is in training mode. It is not kept alive.
         by_pass: Whether moments are taken by a pass over every input, whatever a kernel has saved.
+        at_fixed_weights: Whether calls are kept in the order of time though they update nothing.
         mask: What tells of a batch which positions count; None: all.
     """
 
-    def __init__(self, root: nn.Module, by_pass: bool, mask: Callable[[Any], Any] | None = None) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        by_pass: bool,
+        at_fixed_weights: bool = False,
+        mask: Callable[[Any], Any] | None = None,
+    ) -> None:
         self.gate = Gate(root)
         self.layers: list[TrackedLayer] = []  # in the order of the model's modules
         self.masks = None if mask is None else BatchMasks(mask)
@@ -52,6 +59,7 @@ class Recorder:
         self.places = Places(self.gate)
         self.is_attached = False  # whether a tracker records a model with it
         self._by_pass = by_pass
+        self._at_fixed_weights = at_fixed_weights
         self._is_told_of_inputs = False  # by whoever runs the training steps
         self._was_told_of_steps = False  # before the state that was restored was saved
         self._last_seen_step = -1  # of which the model's arguments were seen
@@ -309,7 +317,7 @@ class Recorder:
         self._untrained = AffineWeights(untrained)
 
     def _new_layer(self, name: str, module: BatchNorm) -> TrackedLayer:
-        layer = TrackedLayer(name, module, self.gate, self.flush)
+        layer = TrackedLayer(name, module, self.gate, self.flush, self._at_fixed_weights)
         layer.hook.by_pass = self._by_pass
         return layer
 
