@@ -113,6 +113,8 @@ EVIDENCE: Mapping[str, str] = {
     "padding_noise": "the part of that which is chance",
     "padding_offset": "RMS error of the normalised activation that statistics with padding make on the values that "
     "are none",
+    "constant_ends": "share of the positions of what the model is given that lie at the end of samples and are alike "
+    "there in all channels, if that looks like padding and no mask tells",
     "ranks": "how many ranks the window is of, if several",
     "one_pass": "1 if what the layer received is that of one pass of given data, at fixed weights",
     "num_updates": "updates of its running statistics so far, as it has counted them: of one pass",

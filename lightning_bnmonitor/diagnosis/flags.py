@@ -228,6 +228,18 @@ _TABLE = (
         ),
     ),
     Flag(
+        name="maybe-padded",
+        rule=rules.may_be_padded,
+        explanation=(
+            "What the model is given may be padded: a share of {constant_ends} of its positions, at the end of "
+            "samples, is alike in all channels. What that does to the layer is not known.",
+        ),
+        remedy=(
+            "To know, tell which positions count: `BatchNormMonitor(mask=fn)`, where `fn(batch)` returns a bool tensor "
+            "(B, T), as `torch.arange(T) < lengths[:, None]`.",
+        ),
+    ),
+    Flag(
         name="missed-calls",
         rule=lambda layer, _: layer.updates_per_call > 1 and not layer.weights_known and not layer.updates_twice,
         explanation=(

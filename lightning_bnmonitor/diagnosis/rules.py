@@ -95,6 +95,12 @@ def is_moved_by_padding(layer: Circumstances, evidence: Evidence) -> bool:
     return layer.training_calls > 0 and evidence.get("padding_shift", 0.0) > _PADDING_SHIFT
 
 
+def may_be_padded(layer: Circumstances, evidence: Evidence) -> bool:
+    """Whether it normalises batches of sequences, and what the model is given looks padded."""
+    has_positions = evidence.get("samples_per_batch", 0.0) > evidence.get("batch_size", math.inf)
+    return layer.training_calls > 0 and has_positions and "constant_ends" in evidence
+
+
 def is_spoiled_by_padding(evidence: Evidence) -> bool:
     """Whether so much that it needs attention."""
     return evidence.get("padding_shift", 0.0) > WARNING

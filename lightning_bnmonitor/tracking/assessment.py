@@ -23,7 +23,6 @@ from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.statistics.blocks import Blocks, at_fixed_weights, pooled
 from lightning_bnmonitor.statistics.borders import has_jump
 from lightning_bnmonitor.statistics.channel_layout import ChannelLayout, FloatArray
-from lightning_bnmonitor.statistics.padding import PaddedSums
 from lightning_bnmonitor.statistics.pooling import PooledStatistics, error_of_one_rank, error_of_sampling, pool
 from lightning_bnmonitor.tracking import collectives
 from lightning_bnmonitor.tracking.exchange import Exchange, Frame, answer_of_rank_zero
@@ -35,7 +34,7 @@ from lightning_bnmonitor.tracking.measurement import (
     measure,
     states_of,
 )
-from lightning_bnmonitor.tracking.paddings import of_layers
+from lightning_bnmonitor.tracking.paddings import KnownPadding, of_layers
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 from lightning_bnmonitor.tracking.windows import Windows, layout_of
 
@@ -187,7 +186,7 @@ def _received(blocks: Blocks, layout: ChannelLayout) -> PooledStatistics:
 def describe(
     measured: Measurement,
     seen: Seen | None = None,
-    padded: Mapping[TrackedLayer, PaddedSums] | None = None,
+    padded: KnownPadding | None = None,
     at_fixed_weights: bool = False,
 ) -> list[LayerReport]:
     """The reports of layers.
@@ -217,13 +216,13 @@ def describe(
     numbers = torch.cat([exact, running, now, torch.from_numpy(judged.z), torch.from_numpy(judged.std_error)])
     rows = zip(*(metrics[name].tolist() for name in METRICS), strict=True)
     parts, counts = torch.split(numbers, layout.widths.tolist(), dim=-1), num_samples.tolist()
-    paddings = of_layers(padded or {}, [state.layer for state in states], population, layout, eps)
+    paddings = of_layers(padded or KnownPadding(), [state.layer for state in states], population, layout, eps)
     orders = _of_order(measured)
     added = [
-        {**more, **calls, **order, **(padding.evidence if padding is not None else {})}
+        {**more, **calls, **order, **padding.evidence}
         for more, calls, order, padding in zip(together, apart, orders, paddings, strict=True)
     ]
-    unpadded = [padding and padding.unpadded for padding in paddings]
+    unpadded = [padding.unpadded for padding in paddings]
     frames = _frames(states, blocks)
     described = zip(frames, states, observed, added, evidence, rows, counts, parts, unpadded, strict=True)
     return [
@@ -273,11 +272,11 @@ def _exchange(layers: Sequence[TrackedLayer], ordered: Sequence[TrackedLayer], w
     return Exchange(layout_of(ordered), positions, has_masks=windows.paddings is not None)
 
 
-def _padded(windows: Windows, layers: Sequence[TrackedLayer], together: bool) -> Mapping[TrackedLayer, PaddedSums]:
+def _padded(windows: Windows, layers: Sequence[TrackedLayer], together: bool) -> KnownPadding:
     """What is known of padding: of this rank, or of all, on rank 0."""
     if windows.paddings is None:
-        return {}
-    return windows.paddings.gathered(layers) if together else windows.paddings.sums()
+        return KnownPadding(ends=windows.ends.share())
+    return KnownPadding(windows.paddings.gathered(layers) if together else windows.paddings.sums())
 
 
 def _rank(all_ranks: bool) -> int | None:

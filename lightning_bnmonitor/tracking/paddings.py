@@ -13,7 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_bnmonitor.capture.masked_calls import MaskedMoments
 from lightning_bnmonitor.diagnosis.evidence import of_padding
@@ -27,13 +27,22 @@ from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 _WAITING = 8
 
 
+class KnownPadding(NamedTuple):
+    """What is known of padding in a window."""
+
+    sums: Mapping[TrackedLayer, PaddedSums] = {}
+    """Of layers whose masks told of it."""
+    ends: float | None = None
+    """Share of the model's inputs that looks like padding, if there are no masks."""
+
+
 class LayerPadding(NamedTuple):
     """What padding does to one layer."""
 
     evidence: Mapping[str, float]
     """A part of the layer's evidence."""
-    unpadded: Tensor
-    """Mean and unbiased variance of the values that count, ``(2, C)``."""
+    unpadded: Tensor | None = None
+    """Mean and unbiased variance of the values that count, ``(2, C)``; None if no mask told of them."""
 
 
 class Paddings:
@@ -103,22 +112,26 @@ class Paddings:
 
 
 def of_layers(
-    sums: Mapping[TrackedLayer, PaddedSums],
+    known: KnownPadding,
     layers: Sequence[TrackedLayer],
     population: FloatArray,
     layout: ChannelLayout,
     eps: FloatArray,
-) -> list[LayerPadding | None]:
-    """What padding does to each of these layers; None where no mask told of it.
+) -> list[LayerPadding]:
+    """What padding does to each of these layers.
 
     Args:
-        sums: What is kept of them, of all ranks if that is what the population is of.
+        known: What is known of it, of all ranks if that is what the population is of.
         layers: Those that are asked for.
         population: Mean and unbiased variance of all that they received, ``(2, C)``.
         layout: Which channels are whose.
         eps: Of each layer, ``(L,)``.
     """
-    found: list[LayerPadding | None] = [None] * len(layers)
+    sums, ends = known
+    found = [
+        LayerPadding({} if ends is None or not isinstance(layer.module, nn.BatchNorm1d) else {"constant_ends": ends})
+        for layer in layers
+    ]
     fitting = [
         index for index, layer in enumerate(layers) if layer in sums and sums[layer].width == layout.widths[index]
     ]

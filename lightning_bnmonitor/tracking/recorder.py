@@ -143,9 +143,12 @@ class Recorder:
 
     @never_compiled
     def _look_at(self, batch: object) -> None:
-        probe = self.windows.probe
+        probe, ends = self.windows.probe, self.windows.ends
         try:
-            probe.see(inputs_in(batch))
+            inputs = inputs_in(batch)
+            probe.see(inputs)
+            if self.masks is None and ends.is_due and any(isinstance(it.module, nn.BatchNorm1d) for it in self.layers):
+                ends.see(inputs)
         except Exception as error:  # no reason not to train
             probe.give_up()
             warnings.warn(f"What the model is given cannot be looked at: {error!r}", stacklevel=5)

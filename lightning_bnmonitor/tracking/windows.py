@@ -12,6 +12,7 @@ import torch
 from lightning_bnmonitor.capture.layer_hook import STASH_LIMIT
 from lightning_bnmonitor.statistics.blocks import Blocks, concatenated, empty_blocks, selected
 from lightning_bnmonitor.statistics.channel_layout import ChannelLayout, FloatArray
+from lightning_bnmonitor.statistics.constant_ends import ConstantEnds
 from lightning_bnmonitor.statistics.joined_windows import ENOUGH, KeptWindow
 from lightning_bnmonitor.statistics.probe import InputProbe
 from lightning_bnmonitor.statistics.window import Window, Write, commit
@@ -36,7 +37,8 @@ class Windows:
         self.by_device: dict[torch.device, Window] = {}
         self.call_sites = CallSites()
         self.probe = InputProbe()
-        self.paddings = Paddings() if has_masks else None  # where a mask tells what counts
+        self.paddings = Paddings() if has_masks else None  # where a mask tells what counts,
+        self.ends = ConstantEnds()  # and where none does
         self.layers: list[TrackedLayer] = []  # in the order of their first call; the model may have lost them since
 
     def merge(self, layers: Iterable[TrackedLayer]) -> None:
@@ -68,6 +70,7 @@ class Windows:
             window.reset()
         self.call_sites.reset()
         self.probe.reset()
+        self.ends.reset()
         if self.paddings is not None:
             self.paddings.reset()
 

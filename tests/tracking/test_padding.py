@@ -368,3 +368,28 @@ def test_compiled_layers_are_said_not_to_be_looked_at_and_train_as_ever(compiled
         assert torch.equal(one.numbers.nan_to_num(), other.numbers.nan_to_num())
         assert other.unpadded is None
         assert other.num_batches == 9
+
+
+def test_without_a_mask_padded_inputs_are_told_to_look_padded_and_with_one_what_that_does():
+    def flagged(mask, model):
+        with BatchNormTracker(model, mask=mask) as tracker:
+            train(model, tracker, batches(12))
+            return tracker.close()
+
+    report = flagged(None, network())
+    for name in ("1", "4", "7"):
+        assert report[name].flags == ("maybe-padded",)
+        assert 0.3 < report[name].evidence["constant_ends"] < 0.7
+    assert report["11"].flags == ()  # has no positions
+    assert "BatchNormMonitor(mask=fn)" in str(report)
+    assert not any("maybe-padded" in layer.flags for layer in flagged(lengths_to_mask, network()).values())
+    images = nn.Sequential(nn.Unflatten(1, (1, 4)), nn.BatchNorm2d(1), nn.Flatten(1, 2))
+    assert flagged(None, images)["1"].flags == ()
+
+
+def test_sequences_that_are_not_padded_do_not_look_so():
+    model = network()
+    with BatchNormTracker(model) as tracker:
+        train(model, tracker, [(torch.randn(6, 4, 32).relu(), None) for _ in range(12)])
+        report = tracker.close()
+    assert not any(layer.flags for layer in report.values())
