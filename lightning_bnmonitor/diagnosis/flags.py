@@ -236,7 +236,7 @@ _TABLE = (
         ),
         remedy=(
             "To know, tell which positions count: `BatchNormMonitor(mask=fn)`, where `fn(batch)` returns a bool tensor "
-            "(B, T), as `torch.arange(T) < lengths[:, None]`.",
+            "(B, T), True where a position counts.",
         ),
     ),
     Flag(
