@@ -51,8 +51,8 @@ class BatchNormMonitor(Callback):
         on_unhealthy: What to do at a window's end, after a validation that follows it, and after ``validate`` or
             ``test`` alone, if layers need attention: ``"warn"`` of each layer and cause once, ``"ignore"``, or
             ``"raise"`` :class:`UnhealthyBatchNormError` with the report on every rank.
-        mask: Where inputs are padded: a function of the training batch that tells which positions count. See
-            :class:`~lightning_bnmonitor.BatchNormTracker`.
+        mask: Where inputs are padded: a function of the training batch that returns which positions count, a bool
+            tensor ``(B, T)``, say. See :class:`~lightning_bnmonitor.BatchNormTracker`.
 
     **On several ranks** a report tells of all of them together, and is the same on each: see
     :meth:`BatchNormTracker.close() <lightning_bnmonitor.BatchNormTracker.close>`. That takes two collectives a window,

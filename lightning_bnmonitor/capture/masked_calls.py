@@ -72,12 +72,9 @@ class MaskHook(Hook):
         try:
             with torch.inference_mode(False), torch.no_grad():
                 count, *kept = masked_moments_of(x, mask)
-                moments = MaskedMoments(
-                    x.numel() // x.shape[1], count, torch.stack(kept), torch.stack(moments_of(x)).to(count.dtype)
-                )
+                every = torch.stack(moments_of(x)).to(count.dtype)
+                self.take(MaskedMoments(x.numel() // x.shape[1], count, torch.stack(kept), every))
         except Exception as error:  # as a pass that finds no memory: no reason not to train
             if not self._has_warned:
                 warnings.warn(f"Values of layer {self.name!r} without padding are left out: {error!r}", stacklevel=2)
             self._has_warned = True
-        else:
-            self.take(moments)

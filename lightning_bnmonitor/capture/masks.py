@@ -25,7 +25,7 @@ class BatchMasks:
             return torch.arange(x.shape[-1], device=x.device) < lengths[:, None]
 
     A mask is bool (or, as tokenizers make them, integers 0 and 1), ``(B, *positions)``, True where a position counts,
-    or ``(B,)`` for whole samples. It fits an input
+    or ``(B,)`` for whole samples. (A ``key_padding_mask`` is the other way round: return ``~mask``.) It fits an input
 
     - ``(B, C, *positions)`` with as many dimensions of positions: where one has another size there (a convolution with
       a stride, an upsampling), the nearest position of the mask is taken; a dimension of size 1 stands for all;

@@ -62,8 +62,8 @@ def examine(
         all_ranks: Whether all ranks of the default process group of ``torch.distributed``, if there is one, call this
             together, each with its own data, and get one report. That takes four collectives, two more with
             ``evaluation``, one with ``mask``, and six each time that ``"auto"`` looks.
-        mask: Where inputs are padded: a function of each of ``batches`` that tells which positions count. See
-            :class:`~lightning_bnmonitor.BatchNormTracker`.
+        mask: Where inputs are padded: a function of each of ``batches`` that returns which positions count, a bool
+            tensor ``(B, T)``, say. See :class:`~lightning_bnmonitor.BatchNormTracker`.
 
     Returns:
         The report. It is that of :attr:`Recalibration.before`, too.

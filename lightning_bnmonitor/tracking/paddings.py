@@ -104,10 +104,10 @@ class Paddings:
         if not waiting:
             return
         totals, *parts = zip(*waiting, strict=True)
-        count, kept, every = (_on_home(torch.stack(part)) for part in parts)
-        total = on_device(np.array(totals, dtype=float), count.device)
-        before = self._sums.get(layer) or PaddedSums.empty(kept.shape[-1], count.device)
-        sums = with_batches(before, total, count, kept, every)
+        before = self._sums.get(layer) or PaddedSums.empty(layer.module.num_features, _home_of(parts[0][0].device))
+        device = before.scalars.device  # the model may have been moved meanwhile
+        count, kept, every = (torch.stack([its.to(device).double() for its in part]) for part in parts)
+        sums = with_batches(before, on_device(np.array(totals, dtype=float), device), count, kept, every)
         commit([partial(setitem, self._sums, layer, sums), partial(delitem, self._waiting[layer], slice(len(waiting)))])
 
 
@@ -146,6 +146,6 @@ def of_layers(
     return found
 
 
-def _on_home(values: Tensor) -> Tensor:
-    """As float64, on the CPU for MPS, which has none."""
-    return values.cpu().double() if values.device.type == "mps" else values.double()
+def _home_of(device: torch.device) -> torch.device:
+    """Where what comes from there is kept: on the CPU for MPS, which has no float64."""
+    return torch.device("cpu") if device.type == "mps" else device

@@ -43,9 +43,11 @@ class BatchNormTracker:
         capture: ``"auto"`` takes the batch moments in the cheapest way that is exact; ``"pass"`` makes a pass of its
             own over every input: slower, and the reference for the others. What ``torch.compile`` has compiled takes
             them in its graph either way.
-        mask: Where inputs are padded: a function of the batch (that :meth:`see_inputs` is told) which returns what is
-            none, to have statistics without padding, too, and to be told where it does harm: see
-            :class:`~lightning_bnmonitor.capture.masks.BatchMasks`.
+        mask: Where inputs are padded: a function of the batch (of what :meth:`see_inputs` is told) that returns which
+            positions count, a bool tensor ``(B, T)``, say: what fits which layer is told at
+            :class:`~lightning_bnmonitor.capture.masks.BatchMasks`. A report then has the statistics without padding,
+            too (``LayerReport.unpadded``), and says where padding does harm (flag ``padded``). That takes passes over
+            each layer's input, and up to 272 bytes a channel. What is compiled is not looked at.
 
     Raises:
         TypeError: If ``include`` or ``exclude`` is neither None nor strings, or ``mask`` neither None nor a function.
@@ -162,7 +164,8 @@ class BatchNormTracker:
         """Tell what a training step is given, before it: a batch ``(B, *)``, or any structure with its tensors.
 
         By this a report tells data that come in an order from weights that move. It is needed only where the model
-        itself is not called, but parts of it: what the model is given is seen without. The first 64 samples of a batch
+        itself is not called, but parts of it: what the model is given is seen without. With ``mask`` every batch has
+        to be told: that is asked here, and what it returns holds until :meth:`step`. The first 64 samples of a batch
         are looked at, and 256 values of each, in each of the first 64 steps, a quarter of those up to 128, an eighth of
         those up to 256, and so on.
         """
@@ -187,8 +190,9 @@ class BatchNormTracker:
                 the population is that of all their data, running statistics, verdicts and numbers of calls are those
                 of rank 0. Every rank has to call this, and gets the same report, also one whose layers were never
                 called. It takes two collectives: a gather to rank 0 of 56 bytes a channel from each rank, and a
-                broadcast of 80. One that a rank never joins ends with the timeout of the process group. Without a
-                process group, and for a window that has ended, it is as if False.
+                broadcast of 80; with ``mask`` another gather, of 48, and the broadcast is of 96. One that a rank never
+                joins ends with the timeout of the process group. Without a process group, and for a window that has
+                ended, it is as if False.
 
         Raises:
             RuntimeError: If another rank has failed.

@@ -393,3 +393,48 @@ def test_sequences_that_are_not_padded_do_not_look_so():
         train(model, tracker, [(torch.randn(6, 4, 32).relu(), None) for _ in range(12)])
         report = tracker.close()
     assert not any(layer.flags for layer in report.values())
+
+
+def test_a_pass_that_fails_is_told_of_once_and_training_goes_on(monkeypatch):
+    def without_memory(x, mask):
+        raise RuntimeError("out of memory")
+
+    monkeypatch.setattr("lightning_bnmonitor.capture.masked_calls.masked_moments_of", without_memory)
+    model = nn.Sequential(nn.BatchNorm1d(4))
+    with BatchNormTracker(model, mask=lengths_to_mask) as tracker:
+        with pytest.warns(UserWarning, match=r"layer '0'.*out of memory") as told:
+            train(model, tracker, batches(9))
+        layer = tracker.close()["0"]
+    assert len(told) == 1
+    assert (layer.num_batches, layer.unpadded) == (9, None)
+
+
+def test_an_interrupt_loses_nothing(monkeypatch):
+    its = batches(20)
+    whole, model = network(), network()
+    with BatchNormTracker(whole, mask=lengths_to_mask) as tracker:
+        train(whole, tracker, its)
+        expected = tracker.close()
+    from lightning_bnmonitor.tracking import paddings
+
+    merge = paddings.with_batches
+
+    def interrupted(*args):
+        monkeypatch.setattr(paddings, "with_batches", merge)
+        raise KeyboardInterrupt
+
+    with BatchNormTracker(model, mask=lengths_to_mask) as tracker:
+        for index, batch in enumerate(its):
+            if index == 7:  # with this one it is merged
+                monkeypatch.setattr(paddings, "with_batches", interrupted)
+                tracker.see_inputs(batch)
+                with pytest.raises(KeyboardInterrupt):
+                    model(batch[0])
+                for layer in (model[4], model[7], model[11]):  # what it kept from being called
+                    assert layer.num_batches_tracked == 7
+                break
+            train(model, tracker, [batch])
+        report = tracker.report()
+    assert report["1"].evidence["padding_batches"] == 8
+    assert report["4"].evidence["padding_batches"] == 7
+    assert expected["1"].evidence["padding_batches"] == 20
