@@ -164,7 +164,7 @@ def is_off(evidence: Evidence) -> bool:
 
 def is_never_updated(layer: Circumstances, evidence: Evidence) -> bool:
     """Whether one pass shows running statistics that are off, as no batch has ever updated them."""
-    is_initial = layer.has_initial_stats and not layer.updates_nothing
+    is_initial = layer.has_initial_stats and not (layer.updates_nothing or layer.own_forward)
     return is_of_one_pass(evidence) and is_initial and is_off(evidence)
 
 

@@ -177,8 +177,8 @@ _TABLE = (
         explanation=(
             "Its running statistics are {eval_error} off what it receives, by more than chance explains"
             " (their sampling noise is {noise_error}, that of these data {now_error}).",
-            "Whether they lag behind the weights, belong to other weights or come from other data, one pass does not "
-            "tell.",
+            "Whether they lag behind the weights, belong to other weights, or come from other data or with dropout, "
+            "which is off here, one pass does not tell.",
         ),
         remedy=(
             f"{RECALIBRATE[0].upper()}{RECALIBRATE[1:]}.",

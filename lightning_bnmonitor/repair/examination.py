@@ -9,7 +9,7 @@ from torch import nn
 
 from lightning_bnmonitor.arguments import as_patterns, check_callable_or_none, check_positive_or_auto
 from lightning_bnmonitor.repair.fixed_weights import NumBatches, OnePass, agreement, without_gradients
-from lightning_bnmonitor.repair.passes import Forward, forward_of, run, training_only
+from lightning_bnmonitor.repair.passes import Forward, forward_of, generators_as_before, run, training_only
 from lightning_bnmonitor.repair.selection import FROZEN, check_initialised, select
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.tracking import collectives
@@ -43,8 +43,9 @@ def examine(
     remedies are those of a training as far as one pass can tell. Running statistics that are off for a reason which it
     cannot tell have the verdict ``misfit``. What it does not show is said at the end of the printed report.
 
-    Nothing changes, to the bit: weights, buffers, modes, ``requires_grad``, random states, also after an error or an
-    interrupt. Monitors that are attached do not count these calls. What is compiled runs eagerly.
+    Nothing changes, to the bit: weights, buffers, modes, ``requires_grad``, random states (a ``DataLoader``'s
+    generator, too), also after an error or an interrupt. Monitors that are attached do not count these calls. What is
+    compiled runs eagerly.
 
     Args:
         model: The root module, in any mode. In eval mode as a whole, frozen layers cannot be told from others.
@@ -97,13 +98,13 @@ def examine(
     seen = OnePass(model, found, unchanging, together, mask)
     in_training = [layer for name, layer in found.items() if unchanging.get(name) != FROZEN]
     with without_gradients(model):
-        with agreement(together), training_only(model, in_training), seen.counting():
+        with agreement(together), training_only(model, in_training), generators_as_before(batches), seen.counting():
             count = run(model, seen.steps(batches, num_batches), how)
         report = seen.report()
         if not count and not any(layer.num_samples for layer in report.values()):
             raise ValueError("`batches` gave no batch: nothing was examined.")
         if evaluation is not None:
-            with agreement(together), training_only(model, ()), seen.evaluating():
+            with agreement(together), training_only(model, ()), generators_as_before(evaluation), seen.evaluating():
                 count = run(model, evaluation, how, "evaluation")
             report = seen.with_evaluation(report)
             if not count and not any("val_batches" in layer.evidence for layer in report.values()):

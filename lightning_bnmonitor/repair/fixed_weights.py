@@ -261,10 +261,10 @@ def _history(
 ) -> History:
     r"""What running statistics are made of that were updated K times with momentum m, by batches like those received.
 
-    The initial values have a weight of :math:`A = (1 - m)^K`, if the running statistics are nearer to what they make of
-    what was received than to that itself (they may have been replaced since); their squared weights add up to
-    :math:`(1 - A^2)\, m / (2 - m)`. With momentum None: no weight, and 1 / K. Of one that has not counted its updates
-    it is as if these were many. The last batch, if its size is known, comes last there, too.
+    The initial values have a weight of :math:`A = (1 - m)^K`, if that explains most of what the running statistics are
+    off (they may have been replaced since); the squared weights of batches add up to :math:`(1 - A^2)\, m / (2 - m)`.
+    With momentum None: 0 and 1 / K. Running statistics whose updates were not counted are taken to have had many. The
+    last batch, if its size is known, comes last there, too.
     """
     num, count = layer.start.num_tracked, received.samples_per_batch
     if not 0 < momentum <= 1 or count <= 1:
@@ -283,10 +283,10 @@ def _history(
 
 
 def _has_initial_part(running: FloatArray, received: FloatArray, weight: float, eps: float) -> bool:
-    """Whether running statistics, ``(2, C)``, are nearer to a mixture with the initial values than to what came."""
+    """Whether a part of the initial values explains most of what running statistics, ``(2, C)``, are off."""
     scaled = received[1] + eps
     unit = np.stack([np.sqrt(scaled), 2 * scaled])
     apart, initial = (running - received) / unit, weight * (_INITIAL - received) / unit
     is_known = np.isfinite(apart) & np.isfinite(initial)
     apart, initial = apart[is_known], initial[is_known]
-    return bool(np.square(apart - initial).sum() <= np.square(apart).sum())
+    return bool(np.square(apart - initial).sum() <= np.square(apart).sum() / 2)

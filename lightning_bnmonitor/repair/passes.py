@@ -14,6 +14,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from lightning_bnmonitor.compat import BatchNorm, is_lazy, own_buffers, run_eagerly
 from lightning_bnmonitor.tracking.buffers import SavedBuffers
@@ -86,6 +87,20 @@ def training_only(model: nn.Module, modules: Iterable[nn.Module]) -> Iterator[No
             for wrapper, syncs in syncing.items():
                 wrapper.require_forward_param_sync = syncs
             buffers.restore()  # a subclass may update them all the same
+
+
+@contextmanager
+def generators_as_before(batches: Iterable[Any]) -> Iterator[None]:
+    """A context after which the generators that a loader draws from are as before it."""
+    samplers = [batches, batches.sampler, batches.batch_sampler] if isinstance(batches, DataLoader) else []
+    samplers += [getattr(sampler, "sampler", None) for sampler in samplers]  # of a batch sampler that was given
+    generators = {getattr(sampler, "generator", None) for sampler in samplers}
+    states = [(generator, generator.get_state()) for generator in generators if generator is not None]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
 
 
 class _Movable(ABC):

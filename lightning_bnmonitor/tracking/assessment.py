@@ -20,6 +20,8 @@ from lightning_bnmonitor.diagnosis.evidence import (
 )
 from lightning_bnmonitor.report.layer_report import LayerReport
 from lightning_bnmonitor.report.report import Report
+from lightning_bnmonitor.statistics.analysis import Analysis
+from lightning_bnmonitor.statistics.batching import Batching
 from lightning_bnmonitor.statistics.blocks import Blocks, at_fixed_weights, pooled
 from lightning_bnmonitor.statistics.borders import has_jump
 from lightning_bnmonitor.statistics.channel_layout import ChannelLayout, FloatArray
@@ -120,8 +122,7 @@ def compare(
             received = Received(samples / max(num, 1), batches.value[:, channels])
             known.append(as_known(receiving, received) if as_known is not None else receiving)
         measured = measure(known, at_fixed_weights(blocks, batches, are_averaged), contrasts, inputs, False)
-        in_order = measure(known, blocks, with_earlier=False).judged.batching  # of this rank
-        judged = replace(measured.judged, batching=in_order)
+        judged = _with_order(measured.judged, measure(known, blocks, with_earlier=False).judged)
         seen = Seen(everyone, [{**evidence, "one_pass": 1.0}] * len(states))
         return describe(measured._replace(judged=judged, blocks=blocks), seen, padded, at_fixed_weights=True)
 
@@ -175,6 +176,16 @@ def precision(layers: Sequence[TrackedLayer], windows: Windows, all_ranks: bool 
         if shares:
             answer.message = torch.tensor(of(pool(shares, layout)), dtype=torch.float64, device="cpu")
     return Precision(*answer.message.tolist())
+
+
+def _with_order(judged: Analysis, in_order: Analysis) -> Analysis:
+    """An analysis of batches as one block, with how they are made from their order in time, as far as it is known.
+
+    That is of this rank, which may have none.
+    """
+    is_known = in_order.dof >= 1
+    fields = zip(in_order.batching, judged.batching, strict=True)
+    return replace(judged, batching=Batching(*(np.where(is_known, one, other) for one, other in fields)))
 
 
 def _received(blocks: Blocks, layout: ChannelLayout) -> PooledStatistics:
