@@ -289,11 +289,11 @@ _TABLE = (
         rule=rules.is_moved_by_padding,
         attention=rules.is_spoiled_by_padding,
         explanation=(
-            "Of the values that it receives, a share of {padding_share} is padding, and from batch to batch that share "
-            "varies by {padding_scatter} (standard deviation). This alone moves what training normalises by, by "
-            "{padding_shift} (chance explains {padding_noise}): in training a sample's activations depend on how much "
-            "padding there is beside it, in eval() they do not.",
-            "Without padding, the statistics are {padding_offset} off those with it.",
+            "Padding is a share of {padding_share} of the values that it receives, and that share varies from batch to "
+            "batch by {padding_scatter} (standard deviation). This alone moves the mean and variance by which training "
+            "normalises, by {padding_shift} (chance explains {padding_noise}): in training a sample's activations "
+            "depend on how much padding is beside it, in eval() they do not.",
+            "Statistics with padding are {padding_offset} off those without.",
         ),
         remedy=(
             "Normalise by the values that count: with x (B, C, T), a bool mask (B, T) and an `nn.BatchNorm1d`, "
