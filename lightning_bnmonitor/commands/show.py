@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -67,12 +68,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _read(logdir: Path, step: int | None) -> tuple[dict[str, _Run], list[str]]:
     """All runs, and what could not be read, in sentences."""
-    if not logdir.is_dir():
-        raise UnreadableError(f"{logdir} is no folder." if logdir.exists() else f"There is no folder {logdir}.")
-    if not event_files(logdir):
+    try:
+        if not logdir.is_dir():
+            raise UnreadableError(f"{logdir} is no folder." if logdir.exists() else f"There is no folder {logdir}.")
+    except OSError as error:
+        raise UnreadableError(f"{logdir} cannot be read: {error.strerror}.") from error
+    troubles: list[str] = []
+    files = event_files(logdir, lambda error: troubles.append(f"{error.filename} cannot be read: {error.strerror}."))
+    troubles += [f"{path} cannot be read." for each in files.values() for path in each if not os.access(path, os.R_OK)]
+    if not files and not troubles:
         raise UnreadableError(f"There are no event files (*tfevents*) in {logdir} or below it.")
     read: dict[str, _Run] = {}
-    troubles = []
     for name, documents in runs_in(logdir).items():
         shown = _decoded(documents, step)
         if isinstance(shown, _Run):
@@ -81,8 +87,8 @@ def _read(logdir: Path, step: int | None) -> tuple[dict[str, _Run], list[str]]:
             troubles.append(f"{name}: {shown}")
     if not read and not troubles:
         raise UnreadableError(
-            f"The event files in {logdir} have no BatchNorm data: train with "
-            "`Trainer(callbacks=[BatchNormMonitor()])` and a logger that writes to TensorBoard."
+            f"The event files in {logdir} have no BatchNorm data, or are cut off or damaged before any. They come from "
+            "`Trainer(callbacks=[BatchNormMonitor()])` with a logger that writes to TensorBoard."
         )
     return read, troubles
 
