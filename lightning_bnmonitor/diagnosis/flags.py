@@ -228,6 +228,18 @@ _TABLE = (
         ),
     ),
     Flag(
+        name="maybe-padded",
+        rule=rules.may_be_padded,
+        explanation=(
+            "What the model is given may be padded: a share of {constant_ends} of its positions, at the end of "
+            "samples, is alike in all channels. What that does to the layer is not known.",
+        ),
+        remedy=(
+            "To know, tell which positions count: `BatchNormMonitor(mask=fn)`, where `fn(batch)` returns a bool tensor "
+            "(B, T), True where a position counts.",
+        ),
+    ),
+    Flag(
         name="missed-calls",
         rule=lambda layer, _: layer.updates_per_call > 1 and not layer.weights_known and not layer.updates_twice,
         explanation=(
@@ -271,6 +283,24 @@ _TABLE = (
         attention=lambda evidence: rules.net_error(evidence) > rules.OF_OTHER_WEIGHTS,
         explanation=_explain_other_weights,
         remedy=_cure_other_weights,
+    ),
+    Flag(
+        name="padded",
+        rule=rules.is_moved_by_padding,
+        attention=rules.is_spoiled_by_padding,
+        explanation=(
+            "Padding is a share of {padding_share} of the values that it receives, and that share varies from batch to "
+            "batch by {padding_scatter} (standard deviation). This alone moves the mean and variance by which training "
+            "normalises, by {padding_shift} (chance explains {padding_noise}): in training a sample's activations "
+            "depend on how much padding is beside it, in eval() they do not.",
+            "Statistics with padding are {padding_offset} off those without.",
+        ),
+        remedy=(
+            "Normalise by the values that count: with x (B, C, T), a bool mask (B, T) and an `nn.BatchNorm1d`, "
+            "`y = torch.zeros_like(x); y.mT[mask] = bn(x.mT[mask])` in the place of `y = bn(x)`. Or put sequences of "
+            "like length into a batch, or use `nn.LayerNorm` over the channels, which sees no other position "
+            "(`nn.GroupNorm` does).",
+        ),
     ),
     Flag(
         name="rank-0-only",

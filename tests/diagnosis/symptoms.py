@@ -137,6 +137,8 @@ def telling_evidence() -> dict[str, float]:
     names = [*OBSERVED, *METRICS, "num_features", "momentum", "effective_momentum", "updates_per_call"]
     names += ["severity", "calls_saved", "calls_not_updating", "compensated_momentum", "recommended_momentum"]
     names += ["recommended_error", "recommended_batch_size", "batches_to_go"]
+    names += ["constant_ends"]
+    names += [f"padding_{of}" for of in ("share", "scatter", "shift", "noise", "offset")]
     return {name: 1.01 + 0.01 * index for index, name in enumerate(names)}
 
 
