@@ -13,7 +13,7 @@ function in Python would cost more than what it hides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 from operator import attrgetter
@@ -82,6 +82,17 @@ def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
     """The buffers of a module itself, to be replaced in place: setting an attribute would refuse some tensors."""
     buffers: dict[str, Tensor | None] = getattr(module, "_buffers", vars(module))
     return buffers
+
+
+def _copy_each(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    for target, value in zip(targets, values, strict=True):
+        target.copy_(value)
+
+
+copy_all: Callable[[Sequence[Tensor], Sequence[Tensor]], Any] = _private(
+    "_foreach_copy_", _copy_each, "`guard=True` takes a kernel for each running statistic, which takes longer."
+)
+"""Copies tensors into others, a kernel for many of them on a GPU."""
 
 
 # ----------------------------------------------------------------------------------------------------- torch: autograd

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_bnmonitor.arguments import (
     as_patterns,
+    check_bool,
     check_choice,
     check_not_negative,
 )
@@ -50,6 +51,9 @@ class BatchNormMonitor(Callback):
         on_unhealthy: What to do at a window's end, after a validation that follows it, and after ``validate`` or
             ``test`` alone, if layers need attention: ``"warn"`` of each layer and cause once, ``"ignore"``, or
             ``"raise"`` :class:`UnhealthyBatchNormError` with the report on every rank.
+        guard: Whether running statistics are put back as they were before a call whose batch has NaN or Inf, which is
+            counted and warned of (flag ``guarded``): see :class:`~lightning_bnmonitor.BatchNormTracker`. This changes
+            what is trained, and nothing as long as all is finite.
 
     **On several ranks** a report tells of all of them together, and is the same on each: see
     :meth:`BatchNormTracker.close() <lightning_bnmonitor.BatchNormTracker.close>`. That takes two collectives a window,
@@ -85,8 +89,8 @@ class BatchNormMonitor(Callback):
 
     Raises:
         ValueError: If an ``every_n_*`` is not a positive integer or both are given, if ``capture``, ``per_layer``,
-            ``dashboard`` or ``on_unhealthy`` is unknown, or ``log_key_prefix`` empty; when ``fit`` starts, if a pattern
-            matches no BatchNorm layer, or with DeepSpeed.
+            ``dashboard``, ``guard`` or ``on_unhealthy`` is unknown, or ``log_key_prefix`` empty; when ``fit`` starts,
+            if a pattern matches no BatchNorm layer, or with DeepSpeed.
         TypeError: If ``include`` or ``exclude`` is neither None nor strings.
         UnhealthyBatchNormError: At the end of a window, of a validation that follows it, or of ``validate`` and
             ``test`` alone, with ``on_unhealthy="raise"``, if a layer needs attention.
@@ -110,13 +114,16 @@ class BatchNormMonitor(Callback):
         validation_batches: int = 16,
         log_key_prefix: str = "bn",
         on_unhealthy: OnUnhealthy = "warn",
+        guard: bool = False,
     ) -> None:
         check_choice("capture", capture, get_args(CaptureMode))
         check_not_negative("validation_batches", validation_batches)
+        check_bool("guard", guard)
         self._schedule = WindowSchedule(every_n_epochs, every_n_train_batches)
         self._include = as_patterns("include", include)
         self._exclude = as_patterns("exclude", exclude)
         self._capture = capture
+        self._guard = guard
         self._validation_batches = validation_batches
         self._log_key_prefix = log_key_prefix
         self._output = Output(log_key_prefix, per_layer, dashboard, on_unhealthy)
@@ -180,7 +187,7 @@ class BatchNormMonitor(Callback):
         self._tracker = self._report = None
         self._schedule.begin()
         self._output.begin(trainer, validates=self._validation_batches > 0 and bool(trainer.enable_validation))
-        tracker = BatchNormTracker(pl_module, self._include, self._exclude, self._capture)
+        tracker = BatchNormTracker(pl_module, self._include, self._exclude, self._capture, self._guard)
         self._tracker = tracker.attach()
         if collectives.num_ranks() > 1:
             collectives.group()  # made now, while no rank is ahead of others
@@ -204,6 +211,11 @@ class BatchNormMonitor(Callback):
             self._tracker.reset()
             self._schedule.window_begins()
         self._tracker.see_inputs(batch)
+
+    @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._tracker is not None
+        self._tracker.put_back()  # before callbacks average them, also if this step is skipped (AMP)
 
     @override
     def on_train_batch_end(

@@ -103,6 +103,8 @@ EVIDENCE: Mapping[str, str] = {
     "non_finite_running_stats": "channels with a running statistic that is not finite",
     "first_bad_batch": "the first call in the window with a value that is not finite, counted from 1",
     "bad_windows_ago": "how many windows ago that was, if it is what the running statistics are still not finite of",
+    "guarded_calls": "calls with a value that is not finite, of all ranks, that the guard has undone: nothing counts "
+    "them",
     "first_bad_channel": "the first channel with such a value in it, counted from 0",
     "ranks": "how many ranks the window is of, if several",
     "rank_error": "RMS error that comes from rank 0's data differing from all ranks', chance taken off; 0 where it may "
@@ -207,6 +209,8 @@ def observations(
         eps: Of each channel's layer, ``(C,)``.
     """
     layout = analysis.layout
+    # A guard leaves bad batches out: the population is that of the others then, if there are any.
+    bad_values = np.isfinite(analysis.first_bad) & ~torch.isfinite(population).all(dim=0).numpy()
     with np.errstate(all="ignore"):
         bad_running = ~torch.isfinite(running).all(dim=0).numpy() & (layout.spread(has_running_stats) > 0)
         columns = {
@@ -234,7 +238,7 @@ def observations(
             "noise_without_last_batch": analysis.last_batch.without,
             **analysis.batching._asdict(),
             "dead_channels": layout.count(divergence.is_dead(population[1], eps).numpy()),
-            "non_finite_channels": layout.count(np.isfinite(analysis.first_bad) | bad_running),
+            "non_finite_channels": layout.count(bad_values | bad_running),
             "non_finite_running_stats": layout.count(bad_running),
         }
         first, channel = layout.first(analysis.first_bad)

@@ -182,6 +182,15 @@ def _cure_calls(evidence: Evidence) -> list[str]:
     ]
 
 
+def _cure_guarded(evidence: Evidence) -> list[str]:
+    if evidence.get("non_finite_channels"):
+        return []  # the verdict says it
+    return [
+        "Find what made the values (`torch.autograd.detect_anomaly`; often the learning rate, half precision without "
+        "loss scaling, or the data): the guard keeps them out of the running statistics, not out of the weights."
+    ]
+
+
 _TABLE = (
     Flag(
         name="calls-differ",
@@ -207,6 +216,17 @@ _TABLE = (
         rule=lambda layer, _: layer.updates_twice,
         explanation=_explain_repeats,
         remedy=_compensate,
+    ),
+    Flag(
+        name="guarded",
+        rule=lambda _, evidence: "guarded_calls" in evidence,
+        attention=rules.is_often_guarded,
+        explanation=(
+            "{guarded_calls} of its calls had NaN or Inf in them, or values whose variance overflows, first in batch "
+            "{first_bad_batch} of this window, channel {first_bad_channel}: the guard has put the running statistics "
+            "back as they were before, and nothing that is said here counts these calls.",
+        ),
+        remedy=_cure_guarded,
     ),
     Flag(
         name="half-frozen",

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 
 from lightning_bnmonitor.capture.batch_moments import owned
+from lightning_bnmonitor.capture.guard import Guard
 from lightning_bnmonitor.capture.layer_hook import Gate
 from lightning_bnmonitor.capture.model_inputs import inputs_in
 from lightning_bnmonitor.compat import BatchNorm, never_compiled
@@ -38,10 +39,13 @@ class Recorder:
     Args:
         root: Calls count while it is in training mode. It is not kept alive.
         by_pass: Whether moments are taken by a pass over every input, whatever a kernel has saved.
+        is_guarded: Whether calls whose moments are not finite are to leave nothing behind.
     """
 
-    def __init__(self, root: nn.Module, by_pass: bool) -> None:
+    def __init__(self, root: nn.Module, by_pass: bool, is_guarded: bool = False) -> None:
         self.gate = Gate(root)
+        self.gate.is_guarded = is_guarded
+        self.guard: Guard | None = None  # of the layers that are followed
         self.layers: list[TrackedLayer] = []  # in the order of the model's modules
         self.windows = Windows()
         self.places = Places(self.gate)
@@ -63,6 +67,7 @@ class Recorder:
         """Record these layers, by name. Those that were recorded before go on, the others begin a window."""
         known = {layer.module: layer for layer in self.layers}
         self.layers = [known.get(module) or self._new_layer(name, module) for name, module in modules.items()]
+        self.guard = Guard(modules.values(), self.gate.lock) if self.gate.is_guarded else None
         self._begin([layer for layer in self.layers if layer.module not in known])
         self._keep_untrained_weights()
 
@@ -72,8 +77,13 @@ class Recorder:
         with self.gate.lock:
             self.drain()
             self.gate.is_full = False
-            self.windows.merge(self.layers)
+            self.windows.merge(self.layers, self.gate.is_guarded)
             self._follow_places()
+
+    def put_back(self) -> None:
+        """Put back running statistics that are not finite, if they are guarded."""
+        if self.guard is not None:
+            self.guard.put_back()
 
     @never_compiled
     def see_inputs(self, batch: object) -> None:
@@ -127,7 +137,8 @@ class Recorder:
     # Where a graph breaks, what runs eagerly is compiled, too, function by function.
     @never_compiled
     def merge_if_full(self) -> None:
-        """Merge what waits if there is enough of it."""
+        """Merge what waits if there is enough of it, after a part of a step."""
+        self.put_back()
         if self.gate.is_traced:
             self.drain()
         if self.gate.is_full:
@@ -155,6 +166,7 @@ class Recorder:
 
     def end_window(self, all_ranks: bool) -> Report:
         """Report the window, keep what the next one goes on from, and count no more until that begins."""
+        self.put_back()
         self.flush()
         self.look_at_untrained_weights()
         report, endings = assess(self.layers, self.windows, all_ranks=all_ranks)
@@ -192,6 +204,7 @@ class Recorder:
     @torch.inference_mode(False)
     def start_validation(self, loader: int) -> None:
         """Look at what is called in eval mode from now on, as batches of that loader."""
+        self.put_back()
         seen = {loader for layer in self.layers for loader in layer.validation}
         if not seen or loader in seen:  # it is the first one
             changed = self._affine.changed() if self._affine is not None else set()
@@ -217,6 +230,7 @@ class Recorder:
 
     def state(self) -> dict[str, Any]:
         """The window so far, as one CPU tensor and primitives."""
+        self.put_back()
         self.flush()
         rows = self.windows.state(self.layers)
         return {

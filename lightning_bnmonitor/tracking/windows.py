@@ -17,6 +17,7 @@ from lightning_bnmonitor.statistics.probe import InputProbe
 from lightning_bnmonitor.statistics.window import Window, Write, commit
 from lightning_bnmonitor.tracking.buffers import device_of
 from lightning_bnmonitor.tracking.call_sites import CallSites
+from lightning_bnmonitor.tracking.screening import not_finite, without
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 
 _BUFFER_ROWS = 6  # per channel: the running statistics when the window began, when the last one ended, and since
@@ -33,15 +34,25 @@ class Windows:
         self.probe = InputProbe()
         self.layers: list[TrackedLayer] = []  # in the order of their first call; the model may have lost them since
 
-    def merge(self, layers: Iterable[TrackedLayer]) -> None:
+    def merge(self, layers: Iterable[TrackedLayer], is_guarded: bool = False) -> None:
         """Merge what waits of these layers into the windows, all layers of a window at once, and all in one step.
 
         An interrupt comes before all of it or after: no call is lost, and none counts twice.
+
+        Args:
+            layers: Those of the model.
+            is_guarded: Whether calls that are not finite are left out, as what they have updated is put back.
         """
         stashed = {layer: layer.hook.stash[:] for layer in layers if layer.hook.stash}  # other threads may add to it
         self._place_called([layer for layer in stashed if layer.window is None])
-        waiting = {layer: layer.waiting(calls) for layer, calls in stashed.items()}
+        bad, waiting = not_finite(stashed) if is_guarded else {}, {}
         writes: list[Write] = []
+        for layer, calls in stashed.items():
+            if layer in bad:
+                waiting[layer], told = without(layer, calls, bad[layer])
+                writes += told
+            else:
+                waiting[layer] = layer.waiting(calls)
         for window in self.by_device.values():
             batches = {
                 layer.index: calls.batches
