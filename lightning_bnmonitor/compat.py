@@ -78,6 +78,11 @@ def is_lazy(tensor: object) -> bool:
     return isinstance(tensor, UninitializedBuffer | UninitializedParameter)
 
 
+def before_state_dict(module: nn.Module, hook: Callable[..., None]) -> Any:
+    """Have a hook called before a module's ``state_dict`` is made. Public; typed here, as torch's own is not."""
+    return module.register_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
+
+
 def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
     """The buffers of a module itself, to be replaced in place: setting an attribute would refuse some tensors."""
     buffers: dict[str, Tensor | None] = getattr(module, "_buffers", vars(module))
@@ -85,14 +90,13 @@ def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
 
 
 def _copy_each(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """What does in its place."""
     for target, value in zip(targets, values, strict=True):
         target.copy_(value)
 
 
-copy_all: Callable[[Sequence[Tensor], Sequence[Tensor]], Any] = _private(
-    "_foreach_copy_", _copy_each, "`guard=True` takes a kernel for each running statistic, which takes longer."
-)
-"""Copies tensors into others, a kernel for many of them on a GPU."""
+copy_all: Callable[[Sequence[Tensor], Sequence[Tensor]], Any] = getattr(torch, "_foreach_copy_", _copy_each)
+"""Copies tensors into others; torch's own takes few kernels for many of them."""
 
 
 # ----------------------------------------------------------------------------------------------------- torch: autograd

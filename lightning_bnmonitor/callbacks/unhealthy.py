@@ -80,12 +80,13 @@ def _warning(layers: Sequence[LayerReport]) -> str:
 def _warning_of_guarded(layers: Sequence[LayerReport]) -> str:
     """The warning of batches that are not finite, in the order of the layers' first calls: it begins at the first."""
     first, evidence = layers[0].name, layers[0].diagnosis.evidence
-    times = f"{evidence['guarded_calls']:.0f} times"
-    where = f", first in batch {evidence['first_bad_batch']:.0f} of the window" if "first_bad_batch" in evidence else ""
-    more = f" (and in {len(layers) - 1} layers more)" if len(layers) > 1 else ""
+    count = round(evidence["guarded_calls"])
+    times = "once" if count == 1 else f"{count} times"
+    more = f" (and {len(layers) - 1} more)" if len(layers) > 1 else ""
+    batch = f"first in batch {evidence['first_bad_batch']:.0f} of the window"
     return (
-        f"A batch of BatchNorm layer {first}{more} had NaN or Inf in it, {times}{where}: the running statistics were "
-        "put back as they were before. `BatchNormMonitor.report()` says what to do."
+        f"BatchNorm layer {first}{more} was given NaN or Inf {times}, {batch}: the running statistics were put back as "
+        "they were before. `BatchNormMonitor.report()` says what to do."
     )
 
 

@@ -22,6 +22,7 @@ from lightning_bnmonitor.compat import (
     COMPILER_SETTINGS,
     COMPILES_CHECKPOINTS,
     BatchNorm,
+    before_state_dict,
     change_compiler_settings,
     compiled_call,
     forget_compiled_code,
@@ -71,7 +72,7 @@ class Attachment:
             self._handles.append(layer.register_forward_hook(hook, with_kwargs=True))
             if guard is not None:
                 self._handles.append(layer.register_forward_pre_hook(BeforeCall(guard, layer), with_kwargs=True))
-                self._handles.append(layer.register_state_dict_pre_hook(BeforeState(guard)))
+                self._handles.append(before_state_dict(layer, BeforeState(guard)))
         if compiled_call(model) is None:
             self._handles.append(model.register_forward_pre_hook(InputHook(see), with_kwargs=True))
         for module in model.modules():

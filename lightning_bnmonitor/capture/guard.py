@@ -163,7 +163,7 @@ class _Kept:
         # By `data`: what autograd has saved of them is not taken to be changed, no more than by the call itself.
         with torch.inference_mode(any(tensor.is_inference() for tensor in self._stats)):
             right = torch.where(of_layers[layer_of], before, now)
-            copy_all([tensor.data for tensor in self._stats], right.split(sizes))
+            copy_all([tensor.data for tensor in self._stats], torch.split(right, sizes))
             if self._tracked_before is not None:
                 of_counters = [of_layers[layer] for layer in self._counted]
                 counts = torch.where(torch.stack(of_counters), self._tracked_before, torch.stack(self._tracked))

@@ -40,18 +40,25 @@ def not_finite(stashed: Mapping[TrackedLayer, Sequence[Call]]) -> dict[TrackedLa
     return {layer: is_bad for layer, is_bad in found.items() if is_bad.any()}
 
 
-def without(layer: TrackedLayer, calls: Sequence[Call], is_bad: NDArray[np.bool_]) -> tuple[WaitingCalls, list[Write]]:
-    """Calls of a layer that wait, less those of which anything is bad; and what is to be written to tell of these."""
-    left_out = is_bad.any(axis=1)
+def without(layer: TrackedLayer, calls: Sequence[Call], is_bad: NDArray[np.bool_]) -> WaitingCalls:
+    """Calls of a layer that wait, less those of which anything is bad."""
+    left_out: list[bool] = np.any(is_bad, axis=1).tolist()
     good = [call for call, is_out in zip(calls, left_out, strict=True) if not is_out]
     waiting = layer.waiting(good) if good else WaitingCalls(None, layer.counts, 0, 0)
-    number = layer.counts.total + layer.counts.left_out + 1 + np.arange(len(calls))
-    first = np.where(is_bad, number[:, None], math.inf).min(axis=0)
-    counts = waiting.counts._replace(left_out=layer.counts.left_out + int(left_out.sum()))
-    assert layer.window is not None
-    known = layer.window.first_bad(layer.index)
-    writes = [partial(torch.minimum, known, torch.from_numpy(first).to(known.device), out=known)]
-    return waiting._replace(counts=counts, num_calls=len(calls)), writes
+    counts = waiting.counts._replace(left_out=layer.counts.left_out + sum(left_out))
+    return waiting._replace(counts=counts, num_calls=len(calls))
+
+
+def noted(bad: Mapping[TrackedLayer, NDArray[np.bool_]]) -> list[Write]:
+    """What is to be written for the windows to tell which calls were the first that were bad."""
+    writes: list[Write] = []
+    for layer, is_bad in bad.items():
+        assert layer.window is not None
+        number = layer.counts.total + layer.counts.left_out + 1 + np.arange(len(is_bad))
+        first = torch.from_numpy(np.where(is_bad, number[:, None], math.inf).min(axis=0))
+        known = layer.window.first_bad(layer.index)
+        writes.append(partial(torch.minimum, known, first.to(known.device), out=known))
+    return writes
 
 
 def _of_layer(layer: TrackedLayer, calls: Sequence[Call]) -> NDArray[np.bool_]:

@@ -14,10 +14,10 @@ from lightning_bnmonitor.statistics.blocks import Blocks, concatenated, empty_bl
 from lightning_bnmonitor.statistics.channel_layout import ChannelLayout, FloatArray
 from lightning_bnmonitor.statistics.joined_windows import ENOUGH, KeptWindow
 from lightning_bnmonitor.statistics.probe import InputProbe
-from lightning_bnmonitor.statistics.window import Window, Write, commit
+from lightning_bnmonitor.statistics.window import Window, commit
 from lightning_bnmonitor.tracking.buffers import device_of
 from lightning_bnmonitor.tracking.call_sites import CallSites
-from lightning_bnmonitor.tracking.screening import not_finite, without
+from lightning_bnmonitor.tracking.screening import not_finite, noted, without
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 
 _BUFFER_ROWS = 6  # per channel: the running statistics when the window began, when the last one ended, and since
@@ -45,14 +45,12 @@ class Windows:
         """
         stashed = {layer: layer.hook.stash[:] for layer in layers if layer.hook.stash}  # other threads may add to it
         self._place_called([layer for layer in stashed if layer.window is None])
-        bad, waiting = not_finite(stashed) if is_guarded else {}, {}
-        writes: list[Write] = []
-        for layer, calls in stashed.items():
-            if layer in bad:
-                waiting[layer], told = without(layer, calls, bad[layer])
-                writes += told
-            else:
-                waiting[layer] = layer.waiting(calls)
+        bad = not_finite(stashed) if is_guarded else {}
+        waiting = {
+            layer: without(layer, calls, bad[layer]) if layer in bad else layer.waiting(calls)
+            for layer, calls in stashed.items()
+        }
+        writes = noted(bad)
         for window in self.by_device.values():
             batches = {
                 layer.index: calls.batches

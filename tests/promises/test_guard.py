@@ -15,7 +15,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, vmap
 from torch.utils.checkpoint import checkpoint
 
-from lightning_bnmonitor import BatchNormTracker, recalibrate
+from lightning_bnmonitor import BatchNormTracker, compat, recalibrate
+from lightning_bnmonitor.capture import guard
 from tests.compiling import by_wrapping, in_place, its_forward, its_parts
 from tests.promises.recorded_training import assert_identical, rng_states, seed
 
@@ -152,6 +153,16 @@ def test_a_batch_of_an_epoch_is_bad_and_each_is_put_back_before_the_next():
     reference = Reference(layer)
     with BatchNormTracker(layer, guard=True):
         for x in data:  # nobody tells of steps
+            layer(x), reference.call(x)
+    assert_identical(dict(layer.state_dict()), dict(reference.model.state_dict()))
+
+
+def test_without_torchs_own_way_to_copy_many(monkeypatch):
+    monkeypatch.setattr(guard, "copy_all", compat._copy_each)
+    layer, data = nn.BatchNorm1d(3), batches(6, {2: NAN})
+    reference = Reference(layer)
+    with BatchNormTracker(layer, guard=True):
+        for x in data:
             layer(x), reference.call(x)
     assert_identical(dict(layer.state_dict()), dict(reference.model.state_dict()))
 
