@@ -11,7 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import Any
 
 import numpy as np
 import torch
@@ -68,8 +68,6 @@ class Guard:
                 self._keep()
         return True
 
-    @torch.no_grad()
-    @torch.inference_mode(False)
     def put_back(self) -> None:
         """Check the calls since the copy was made. Harmless when repeated."""
         if not self._kept or is_capturing():
@@ -80,16 +78,14 @@ class Guard:
             self._kept = []
             self.called.clear()
 
-    @torch.no_grad()
-    @torch.inference_mode(False)
     def _keep(self) -> None:
         on_devices: dict[torch.device, list[_Buffers]] = {}
         for layer in self._layers:
             buffers = own_buffers(layer)
             mean, var = buffers.get("running_mean"), buffers.get("running_var")
-            if mean is None or var is None or is_lazy(mean) or mean.is_meta:
+            if mean is None or var is None or mean.is_meta or (mean.__class__ is not Tensor and is_lazy(mean)):
                 continue
-            on_devices.setdefault(mean.device, []).append(_Buffers(mean, var, buffers.get("num_batches_tracked")))
+            on_devices.setdefault(mean.device, []).append((mean, var, buffers.get("num_batches_tracked")))
         self._kept = [_Kept(buffers, device) for device, buffers in on_devices.items()]
 
 
@@ -131,12 +127,7 @@ class BeforeState(Hook):
         self.guard.put_back()
 
 
-class _Buffers(NamedTuple):
-    """Those of one layer, as they are found before a call."""
-
-    mean: Tensor
-    var: Tensor
-    num_tracked: Tensor | None
+_Buffers = tuple[Tensor, Tensor, Tensor | None]  # running mean and variance, and the number of updates, of a layer
 
 
 class _Kept:
@@ -144,9 +135,9 @@ class _Kept:
 
     def __init__(self, buffers: Sequence[_Buffers], device: torch.device) -> None:
         self._device = device
-        self._stats = [tensor for its in buffers for tensor in (its.mean, its.var)]
-        self._tracked = [its.num_tracked for its in buffers if its.num_tracked is not None]
-        self._counted = [layer for layer, its in enumerate(buffers) if its.num_tracked is not None]
+        self._stats = [tensor for mean, var, _ in buffers for tensor in (mean, var)]
+        self._tracked = [tracked for _, _, tracked in buffers if tracked is not None]
+        self._counted = [layer for layer, (_, _, tracked) in enumerate(buffers) if tracked is not None]
         self._stats_before = torch.cat(self._stats)
         self._tracked_before = torch.stack(self._tracked) if self._tracked else None
 

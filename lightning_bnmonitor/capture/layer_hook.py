@@ -189,7 +189,14 @@ class LayerHook(Hook):
                 and top_saved_tensor_hooks(True) is None
                 and not functorch_is_active()
                 and (
-                    (module.__class__ is plain and "forward" not in attributes and not attributes[FORWARD_PRE_HOOKS])
+                    (
+                        module.__class__ is plain
+                        and "forward" not in attributes
+                        and (
+                            not attributes[FORWARD_PRE_HOOKS]
+                            or (gate.is_guarded and len(attributes[FORWARD_PRE_HOOKS]) == 1)  # the guard's
+                        )
+                    )
                     or (
                         (node := at_end_of(way, node, module, getattr(x, "grad_fn", None))) is not None
                         and unpack_hook_of_mean(node) is None
