@@ -351,6 +351,15 @@ def prepared_batch(pl_module: Any, batch: Any) -> Any:
     return pl_module.on_before_batch_transfer(batch, 0)
 
 
+def swapping_callbacks(trainer: Any) -> list[Any]:
+    """Callbacks that put averaged weights into the model for each validation of a ``fit``, as ``WeightAveraging``."""
+    return [
+        callback
+        for callback in trainer.callbacks
+        if hasattr(callback, "_swap_models") and getattr(callback, "_average_model", None) is not None
+    ]
+
+
 def file_writer(experiment: Any) -> Any:
     """What a logger's ``SummaryWriter`` writes its event files with, opened again if it was closed; None for others.
 

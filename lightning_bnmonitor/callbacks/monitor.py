@@ -20,6 +20,7 @@ from lightning_bnmonitor.callbacks.output import Output
 from lightning_bnmonitor.callbacks.schedule import WindowSchedule, is_training_over
 from lightning_bnmonitor.callbacks.unhealthy import OnUnhealthy
 from lightning_bnmonitor.capture.batch_moments import CaptureMode
+from lightning_bnmonitor.compat import swapping_callbacks
 from lightning_bnmonitor.report.history import History
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.tracking import collectives
@@ -60,6 +61,9 @@ class BatchNormMonitor(Callback):
     and two a validation, which every rank joins, also one that had no batches. With ``every_n_train_batches`` all ranks
     need as many batches.
 
+    **Averaged weights** (``WeightAveraging``, ``EMAWeightAveraging``), which are in the model while it is validated, have
+    layers of their own in the report, ``"<name> (averaged)"``: how far their running statistics are off in validation.
+
     **Resumed** from a checkpoint, it goes on as if nothing had happened: its state is in Lightning's checkpoints. On
     several ranks that is rank 0's: what the others saw earlier in the window is not in its report.
 
@@ -82,7 +86,8 @@ class BatchNormMonitor(Callback):
     - ``bn/unhealthy_layers``: the number of layers that need attention (see ``LayerReport.verdict``). Logged again if
       the validation after the window has changed it.
     - ``bn.eval_error/<layer>``, ``bn.act_rmse/<layer>``, ``bn.mean_shift/<layer>``: the same for each layer.
-    - ``bn.val_error/<layer>``, ``bn.val_shift/<layer>``: the same for each layer, after validation.
+    - ``bn.val_error/<layer>``, ``bn.val_shift/<layer>``: the same for each layer, after validation;
+      ``bn.val_error_averaged/<layer>``, ``bn.val_shift_averaged/<layer>`` if that had averaged weights.
     - ``bn.log_var_ratio/<layer>``: log of the running variance over the population variance.
 
     Layers that were not called in a window or have no running statistics enter no metric.
@@ -130,6 +135,7 @@ class BatchNormMonitor(Callback):
         self._tracker: BatchNormTracker | None = None
         self._report: Report | None = None
         self._has_validated = False  # whether there was a batch in the present validation
+        self._are_averaged = False  # whether it has averaged weights
         self._state: dict[str, Any] = {}  # while there is no tracker: what `fit` ended with, or is to begin with
 
     @property
@@ -235,6 +241,9 @@ class BatchNormMonitor(Callback):
         if is_training_over(trainer, epoch_ended=trainer.is_last_batch):
             self._end_window(trainer)
         self._has_validated = False
+        self._are_averaged = bool(swapping_callbacks(trainer))  # the weights of this validation, from its epoch's start
+        if self._are_averaged and self._tracker is not None and self._compares(trainer):
+            self._tracker.hold()
 
     @override
     def on_validation_batch_start(
@@ -243,7 +252,7 @@ class BatchNormMonitor(Callback):
         if self._tracker is None or not self._compares(trainer):
             return
         if batch_idx == 0:
-            self._tracker.start_validation(dataloader_idx)
+            self._tracker.start_validation(dataloader_idx, self._are_averaged)
             self._has_validated = True
         elif batch_idx == self._validation_batches:
             self._tracker.stop_validation()
@@ -329,7 +338,7 @@ class BatchNormMonitor(Callback):
         if self._validation_batches:
             self._detach()
             tracker = BatchNormTracker(pl_module, self._include, self._exclude, self._capture)
-            self._tracker, self._has_validated = tracker.attach(), False
+            self._tracker, self._has_validated, self._are_averaged = tracker.attach(), False, False
 
     @staticmethod
     def _print(trainer: Trainer, report: Report, of: str) -> None:

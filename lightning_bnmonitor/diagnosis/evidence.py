@@ -126,6 +126,7 @@ EVIDENCE: Mapping[str, str] = {
     "val_alone": "1 if no layer was called in training: there was an evaluation alone",
     "val_spoiled_before": "layers before it that training normalises by what evaluation does not have: few samples, "
     "groups, parts of an order, the calls of a step",
+    "averaged": "1 if it is of the averaged weights that validation had, which were not trained",
     "val_loader": "the validation loader that val_shift is of, counted from 0, if there are several",
 }
 """Every number that a verdict, an explanation or a remedy may rest on, and what it is.

@@ -76,6 +76,8 @@ def _cure_shift(evidence: Evidence) -> list[str]:
 def _explain_other_weights(evidence: Evidence) -> list[str]:
     error = "its running statistics are {val_error} off what it receives in validation (chance explains "
     error += "{val_error_noise})"
+    if evidence.get("averaged"):
+        return [f"Averaged weights need running statistics of their own: {error}."]
     if rules.was_called(evidence):
         return [
             "Validation ran with other weights or running statistics than training ended with (averaged or swapped "
@@ -85,7 +87,7 @@ def _explain_other_weights(evidence: Evidence) -> list[str]:
 
 
 def _cure_other_weights(evidence: Evidence) -> list[str]:
-    if rules.was_called(evidence):
+    if rules.was_called(evidence) or evidence.get("averaged"):
         return [
             "Add `PreciseBatchNorm(restore=True)` to the Trainer's callbacks; or, with those weights in the model, "
             f"{RECALIBRATE}."

@@ -18,6 +18,7 @@ from lightning_bnmonitor.capture.layer_hook import Gate
 from lightning_bnmonitor.capture.model_inputs import inputs_in
 from lightning_bnmonitor.compat import BatchNorm, never_compiled
 from lightning_bnmonitor.diagnosis.circumstances import bad_batch
+from lightning_bnmonitor.diagnosis.validation import Standing
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.tracking import collectives
 from lightning_bnmonitor.tracking.affine import AffineWeights, has_frozen_weights
@@ -202,8 +203,8 @@ class Recorder:
         self._reopen()
 
     @torch.inference_mode(False)
-    def start_validation(self, loader: int) -> None:
-        """Look at what is called in eval mode from now on, as batches of that loader."""
+    def start_validation(self, loader: int, are_averaged: bool = False) -> None:
+        """Look at what is called in eval mode from now on, as batches of that loader, perhaps with averaged weights."""
         self.put_back()
         seen = {loader for layer in self.layers for loader in layer.validation}
         if not seen or loader in seen:  # it is the first one
@@ -211,6 +212,8 @@ class Recorder:
             is_known = self._affine is not None and self._affine.is_known
             for layer, now in _with_snapshots(self.layers):
                 layer.keep_for_validation(now, layer.module in changed, is_known and not changed)
+                if are_averaged and layer.val_standing in (Standing.TRAINED, Standing.REWRITTEN):
+                    layer.val_standing = Standing.OTHER
         for layer in self.layers:
             layer.start_validation(loader)
         self._forget_last_calls()  # what goes the short way does not ask whether it is within validation
