@@ -351,13 +351,14 @@ def prepared_batch(pl_module: Any, batch: Any) -> Any:
     return pl_module.on_before_batch_transfer(batch, 0)
 
 
+def averaging_callbacks(trainer: Any) -> list[Any]:
+    """Callbacks that average weights, and put them into the model at some time of a ``fit``, if only at its end."""
+    return [callback for callback in trainer.callbacks if getattr(callback, "_average_model", None) is not None]
+
+
 def swapping_callbacks(trainer: Any) -> list[Any]:
-    """Callbacks that put averaged weights into the model for each validation of a ``fit``, as ``WeightAveraging``."""
-    return [
-        callback
-        for callback in trainer.callbacks
-        if hasattr(callback, "_swap_models") and getattr(callback, "_average_model", None) is not None
-    ]
+    """Those of them that do so for each validation, as ``WeightAveraging``."""
+    return [callback for callback in averaging_callbacks(trainer) if hasattr(callback, "_swap_models")]
 
 
 def file_writer(experiment: Any) -> Any:

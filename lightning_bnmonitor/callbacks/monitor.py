@@ -61,8 +61,9 @@ class BatchNormMonitor(Callback):
     and two a validation, which every rank joins, also one that had no batches. With ``every_n_train_batches`` all ranks
     need as many batches.
 
-    **Averaged weights** (``WeightAveraging``, ``EMAWeightAveraging``), which are in the model while it is validated, have
-    layers of their own in the report, ``"<name> (averaged)"``: how far their running statistics are off in validation.
+    **Averaged weights**, which ``WeightAveraging`` and ``EMAWeightAveraging`` put into the model while it is validated,
+    have layers of their own in the report, ``"<name> (averaged)"``: what their running statistics are off there. Those
+    that are trained then have no ``val_error``.
 
     **Resumed** from a checkpoint, it goes on as if nothing had happened: its state is in Lightning's checkpoints. On
     several ranks that is rank 0's: what the others saw earlier in the window is not in its report.
