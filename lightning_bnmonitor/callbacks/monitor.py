@@ -136,7 +136,6 @@ class BatchNormMonitor(Callback):
         self._tracker: BatchNormTracker | None = None
         self._report: Report | None = None
         self._has_validated = False  # whether there was a batch in the present validation
-        self._are_averaged = False  # whether it has averaged weights
         self._state: dict[str, Any] = {}  # while there is no tracker: what `fit` ended with, or is to begin with
 
     @property
@@ -242,9 +241,8 @@ class BatchNormMonitor(Callback):
         if is_training_over(trainer, epoch_ended=trainer.is_last_batch):
             self._end_window(trainer)
         self._has_validated = False
-        self._are_averaged = bool(swapping_callbacks(trainer))  # the weights of this validation, from its epoch's start
-        if self._are_averaged and self._tracker is not None and self._compares(trainer):
-            self._tracker.hold()
+        if self._tracker is not None and self._compares(trainer) and swapping_callbacks(trainer):
+            self._tracker.before_averaged()
 
     @override
     def on_validation_batch_start(
@@ -253,7 +251,7 @@ class BatchNormMonitor(Callback):
         if self._tracker is None or not self._compares(trainer):
             return
         if batch_idx == 0:
-            self._tracker.start_validation(dataloader_idx, self._are_averaged)
+            self._tracker.start_validation(dataloader_idx)
             self._has_validated = True
         elif batch_idx == self._validation_batches:
             self._tracker.stop_validation()
@@ -339,7 +337,7 @@ class BatchNormMonitor(Callback):
         if self._validation_batches:
             self._detach()
             tracker = BatchNormTracker(pl_module, self._include, self._exclude, self._capture)
-            self._tracker, self._has_validated, self._are_averaged = tracker.attach(), False, False
+            self._tracker, self._has_validated = tracker.attach(), False
 
     @staticmethod
     def _print(trainer: Trainer, report: Report, of: str) -> None:

@@ -86,8 +86,7 @@ class BatchNormTracker:
         self._attachment: Attachment | None = None
         self._closing: Report | None = None  # the report of a window that has ended, once it was asked for
         self._validated: Report | None = None  # the same, with a validation after it
-        self._held: Report | None = None  # of an open window, before averaged weights are validated
-        self._are_averaged = False  # whether the present validation has them
+        self._before_averaged: Report | None = None  # if a validation with averaged weights follows
         self._pending: Mapping[str, Any] | None = None  # a state that waits for `attach`
 
     def __enter__(self) -> BatchNormTracker:
@@ -224,17 +223,17 @@ class BatchNormTracker:
         """
         self.close()
         self._recorder.begin_window()
-        self._closing = self._validated = self._held = None
+        self._closing = self._validated = self._before_averaged = None
 
     @torch.inference_mode(False)
-    def hold(self) -> None:
-        """Take the report of the window as it is now for the :meth:`validation_report` that follows.
+    def before_averaged(self) -> None:
+        """Tell that averaged weights are about to be put into the model, for the validation that follows.
 
-        For a validation with averaged weights: before these are put into the model.
+        :meth:`validation_report` then tells what comes in it of layers of their own, ``"<name> (averaged)"``.
         """
-        self._held = self._of_window()
+        self._before_averaged = self._of_window()
 
-    def start_validation(self, loader: int = 0, averaged: bool = False) -> None:
+    def start_validation(self, loader: int = 0) -> None:
         """Look at what is called in eval mode from now on, by a pass over each input.
 
         Calls are pooled as they come: until :meth:`validation_report`, this takes 64 bytes a channel and loader.
@@ -245,13 +244,9 @@ class BatchNormTracker:
         Args:
             loader: The validation loader whose batches follow, counted from 0. What was seen of it before is dropped,
                 and what was seen of others is kept.
-            averaged: Whether the model has averaged weights now, and others are trained. What is received with these is
-                then told of layers of their own, ``"<name> (averaged)"``. Call :meth:`close` or :meth:`hold` before
-                they are put into the model.
         """
         self.stop_validation()
-        self._are_averaged = averaged
-        self._recorder.start_validation(loader, averaged)
+        self._recorder.start_validation(loader, self._before_averaged is not None)
 
     def stop_validation(self) -> None:
         """Look at no more of it. Harmless when repeated."""
@@ -275,9 +270,9 @@ class BatchNormTracker:
         self.stop_validation()
         layers, together = self._recorder.layers, all_ranks and collectives.num_ranks() > 1
         seen = max((loader + 1 for layer in layers for loader in layer.validation), default=0)
-        held, self._held = self._held, None
-        report = held if held is not None else self._of_window()
-        report = with_validation(report, layers, together, num_loaders or max(seen, 1), self._are_averaged)
+        before, self._before_averaged = self._before_averaged, None
+        report = self._of_window() if before is None else before
+        report = with_validation(report, layers, together, num_loaders or max(seen, 1), before is not None)
         if self._recorder.is_closed:
             self._validated = report
         for layer in layers:

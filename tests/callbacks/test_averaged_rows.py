@@ -276,10 +276,10 @@ def test_a_loop_can_tell():
             for x in batches:
                 model(x)
             trained = tracker.close() if is_closed else tracker.report()
-            tracker.hold()
+            tracker.before_averaged()
             own = [buffer.clone() for buffer in model.buffers()]
             model[0].running_mean += 2  # of other weights
-            tracker.start_validation(averaged=True)
+            tracker.start_validation()
             model.eval()
             for x in batches:
                 model(x)

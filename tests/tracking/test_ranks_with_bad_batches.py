@@ -1,4 +1,4 @@
-"""The guard on two gloo processes, started for real: each puts back its own, and the report tells of all."""
+"""Guard and averaged weights on two gloo processes, started for real: the report tells of all, and is the same."""
 
 from __future__ import annotations
 
@@ -43,6 +43,21 @@ def steps(network: nn.Module, rank: int, tracker: BatchNormTracker | None) -> No
         scaler.update(65536.0)
 
 
+def validated_with_averaged_weights(model: nn.Module, rank: int, tracker: BatchNormTracker) -> dict:
+    """Rank 1 has no batch of validation."""
+    tracker.before_averaged()
+    own = model[0].running_mean.clone()
+    model[0].running_mean += 2
+    model.eval()
+    if rank == 0:
+        tracker.start_validation()
+        for x in torch.randn(20, 16, 3, generator=torch.Generator().manual_seed(3)):
+            model(x)
+    report = tracker.validation_report(all_ranks=True, num_loaders=1)
+    model[0].running_mean.copy_(own)
+    return report.to_dict()
+
+
 def run(rank: int, folder: Path) -> None:
     dist.init_process_group(
         "gloo",
@@ -58,10 +73,12 @@ def run(rank: int, folder: Path) -> None:
     with BatchNormTracker(model, guard=True) as tracker:
         steps(DistributedDataParallel(model), rank, tracker)
         report = tracker.close(all_ranks=True)["0"]
+        averaged = validated_with_averaged_weights(model, rank, tracker)
     steps(DistributedDataParallel(alone), rank, None)
     torch.save(
         {
             "report": report.to_dict(),
+            "averaged": averaged,
             "weights": model.state_dict(),
             "expected": alone.state_dict(),
         },
@@ -76,6 +93,12 @@ def test_batches_of_either_rank(tmp_path):
     results = [torch.load(tmp_path / f"{rank}.pt") for rank in range(2)]
     report = results[0]["report"]
     assert results[1]["report"] == report
+    assert results[1]["averaged"] == results[0]["averaged"]
+    averaged = results[0]["averaged"]["layers"]
+    assert list(averaged) == ["0", "0 (averaged)"]
+    assert averaged["0"] == report
+    assert averaged["0 (averaged)"]["flags"] == ["other-weights"]
+    assert averaged["0 (averaged)"]["evidence"]["val_error"] == pytest.approx(2, rel=0.1)
     assert report["flags"] == ["guarded"]
     assert report["evidence"]["guarded_calls"] == 3
     assert report["evidence"]["first_bad_batch"] == 6
