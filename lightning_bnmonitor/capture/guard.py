@@ -144,8 +144,8 @@ class _Kept:
     def put_back(self) -> None:
         """Write the copy into those layers that are no longer finite. The others get what they have."""
         before, now = self._stats_before, torch.cat(self._stats)
-        if now.shape != before.shape or (self._device.type == "cpu" and np.isfinite(float(now.sum()))):
-            return  # they were given another width, or all is well, which costs no waiting to find out here
+        if now.shape != before.shape or _is_known_finite(now):  # another width: they were replaced in place
+            return
         is_spoiled = now.isfinite().logical_not_().logical_and_(before.isfinite())
         sizes = [tensor.numel() for tensor in self._stats]
         layer_of = _repeated(tuple(sizes[::2]), self._device)
@@ -156,9 +156,16 @@ class _Kept:
             right = torch.where(of_layers[layer_of], before, now)
             copy_all([tensor.data for tensor in self._stats], torch.split(right, sizes))
             if self._tracked_before is not None:
-                of_counters = [of_layers[layer] for layer in self._counted]
-                counts = torch.where(torch.stack(of_counters), self._tracked_before, torch.stack(self._tracked))
+                is_spoiled = of_layers
+                if len(self._counted) < len(of_layers):
+                    is_spoiled = torch.stack([of_layers[layer] for layer in self._counted])
+                counts = torch.where(is_spoiled, self._tracked_before, torch.stack(self._tracked))
                 copy_all([tensor.data for tensor in self._tracked], counts.unbind())
+
+
+def _is_known_finite(values: Tensor) -> bool:
+    """On the CPU one sum tells that, in the usual case; elsewhere to ask would mean to wait for the device."""
+    return values.device.type == "cpu" and bool(np.isfinite(float(values.sum())))
 
 
 @lru_cache(maxsize=8)

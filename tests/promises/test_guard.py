@@ -73,12 +73,19 @@ def train(model: nn.Module, forward: Callable[[nn.Module, Tensor], Tensor], step
     return outputs
 
 
+@pytest.fixture(params=["as on a CPU", "as on a GPU"])
+def any_device(request, monkeypatch):
+    """Where to ask whether all is finite would mean to wait, nobody asks, and the buffers are always written."""
+    if request.param == "as on a GPU":
+        monkeypatch.setattr(guard, "_is_known_finite", lambda _: False)
+
+
 WAYS = [plainly, checkpointed, checkpointed_by_reentering, in_bfloat16, in_two_parts]
 
 
 @pytest.mark.parametrize("forward", WAYS)
 @pytest.mark.parametrize("momentum", [0.1, None])
-def test_nothing_changes_as_long_as_all_is_finite(forward, momentum):
+def test_nothing_changes_as_long_as_all_is_finite(forward, momentum, any_device):
     def run(guard: bool | None):
         seed()
         model = Net(momentum)
@@ -148,7 +155,7 @@ def test_a_bad_batch_leaves_all_channels_as_they_were(momentum, value, is_told):
     assert layer.num_batches_tracked == 16
 
 
-def test_a_batch_of_an_epoch_is_bad_and_each_is_put_back_before_the_next():
+def test_every_other_batch_is_bad_and_each_is_put_back_before_the_next(any_device):
     layer, data = nn.BatchNorm1d(3), batches(12, dict.fromkeys(range(0, 12, 2), NAN))
     reference = Reference(layer)
     with BatchNormTracker(layer, guard=True):
@@ -227,6 +234,24 @@ def test_what_checkpointing_makes_again_is_undone_with_it_and_counts_once(forwar
         assert torch.equal(buffer, before[name]), name
     assert tracker.report()["first.1"].evidence["guarded_calls"] == 1
     assert tracker.report()["reused"].evidence["guarded_calls"] == 2
+
+
+def test_of_layers_with_counters_and_without_those_that_were_spoiled_are_put_back(any_device):
+    model = nn.ModuleList([nn.BatchNorm1d(3), nn.BatchNorm1d(5), nn.BatchNorm1d(3), nn.BatchNorm1d(2)])
+    for layer in (model[0], model[2]):
+        layer.num_batches_tracked = None
+    data = [torch.randn(8, layer.num_features) for layer in model]
+    with BatchNormTracker(model, guard=True) as tracker:
+        for layer, x in zip(model, data, strict=True):
+            layer(x)
+        tracker.step()
+        before = copy.deepcopy(model.state_dict())
+        for index, (layer, x) in enumerate(zip(model, data, strict=True)):
+            layer(x * NAN if index in (0, 1) else x)
+        tracker.step()
+    for name, buffer in model.named_buffers():
+        assert torch.equal(buffer, before[name]) == name.startswith(("0.", "1.")), name
+    assert [layer.num_batches_tracked for layer in model] == [None, 1, None, 2]
 
 
 def test_no_more_is_put_back_than_was_finite_before():
