@@ -77,7 +77,7 @@ def _explain_other_weights(evidence: Evidence) -> list[str]:
     error = "its running statistics are {val_error} off what it receives in validation (chance explains "
     error += "{val_error_noise})"
     if evidence.get("averaged"):
-        return [f"Averaged weights need running statistics of their own: {error}."]
+        return [f"{error[0].upper()}{error[1:]}: averaged weights need statistics of their own."]
     if rules.was_called(evidence):
         return [
             "Validation ran with other weights or running statistics than training ended with (averaged or swapped "

@@ -169,7 +169,7 @@ def test_averaged_weights_without_statistics_of_their_own_need_attention_once(tm
     averaged = report["net.1 (averaged)"]
     assert averaged.flags == ("other-weights",)
     assert averaged.needs_attention
-    assert "Averaged weights need running statistics of their own" in averaged.explanation
+    assert "averaged weights need statistics of their own" in averaged.explanation
     assert "PreciseBatchNorm(restore=True)" in averaged.remedy
     unhealthy = {layer.averaged_of or layer.name for layer in report.unhealthy}
     assert report["net.1"].needs_attention
