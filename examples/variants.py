@@ -11,7 +11,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bnmonitor import BatchNormTracker
-from lightning_bnmonitor.capture.batch_moments import CaptureMode
 
 NONE, AGAIN, EMPTY, OURS, GUARDED = "no monitor", "no monitor, again", "empty hook", "ours", "ours, guard=True"
 
@@ -121,8 +120,8 @@ class Stack(Hooks):
 class Ours:
     """The tracker."""
 
-    def __init__(self, model: nn.Module, capture: CaptureMode = "auto", guard: bool = False) -> None:
-        self.kept = BatchNormTracker(model, capture=capture, guard=guard).attach()
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        self.kept = BatchNormTracker(model, **options).attach()
 
     def end_round(self) -> None:
         """Nothing to do."""

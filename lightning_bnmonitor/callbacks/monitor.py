@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 from typing_extensions import override
@@ -12,6 +12,7 @@ from typing_extensions import override
 from lightning_bnmonitor.arguments import (
     as_patterns,
     check_bool,
+    check_callable_or_none,
     check_choice,
     check_not_negative,
 )
@@ -52,6 +53,8 @@ class BatchNormMonitor(Callback):
         on_unhealthy: What to do at a window's end, after a validation that follows it, and after ``validate`` or
             ``test`` alone, if layers need attention: ``"warn"`` of each layer and cause once, ``"ignore"``, or
             ``"raise"`` :class:`UnhealthyBatchNormError` with the report on every rank.
+        mask: Where inputs are padded: a function of the training batch that returns which positions count, a bool
+            tensor ``(B, T)``, say. See :class:`~lightning_bnmonitor.BatchNormTracker`.
         guard: Whether running statistics are put back as they were before a call whose batch has NaN or Inf, which is
             counted and warned of (flag ``guarded``): see :class:`~lightning_bnmonitor.BatchNormTracker`. This changes
             what is trained, and nothing as long as all is finite.
@@ -97,7 +100,7 @@ class BatchNormMonitor(Callback):
         ValueError: If an ``every_n_*`` is not a positive integer or both are given, if ``capture``, ``per_layer``,
             ``dashboard``, ``guard`` or ``on_unhealthy`` is unknown, or ``log_key_prefix`` empty; when ``fit`` starts,
             if a pattern matches no BatchNorm layer, or with DeepSpeed.
-        TypeError: If ``include`` or ``exclude`` is neither None nor strings.
+        TypeError: If ``include`` or ``exclude`` is neither None nor strings, or ``mask`` neither None nor a function.
         UnhealthyBatchNormError: At the end of a window, of a validation that follows it, or of ``validate`` and
             ``test`` alone, with ``on_unhealthy="raise"``, if a layer needs attention.
 
@@ -120,15 +123,18 @@ class BatchNormMonitor(Callback):
         validation_batches: int = 16,
         log_key_prefix: str = "bn",
         on_unhealthy: OnUnhealthy = "warn",
+        mask: Callable[[Any], Any] | None = None,
         guard: bool = False,
     ) -> None:
         check_choice("capture", capture, get_args(CaptureMode))
         check_not_negative("validation_batches", validation_batches)
+        check_callable_or_none("mask", mask)
         check_bool("guard", guard)
         self._schedule = WindowSchedule(every_n_epochs, every_n_train_batches)
         self._include = as_patterns("include", include)
         self._exclude = as_patterns("exclude", exclude)
         self._capture = capture
+        self._mask = mask
         self._guard = guard
         self._validation_batches = validation_batches
         self._log_key_prefix = log_key_prefix
@@ -193,7 +199,7 @@ class BatchNormMonitor(Callback):
         self._tracker = self._report = None
         self._schedule.begin()
         self._output.begin(trainer, validates=self._validation_batches > 0 and bool(trainer.enable_validation))
-        tracker = BatchNormTracker(pl_module, self._include, self._exclude, self._capture, self._guard)
+        tracker = BatchNormTracker(pl_module, self._include, self._exclude, self._capture, self._mask, self._guard)
         self._tracker = tracker.attach()
         if collectives.num_ranks() > 1:
             collectives.group()  # made now, while no rank is ahead of others

@@ -73,6 +73,8 @@ class Circumstances(NamedTuple):
     """Calls that the guard has undone, as a value in them was not finite."""
     has_initial_stats: bool = False
     """Whether the module's buffers are the initial zeros and ones."""
+    updates_nothing: bool = False
+    """Whether it is known, as it is set up, that no call in training updates its running statistics."""
 
     @property
     def was_called(self) -> bool:

@@ -31,7 +31,8 @@ def averaged_row(layer: LayerReport) -> LayerReport:
         diagnosis=Diagnosis("averaged", (), False, {"averaged": 1.0, "num_features": float(layer.num_features)}),
         numbers=numbers,
         blocks=None,
-        trained=layer.numbers[4:6],
+        unpadded=None,
+        trained=layer.numbers[4:6].clone(),
     )
 
 

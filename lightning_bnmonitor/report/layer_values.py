@@ -64,6 +64,9 @@ class LayerValues:
     trained: Tensor | None = None
     """Of averaged weights, :attr:`now_mean` and :attr:`now_var` of that layer, ``(2, C)``."""
 
+    unpadded: Tensor | None = None
+    """Mean and unbiased variance of the values that the mask lets count, ``(2, C)``; None if no mask told of them."""
+
     @property
     def num_features(self) -> int:
         """Channels C."""
@@ -189,7 +192,8 @@ class LayerValues:
     def __getstate__(self) -> dict[str, Any]:
         # They may be views of all layers' numbers, which would be saved with them.
         blocks = self.blocks and (self.blocks[0].clone(), self.blocks[1].clone())
-        return {**vars(self), "numbers": self.numbers.clone(), "blocks": blocks}
+        unpadded = None if self.unpadded is None else self.unpadded.clone()
+        return {**vars(self), "numbers": self.numbers.clone(), "blocks": blocks, "unpadded": unpadded}
 
     @property
     def _moments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

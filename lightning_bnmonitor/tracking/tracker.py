@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, get_args
 
 import torch
 from torch import nn
 
-from lightning_bnmonitor.arguments import as_patterns, check_bool, check_choice
+from lightning_bnmonitor.arguments import as_patterns, check_bool, check_callable_or_none, check_choice
 from lightning_bnmonitor.capture.attachment import Attachment
 from lightning_bnmonitor.capture.batch_moments import CaptureMode
 from lightning_bnmonitor.report.report import Report
@@ -43,6 +43,11 @@ class BatchNormTracker:
         capture: ``"auto"`` takes the batch moments in the cheapest way that is exact; ``"pass"`` makes a pass of its
             own over every input: slower, and the reference for the others. What ``torch.compile`` has compiled takes
             them in its graph either way.
+        mask: Where inputs are padded: a function of the batch (of what :meth:`see_inputs` is told) that returns which
+            positions count, a bool tensor ``(B, T)``, say: what fits which layer is told at
+            :class:`~lightning_bnmonitor.capture.masks.BatchMasks`. A report then has the statistics without padding,
+            too (``LayerReport.unpadded``), and says where padding does harm (flag ``padded``). That takes passes over
+            each layer's input, and up to 272 bytes a channel. What is compiled is not looked at.
         guard: Whether a call whose batch has NaN or Inf is to leave the layer's running statistics and
             ``num_batches_tracked`` as they were: they are put back before its next call, and before anything here or
             :meth:`step`, :meth:`put_back` or an optimizer's step ends, without waiting for the device. Such calls are
@@ -51,7 +56,7 @@ class BatchNormTracker:
             the device is waited for once in 36 to 72 steps.
 
     Raises:
-        TypeError: If ``include`` or ``exclude`` is neither None nor strings.
+        TypeError: If ``include`` or ``exclude`` is neither None nor strings, or ``mask`` neither None nor a function.
         ValueError: If ``capture`` is unknown, or ``guard`` no bool.
 
     Example::
@@ -73,16 +78,19 @@ class BatchNormTracker:
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         capture: CaptureMode = "auto",
+        mask: Callable[[Any], Any] | None = None,
         guard: bool = False,
     ) -> None:
         check_choice("capture", capture, get_args(CaptureMode))
+        check_callable_or_none("mask", mask)
         check_bool("guard", guard)
         self._include = as_patterns("include", include)
         self._exclude = as_patterns("exclude", exclude)
         self._capture = capture
+        self._mask = mask
         self._guard = guard
         self._model = weakref.ref(model)
-        self._recorder = Recorder(model, by_pass=capture == "pass", is_guarded=guard)
+        self._recorder = Recorder(model, by_pass=capture == "pass", mask=mask, is_guarded=guard)
         self._attachment: Attachment | None = None
         self._closing: Report | None = None  # the report of a window that has ended, once it was asked for
         self._validated: Report | None = None  # the same, with a validation after it
@@ -101,7 +109,7 @@ class BatchNormTracker:
         if model is None:
             raise RuntimeError(_NO_MODEL)
         kept = memo.get(id(model), model)
-        twin = BatchNormTracker(kept, self._include, self._exclude, self._capture, self._guard)
+        twin = BatchNormTracker(kept, self._include, self._exclude, self._capture, self._mask, self._guard)
         twin.load_state_dict(self.state_dict())
         return twin
 
@@ -134,6 +142,7 @@ class BatchNormTracker:
             model,
             recorder.gate,
             hooks,
+            recorder.mask_hooks(),
             see=recorder.see_arguments,
             drain=recorder.drain,
             after_step=recorder.merge_if_full,
@@ -177,7 +186,8 @@ class BatchNormTracker:
         """Tell what a training step is given, before it: a batch ``(B, *)``, or any structure with its tensors.
 
         By this a report tells data that come in an order from weights that move. It is needed only where the model
-        itself is not called, but parts of it: what the model is given is seen without. The first 64 samples of a batch
+        itself is not called, but parts of it: what the model is given is seen without. With ``mask`` every batch has
+        to be told: that is asked here, and what it returns holds until :meth:`step`. The first 64 samples of a batch
         are looked at, and 256 values of each, in each of the first 64 steps, a quarter of those up to 128, an eighth of
         those up to 256, and so on.
         """
@@ -202,8 +212,9 @@ class BatchNormTracker:
                 the population is that of all their data, running statistics, verdicts and numbers of calls are those
                 of rank 0. Every rank has to call this, and gets the same report, also one whose layers were never
                 called. It takes two collectives: a gather to rank 0 of 56 bytes a channel from each rank, and a
-                broadcast of 80. One that a rank never joins ends with the timeout of the process group. Without a
-                process group, and for a window that has ended, it is as if False.
+                broadcast of 80; with ``mask`` another gather, of 48, and the broadcast is of 96. One that a rank never
+                joins ends with the timeout of the process group. Without a process group, and for a window that has
+                ended, it is as if False.
 
         Raises:
             RuntimeError: If another rank has failed.

@@ -118,7 +118,8 @@ def with_validation(
         validated.append(its)
     diagnoses = diagnose_validation(validated)
     described = [replace(row, diagnosis=diagnosis) for row, diagnosis in zip(rows, diagnoses, strict=True)]
-    return Report(sorted(described, key=lambda row: row.averaged_of is not None), rank=report.rank)
+    described.sort(key=lambda row: row.averaged_of is not None)
+    return Report(described, report.rank, report.remarks)
 
 
 def _validated(
