@@ -64,6 +64,7 @@ MAX_SHARE = {
     "ResNet-18, checkpointing": 0.03,
     "ResNet-18, pass": 0.03,
     "ResNet-18, bfloat16": 0.03,
+    "sequences, mask": 0.2,
 }
 MAX_OPERATIONS = dict.fromkeys(("ResNet-18", "120 layers", "narrow MLP", "EfficientNet-B0"), 5.0)  # a step
 MAX_RATIO = {("narrow MLP", EMPTY): 1.05, ("compiled", NONE): 1.02}
@@ -108,6 +109,7 @@ class Network:
     device: str = "cpu"
     layout: torch.memory_format = torch.preserve_format
     is_mixed: bool = False  # whether under autocast, in bfloat16
+    mask: Callable[[Tensor], Tensor] | None = None  # of what it is given, which positions count
 
     @property
     def variants(self) -> list[str]:
@@ -132,6 +134,18 @@ def plain(width: int = 64) -> nn.Module:
     return nn.Sequential(*(m for a, b in pairs for m in (nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU())))
 
 
+def of_sequences(width: int = 64) -> nn.Module:
+    """Six convolutions over sequences, each with a BatchNorm layer."""
+    pairs = itertools.pairwise([3, *[width] * 6])
+    return nn.Sequential(*(m for a, b in pairs for m in (nn.Conv1d(a, b, 5, padding=2), nn.BatchNorm1d(b), nn.ReLU())))
+
+
+def all_lengths(x: Tensor) -> Tensor:
+    """A mask of sequences ``(B, C, T)`` of lengths from T / B to T."""
+    lengths = torch.arange(1, len(x) + 1, device=x.device) * x.shape[-1] // len(x)
+    return torch.arange(x.shape[-1], device=x.device) < lengths[:, None]
+
+
 def networks(quick: bool) -> list[Network]:
     """All that are measured; small ones to try the script."""
     few = (NONE, AGAIN, EMPTY, OURS)
@@ -145,6 +159,7 @@ def networks(quick: bool) -> list[Network]:
             Network("ResNet-18, checkpointing", lambda: checkpointed(small(), Residual), shape, 1, 1, compared=few),
             Network("ResNet-18, pass", small, shape, 1, 1, compared=few, capture="pass"),
             Network("ResNet-18, bfloat16", small, shape, 1, 1, compared=few, dtype=torch.bfloat16),
+            Network("sequences, mask", partial(of_sequences, 4), (4, 3, 8), 1, 1, compared=few, mask=all_lengths),
         ]
     shape = (16, 3, 32, 32)
     return [
@@ -157,6 +172,7 @@ def networks(quick: bool) -> list[Network]:
         Network("ResNet-18, pass", resnet18, shape, 1, compared=few, capture="pass"),
         # So little, as a CPU without instructions for bfloat16 takes 60 times as long for its convolutions.
         Network("ResNet-18, bfloat16", resnet18, (2, 3, 8, 8), 1, 1, compared=few, dtype=torch.bfloat16),
+        Network("sequences, mask", of_sequences, (16, 3, 400), 2, compared=few, mask=all_lengths),
     ]
 
 
@@ -173,12 +189,16 @@ class Training:
         self.mixed: Callable[[], AbstractContextManager[Any]] = nullcontext
         if network.is_mixed:
             self.mixed = partial(torch.autocast, network.device, torch.bfloat16)
-        self.monitor = VARIANTS[variant](self.model, **({"capture": network.capture} if variant == OURS else {}))
+        options = {"capture": network.capture, "mask": network.mask} if variant == OURS else {}
+        self.monitor = VARIANTS[variant](self.model, **options)
+        self.is_told = bool(options) and network.mask is not None
 
     def steps(self, num: int) -> None:
         """Some training steps."""
         for _ in range(num):
             self.optimizer.zero_grad()
+            if self.is_told:
+                self.monitor.kept.see_inputs(self.x)
             with self.mixed():
                 loss = self.model(self.x).square().mean()
             loss.backward()

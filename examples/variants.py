@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -10,9 +11,8 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bnmonitor import BatchNormTracker
-from lightning_bnmonitor.capture.batch_moments import CaptureMode
 
-NONE, AGAIN, EMPTY, OURS = "no monitor", "no monitor, again", "empty hook", "ours"
+NONE, AGAIN, EMPTY, OURS, GUARDED = "no monitor", "no monitor, again", "empty hook", "ours", "ours, guard=True"
 
 
 class Hooks:
@@ -120,8 +120,8 @@ class Stack(Hooks):
 class Ours:
     """The tracker."""
 
-    def __init__(self, model: nn.Module, capture: CaptureMode = "auto") -> None:
-        self.kept = BatchNormTracker(model, capture=capture).attach()
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        self.kept = BatchNormTracker(model, **options).attach()
 
     def end_round(self) -> None:
         """Nothing to do."""
@@ -136,6 +136,7 @@ VARIANTS: dict[str, Callable[[nn.Module], Any]] = {
     AGAIN: Unhooked,
     EMPTY: Empty,
     OURS: Ours,
+    GUARDED: partial(Ours, guard=True),
     "naive mean and var": Naive,
     "Welford in float64": Welford,
     "stack all inputs": Stack,

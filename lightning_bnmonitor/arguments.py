@@ -57,6 +57,12 @@ def check_name(argument: str, value: Any) -> None:
         raise ValueError(f"`{argument}` must be a string that is not empty, got {value!r}.")
 
 
+def check_callable_or_none(argument: str, value: Any) -> None:
+    """Raise TypeError if a value is neither a function nor None."""
+    if value is not None and not callable(value):
+        raise TypeError(f"`{argument}` must be a function or None, got {value!r}.")
+
+
 def as_patterns(argument: str, patterns: str | Sequence[str] | None) -> tuple[str, ...] | None:
     """One pattern or several as a tuple; None stays None.
 

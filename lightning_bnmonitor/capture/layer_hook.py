@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from lightning_bnmonitor.capture.batch_moments import BatchMoments, pass_moments, traced_moments
 from lightning_bnmonitor.capture.calls import Call, RepeatableCall, call_of, repeatable
+from lightning_bnmonitor.capture.hooks import Hook
+from lightning_bnmonitor.capture.hooks import InertHook as InertHook  # of modules that were pickled with it here
 from lightning_bnmonitor.capture.saved import (
     at_end_of,
     is_intercepted,
@@ -59,6 +61,7 @@ class Gate:
         self.parts_before = 0  # those of the steps that have ended
         self.steps_in_eval_mode = 0  # of the root's optimizers in this window while the root was in eval mode
         self.is_full = False  # whether as many calls of a layer wait as may
+        self.is_guarded = False  # whether running statistics are to be checked after each part of a step
         self.has_warned_of_graph = False  # that is captured
         self.is_traced = False  # whether compiled graphs may have left anything behind
         # Replicas of a model may be called in several threads. They need no lock to append to a list.
@@ -69,23 +72,6 @@ class Gate:
         self.steps += 1
         self.parts += 1
         self.parts_before = self.parts
-
-
-class Hook:
-    """A hook whose copies do nothing: a copied model is not monitored, and a pickled one does not carry the tracker."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> InertHook:
-        return InertHook()
-
-    def __reduce__(self) -> tuple[type[InertHook], tuple[()]]:
-        return InertHook, ()
-
-
-class InertHook:
-    """What copies of a monitored model carry in the place of our hooks."""
-
-    def __call__(self, *_: Any) -> None:
-        """Do nothing."""
 
 
 class LayerHook(Hook):
@@ -163,13 +149,13 @@ class LayerHook(Hook):
         root = gate.root()
         if root is not None and not root.training:
             if gate.validating and not gate.paused:
-                self._look_at_validation(module, args[0] if args else _by_keyword(kwargs))
+                self._look_at_validation(module, args[0] if args else by_keyword(kwargs))
             if torch.is_grad_enabled():
                 self._count_in_eval_mode()
             return
-        x = args[0] if args else _by_keyword(kwargs)
+        x = args[0] if args else by_keyword(kwargs)
         if is_dynamo_compiling():
-            if _has_channels(x, module) and not is_exporting():
+            if has_channels(x, module) and not is_exporting():
                 updating = module.training and module.track_running_stats and module.running_mean is not None
                 self.traced += ((traced_moments(x), module.training, updating),)
                 gate.is_traced = True
@@ -203,7 +189,14 @@ class LayerHook(Hook):
                 and top_saved_tensor_hooks(True) is None
                 and not functorch_is_active()
                 and (
-                    (module.__class__ is plain and "forward" not in attributes and not attributes[FORWARD_PRE_HOOKS])
+                    (
+                        module.__class__ is plain
+                        and "forward" not in attributes
+                        and (
+                            not attributes[FORWARD_PRE_HOOKS]
+                            or (gate.is_guarded and len(attributes[FORWARD_PRE_HOOKS]) == 1)  # the guard's
+                        )
+                    )
                     or (
                         (node := at_end_of(way, node, module, getattr(x, "grad_fn", None))) is not None
                         and unpack_hook_of_mean(node) is None
@@ -226,7 +219,7 @@ class LayerHook(Hook):
             self.trained_in_validation = True
         if self.gate.paused or self.gate.is_closed or is_exporting():
             return
-        if is_abstract(x) or not _has_channels(x, module):
+        if is_abstract(x) or not has_channels(x, module):
             self.skipped += 1
             return
         if x.is_cuda and is_stream_capturing():
@@ -266,13 +259,13 @@ class LayerHook(Hook):
     def _look_at_validation(self, module: BatchNorm, x: object) -> None:
         if not is_compiling():
             self._take_in_validation(module, x)
-        elif _has_channels(x, module) and not is_exporting():
+        elif has_channels(x, module) and not is_exporting():
             self.traced_validation += (traced_moments(x),)
             self.gate.is_traced = True
 
     @never_compiled
     def _take_in_validation(self, module: BatchNorm, x: object) -> None:
-        if not is_abstract(x) and _has_channels(x, module) and x.numel() and not (x.is_cuda and is_stream_capturing()):
+        if not is_abstract(x) and has_channels(x, module) and x.numel() and not (x.is_cuda and is_stream_capturing()):
             try:
                 moments = pass_moments(x)
             except Exception as error:
@@ -321,7 +314,7 @@ class LayerHook(Hook):
             self.gate.is_full = True
 
 
-def _by_keyword(kwargs: dict[str, Any]) -> Any:
+def by_keyword(kwargs: dict[str, Any]) -> Any:
     """The input among keyword arguments: by the names that it has as a rule, or else the first."""
     for name in ("input", "x"):
         if name in kwargs:
@@ -329,6 +322,6 @@ def _by_keyword(kwargs: dict[str, Any]) -> Any:
     return next(iter(kwargs.values()), None)
 
 
-def _has_channels(x: object, module: BatchNorm) -> TypeGuard[Tensor]:
+def has_channels(x: object, module: BatchNorm) -> TypeGuard[Tensor]:
     """Whether ``x`` is ``(N, C, *)``: a subclass may take anything else, and rearrange it for the kernel."""
     return isinstance(x, Tensor) and x.ndim >= 2 and x.shape[1] == module.num_features

@@ -13,6 +13,7 @@ from lightning_bnmonitor.statistics import divergence
 from lightning_bnmonitor.statistics.analysis import Analysis
 from lightning_bnmonitor.statistics.call_contrasts import CallContrasts, call_shifts
 from lightning_bnmonitor.statistics.channel_layout import BoolArray, ChannelLayout, FloatArray
+from lightning_bnmonitor.statistics.padding import Padding
 
 Evidence = Mapping[str, float]
 """Numbers by name, as in :data:`EVIDENCE`; what could not be told is absent."""
@@ -103,7 +104,19 @@ EVIDENCE: Mapping[str, str] = {
     "non_finite_running_stats": "channels with a running statistic that is not finite",
     "first_bad_batch": "the first call in the window with a value that is not finite, counted from 1",
     "bad_windows_ago": "how many windows ago that was, if it is what the running statistics are still not finite of",
+    "guarded_calls": "calls with a value that is not finite, of all ranks, that the guard has undone: nothing counts "
+    "them",
     "first_bad_channel": "the first channel with such a value in it, counted from 0",
+    "padding_batches": "calls whose mask tells what padding does, of all ranks",
+    "padding_share": "share of the values in them that are padding",
+    "padding_scatter": "standard deviation of that share from call to call",
+    "padding_shift": "by how much padding moves, from call to call, the statistics that training normalises by, as an "
+    "RMS error of the normalised activation, chance taken off; 0 where it may be chance",
+    "padding_noise": "the part of that which is chance",
+    "padding_offset": "RMS error of the normalised activation that statistics with padding make on the values that "
+    "are none",
+    "constant_ends": "share of the positions of what the model is given that lie at the end of samples and are alike "
+    "there in all channels, if that looks like padding and no mask tells",
     "ranks": "how many ranks the window is of, if several",
     "one_pass": "1 if what the layer received is that of one pass of given data, at fixed weights",
     "num_updates": "updates of its running statistics so far, as it has counted them: of one pass",
@@ -126,6 +139,7 @@ EVIDENCE: Mapping[str, str] = {
     "val_alone": "1 if no layer was called in training: there was an evaluation alone",
     "val_spoiled_before": "layers before it that training normalises by what evaluation does not have: few samples, "
     "groups, parts of an order, the calls of a step",
+    "averaged": "1 if it is of the averaged weights that validation had, which were not trained",
     "val_loader": "the validation loader that val_shift is of, counted from 0, if there are several",
 }
 """Every number that a verdict, an explanation or a remedy may rest on, and what it is.
@@ -209,6 +223,8 @@ def observations(
         eps: Of each channel's layer, ``(C,)``.
     """
     layout = analysis.layout
+    # A guard leaves bad batches out: the population is that of the others then, if there are any.
+    bad_values = np.isfinite(analysis.first_bad) & ~torch.isfinite(population).all(dim=0).numpy()
     with np.errstate(all="ignore"):
         bad_running = ~torch.isfinite(running).all(dim=0).numpy() & (layout.spread(has_running_stats) > 0)
         columns = {
@@ -236,7 +252,7 @@ def observations(
             "noise_without_last_batch": analysis.last_batch.without,
             **analysis.batching._asdict(),
             "dead_channels": layout.count(divergence.is_dead(population[1], eps).numpy()),
-            "non_finite_channels": layout.count(np.isfinite(analysis.first_bad) | bad_running),
+            "non_finite_channels": layout.count(bad_values | bad_running),
             "non_finite_running_stats": layout.count(bad_running),
         }
         first, channel = layout.first(analysis.first_bad)
@@ -250,6 +266,14 @@ def observations(
             known |= {"first_bad_batch": batch, "first_bad_channel": bad_channel}
         if not known["batches"]:
             known = {name: value for name, value in known.items() if name in _WITHOUT_BATCHES}
+        yield known
+
+
+def of_padding(padding: Padding) -> Iterator[dict[str, float]]:
+    """What padding does to each layer: a part of its evidence."""
+    names = ("batches", "share", "scatter", "shift", "noise", "offset")
+    for values in zip(*(getattr(padding, name).tolist() for name in names), strict=True):
+        known = {f"padding_{name}": value for name, value in zip(names, values, strict=True) if math.isfinite(value)}
         yield known
 
 

@@ -76,6 +76,8 @@ def _cure_shift(evidence: Evidence) -> list[str]:
 def _explain_other_weights(evidence: Evidence) -> list[str]:
     error = "its running statistics are {val_error} off what it receives in validation (chance explains "
     error += "{val_error_noise})"
+    if evidence.get("averaged"):
+        return [f"{error[0].upper()}{error[1:]}: averaged weights need statistics of their own."]
     if rules.was_called(evidence):
         return [
             "Validation ran with other weights or running statistics than training ended with (averaged or swapped "
@@ -85,7 +87,7 @@ def _explain_other_weights(evidence: Evidence) -> list[str]:
 
 
 def _cure_other_weights(evidence: Evidence) -> list[str]:
-    if rules.was_called(evidence):
+    if rules.was_called(evidence) or evidence.get("averaged"):
         return [
             "Add `PreciseBatchNorm(restore=True)` to the Trainer's callbacks; or, with those weights in the model, "
             f"{RECALIBRATE}."
@@ -184,6 +186,15 @@ def cure_calls(evidence: Evidence) -> list[str]:
     ]
 
 
+def _cure_guarded(evidence: Evidence) -> list[str]:
+    if evidence.get("non_finite_channels"):
+        return []  # the verdict says it
+    return [
+        "Find what made the values (`torch.autograd.detect_anomaly`; often the learning rate, half precision without "
+        "loss scaling, or the data): the guard keeps them out of the running statistics, not out of the weights."
+    ]
+
+
 _TABLE = (
     Flag(
         name="calls-differ",
@@ -211,6 +222,17 @@ _TABLE = (
         remedy=_compensate,
     ),
     Flag(
+        name="guarded",
+        rule=lambda _, evidence: "guarded_calls" in evidence,
+        attention=rules.is_often_guarded,
+        explanation=(
+            "{guarded_calls} of its calls had NaN or Inf in them, or values whose variance overflows, first in batch "
+            "{first_bad_batch} of this window, channel {first_bad_channel}: the guard has put the running statistics "
+            "back as they were before, and nothing that is said here counts these calls.",
+        ),
+        remedy=_cure_guarded,
+    ),
+    Flag(
         name="half-frozen",
         rule=lambda layer, evidence: layer.has_frozen_weights and bool(evidence.get("batches")),
         explanation=(
@@ -225,6 +247,18 @@ _TABLE = (
         explanation=(
             "The window was resumed from a state that was saved in the middle of a training step: what was run again "
             "of it counts twice, as it does in the running statistics.",
+        ),
+    ),
+    Flag(
+        name="maybe-padded",
+        rule=rules.may_be_padded,
+        explanation=(
+            "What the model is given may be padded: a share of {constant_ends} of its positions, at the end of "
+            "samples, is alike in all channels. What that does to the layer is not known.",
+        ),
+        remedy=(
+            "To know, tell which positions count: `BatchNormMonitor(mask=fn)`, where `fn(batch)` returns a bool tensor "
+            "(B, T), True where a position counts.",
         ),
     ),
     Flag(
@@ -271,6 +305,24 @@ _TABLE = (
         attention=lambda evidence: rules.net_error(evidence) > rules.OF_OTHER_WEIGHTS,
         explanation=_explain_other_weights,
         remedy=_cure_other_weights,
+    ),
+    Flag(
+        name="padded",
+        rule=rules.is_moved_by_padding,
+        attention=rules.is_spoiled_by_padding,
+        explanation=(
+            "Padding is a share of {padding_share} of the values that it receives, and that share varies from batch to "
+            "batch by {padding_scatter} (standard deviation). This alone moves the mean and variance by which training "
+            "normalises, by {padding_shift} (chance explains {padding_noise}): in training a sample's activations "
+            "depend on how much padding is beside it, in eval() they do not.",
+            "Statistics with padding are {padding_offset} off those without.",
+        ),
+        remedy=(
+            "Normalise by the values that count: with x (B, C, T), a bool mask (B, T) and an `nn.BatchNorm1d`, "
+            "`y = torch.zeros_like(x); y.mT[mask] = bn(x.mT[mask])` in the place of `y = bn(x)`. Or put sequences of "
+            "like length into a batch, or use `nn.LayerNorm` over the channels, which sees no other position "
+            "(`nn.GroupNorm` does).",
+        ),
     ),
     Flag(
         name="rank-0-only",

@@ -26,7 +26,9 @@ _FEW_VALUES = 10  # independent ones in a batch
 _SATURATED = math.sqrt(1.5 / 8)  # the jitter of 8 independent values
 _WORTH_DROPPING = 0.08  # of the noise that a small last batch adds
 _CALL_SHIFT = 0.05  # from which on it is said
+_PADDING_SHIFT = 0.05  # likewise
 _SEVERAL = 1.25  # calls of a layer for each of its model's
+_OFTEN = 0.1  # share of calls that are not finite from which on it needs attention though they are undone
 _SHARE = 0.02  # of a channel's variance, that the order or the making of batches must explain to count
 _SMOOTH = 0.6  # share of a movement from which on it may be that of the weights
 
@@ -87,6 +89,22 @@ def is_not_updated(layer: Circumstances, evidence: Evidence) -> bool:
 def is_trained_in_eval(layer: Circumstances, _: Evidence) -> bool:
     """Whether the model was trained while it was in eval mode as a whole, and not in training mode."""
     return not layer.was_called and layer.calls_in_eval_mode > 0 and layer.steps_in_eval_mode > 0
+
+
+def is_moved_by_padding(layer: Circumstances, evidence: Evidence) -> bool:
+    """Whether padding moves what training normalises by, from batch to batch, by so much that it is to be known."""
+    return layer.training_calls > 0 and evidence.get("padding_shift", 0.0) > _PADDING_SHIFT
+
+
+def may_be_padded(layer: Circumstances, evidence: Evidence) -> bool:
+    """Whether it normalises batches of sequences, and what the model is given looks padded."""
+    has_positions = evidence.get("samples_per_batch", 0.0) > evidence.get("batch_size", math.inf)
+    return layer.training_calls > 0 and has_positions and "constant_ends" in evidence
+
+
+def is_spoiled_by_padding(evidence: Evidence) -> bool:
+    """Whether so much that it needs attention."""
+    return evidence.get("padding_shift", 0.0) > WARNING
 
 
 def net_error(evidence: Evidence) -> float:
@@ -296,6 +314,13 @@ def is_noisy_by_calls(evidence: Evidence) -> bool:
     of_calls = evidence["call_shift"] ** 2 / max(evidence["calls_per_step"] - 1, 1)
     rest = max(1 - of_calls / evidence["jitter"] ** 2, 0.0)
     return evidence.get("noise_error", 0.0) * math.sqrt(rest) <= WARNING
+
+
+def is_often_guarded(evidence: Evidence) -> bool:
+    """Whether the guard has undone more than a tenth of the calls: something is wrong beyond a batch now and then."""
+    undone = evidence.get("guarded_calls", 0.0) / evidence.get("ranks", 1.0)
+    counted = sum(evidence.get(f"calls_{path}", 0.0) for path in ("saved", "traced", "pass"))
+    return undone > _OFTEN * (undone + counted)
 
 
 def has_unlike_calls(layer: Circumstances, evidence: Evidence) -> bool:

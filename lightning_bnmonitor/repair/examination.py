@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 from torch import nn
 
-from lightning_bnmonitor.arguments import as_patterns, check_positive_or_auto
+from lightning_bnmonitor.arguments import as_patterns, check_callable_or_none, check_positive_or_auto
 from lightning_bnmonitor.repair.fixed_weights import NumBatches, OnePass, agreement, without_gradients
 from lightning_bnmonitor.repair.passes import Forward, forward_of, generators_as_before, run, training_only
 from lightning_bnmonitor.repair.selection import FROZEN, check_initialised, select
@@ -26,6 +26,7 @@ def examine(
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
     all_ranks: bool = True,
+    mask: Callable[[Any], Any] | None = None,
 ) -> Report:
     r"""What is the matter with the BatchNorm layers of a model that is there: a trained one, an averaged one, any.
 
@@ -60,8 +61,10 @@ def examine(
         include: ``fnmatch`` patterns of the names of layers to examine; None for all.
         exclude: ``fnmatch`` patterns of the names of layers to leave out: these are in eval mode.
         all_ranks: Whether all ranks of the default process group of ``torch.distributed``, if there is one, call this
-            together, each with its own data, and get one report. That takes four collectives, four more
-            with ``evaluation``, and six each time that ``"auto"`` looks.
+            together, each with its own data, and get one report. That takes four collectives, four more with
+            ``evaluation``, one with ``mask``, and six each time that ``"auto"`` looks.
+        mask: Where inputs are padded: a function of each of ``batches`` that returns which positions count, a bool
+            tensor ``(B, T)``, say. See :class:`~lightning_bnmonitor.BatchNormTracker`.
 
     Returns:
         The report. It is that of :attr:`Recalibration.before`, too.
@@ -69,7 +72,7 @@ def examine(
     Raises:
         ValueError: If ``num_batches`` is none of these, there is no batch at all, or a layer has not been initialised
             (lazy ones, before the first call).
-        TypeError: If ``include`` or ``exclude`` is neither None nor strings.
+        TypeError: If ``include`` or ``exclude`` is neither None nor strings, or ``mask`` neither None nor a function.
         RuntimeError: If the model cannot take a batch, with its own error as the cause; or another rank has failed.
 
     Example::
@@ -84,6 +87,7 @@ def examine(
     """
     names = as_patterns("include", include), as_patterns("exclude", exclude)
     check_positive_or_auto("num_batches", num_batches, or_none=True)
+    check_callable_or_none("mask", mask)
     found, how = find_layers(model, *names), forward or forward_of
     check_initialised(found)
     if not found:
@@ -91,7 +95,7 @@ def examine(
     in_eval = {layer for layer in found.values() if model.training and not layer.training}
     unchanging = select(found, in_eval, frozen=True).unchanging
     together = all_ranks and collectives.num_ranks() > 1
-    seen = OnePass(model, found, unchanging, together)
+    seen = OnePass(model, found, unchanging, together, mask)
     in_training = [layer for name, layer in found.items() if unchanging.get(name) != FROZEN]
     with without_gradients(model):
         with agreement(together), training_only(model, in_training), generators_as_before(batches), seen.counting():

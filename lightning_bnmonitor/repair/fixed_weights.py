@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
@@ -49,10 +49,16 @@ class OnePass:
         layers: The layers by name. Every call of theirs counts within :meth:`counting`, whatever the model's mode.
         unchanging: Those that update nothing in training, by name, and whether they are frozen or stale.
         together: Whether all ranks do the same, each with its own data, and get one report of them all.
+        mask: What tells of a batch which positions count; None: all.
     """
 
     def __init__(
-        self, model: nn.Module, layers: Mapping[str, BatchNorm], unchanging: Mapping[str, str], together: bool
+        self,
+        model: nn.Module,
+        layers: Mapping[str, BatchNorm],
+        unchanging: Mapping[str, str],
+        together: bool,
+        mask: Callable[[Any], Any] | None = None,
     ) -> None:
         self._model = model
         self._unchanging = unchanging
@@ -60,7 +66,7 @@ class OnePass:
         self._is_training = model.training
         self._is_trained = model.training and any(weights.requires_grad for weights in model.parameters())
         self._root = nn.Identity()  # in training mode: calls count
-        self._recorder = Recorder(self._root, by_pass=True, at_fixed_weights=True)
+        self._recorder = Recorder(self._root, by_pass=True, at_fixed_weights=True, mask=mask)
         self._recorder.follow(layers)
         self._model_calls = 0
         self.num_batches = 0
@@ -104,6 +110,7 @@ class OnePass:
     @contextmanager
     def counting(self) -> Iterator[None]:
         """A context in which calls count. What is compiled has to run eagerly in it."""
+        mask_hooks = self._recorder.mask_hooks()
         with ExitStack() as stack:
             stack.callback(self._model.register_forward_hook(self._count_model_call).remove)
             for layer in self._recorder.layers:
@@ -112,6 +119,9 @@ class OnePass:
                     stack.enter_context(kernel_inputs(layer.module, layer.hook, no_kernel))
                 else:
                     handle = layer.module.register_forward_hook(layer.hook, with_kwargs=True)
+                    stack.callback(handle.remove)
+                if layer.module in mask_hooks:
+                    handle = layer.module.register_forward_hook(mask_hooks[layer.module], with_kwargs=True)
                     stack.callback(handle.remove)
             yield
 

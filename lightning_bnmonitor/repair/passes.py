@@ -25,12 +25,17 @@ Forward = Callable[[nn.Module, Any], Any]
 
 def forward_of(model: nn.Module, batch: Any) -> Any:
     """Run a model on a batch, as :func:`recalibrate` does by default."""
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
-        batch = apply_to_collection(batch, _Movable, _moved, tensor.device)
-        break
+    batch = on_device_of(model, batch)
     if isinstance(batch, (tuple, list)):
         return model(batch[0])
     return model(**batch) if isinstance(batch, Mapping) else model(batch)
+
+
+def on_device_of(model: nn.Module, batch: Any) -> Any:
+    """A batch, with all in it that can be moved on the device of a model."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        return apply_to_collection(batch, _Movable, _moved, tensor.device)
+    return batch
 
 
 def run(model: nn.Module, batches: Iterable[Any], forward: Forward, argument: str = "batches") -> int:

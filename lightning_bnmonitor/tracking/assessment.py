@@ -36,6 +36,7 @@ from lightning_bnmonitor.tracking.measurement import (
     measure,
     states_of,
 )
+from lightning_bnmonitor.tracking.paddings import KnownPadding, of_layers
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 from lightning_bnmonitor.tracking.windows import Windows, layout_of
 
@@ -74,16 +75,19 @@ def assess(
     ordered = windows.in_order(layers)
     contrasts, inputs = windows.call_sites.contrasts(ordered), windows.probe.scores()
     measured = measure(states_of(ordered, ended), windows.blocks(ordered), contrasts, inputs)
-    if all_ranks and measured.analysis.layout.num_channels:
-        exchange = _exchange(layers, ordered)
+    together = all_ranks and measured.analysis.layout.num_channels > 0
+    padded = _padded(windows, layers, together)
+    if together:
+        exchange = _exchange(layers, ordered, windows)
         num_ranks = np.array([layer.counts.num_ranks for layer in ordered])
-        shares = exchange.gather(PooledStatistics.of_window(measured.analysis, num_ranks))
+        left_out = np.array([layer.counts.left_out for layer in ordered])
+        shares = exchange.gather(PooledStatistics.of_window(measured.analysis, num_ranks, left_out))
         with exchange.answer() as answer:
             if shares:
-                answer.message = exchange.packed(describe(measured, _seen(shares, measured)))
+                answer.message = exchange.packed(describe(measured, _seen(shares, measured), padded))
         reports = exchange.unpacked(answer.message, _frames(measured.states, measured.blocks))
     else:
-        reports = describe(measured)
+        reports = describe(measured, padded=padded)
     return Report(reports, rank=_rank(all_ranks)), list(endings_of(measured))
 
 
@@ -107,6 +111,8 @@ def compare(
     states, blocks, layout = states_of(ordered), windows.blocks(ordered), layout_of(ordered)
     own = _received(blocks, layout)
     contrasts, inputs = windows.call_sites.contrasts(ordered), windows.probe.scores()
+    together = all_ranks and layout.num_channels > 0
+    padded = _padded(windows, layers, together)
 
     def described(everyone: PooledStatistics, evidence: Mapping[str, float]) -> list[LayerReport]:
         batches = everyone.as_batches(layout)
@@ -119,10 +125,10 @@ def compare(
         measured = measure(known, at_fixed_weights(blocks, batches, are_averaged), contrasts, inputs, False)
         judged = _with_order(measured.judged, measure(known, blocks, with_earlier=False).judged)
         seen = Seen(everyone, [{**evidence, "one_pass": 1.0}] * len(states))
-        return describe(measured._replace(judged=judged, blocks=blocks), seen, at_fixed_weights=True)
+        return describe(measured._replace(judged=judged, blocks=blocks), seen, padded, at_fixed_weights=True)
 
-    if all_ranks and layout.num_channels:
-        exchange = _exchange(layers, ordered)
+    if together:
+        exchange = _exchange(layers, ordered, windows)
         shares = exchange.gather(own)
         with exchange.answer() as answer:
             if shares:
@@ -166,7 +172,7 @@ def precision(layers: Sequence[TrackedLayer], windows: Windows, all_ranks: bool 
 
     if not all_ranks:
         return of(own)
-    shares = _exchange(layers, ordered).gather(own)
+    shares = _exchange(layers, ordered, windows).gather(own)
     with answer_of_rank_zero(len(Precision._fields)) as answer:
         if shares:
             answer.message = torch.tensor(of(pool(shares, layout)), dtype=torch.float64, device="cpu")
@@ -189,12 +195,18 @@ def _received(blocks: Blocks, layout: ChannelLayout) -> PooledStatistics:
         return PooledStatistics.of_batches(pooled(blocks), blocks.first_bad, layout)
 
 
-def describe(measured: Measurement, seen: Seen | None = None, at_fixed_weights: bool = False) -> list[LayerReport]:
+def describe(
+    measured: Measurement,
+    seen: Seen | None = None,
+    padded: KnownPadding | None = None,
+    at_fixed_weights: bool = False,
+) -> list[LayerReport]:
     """The reports of layers.
 
     Args:
         measured: What the windows of this rank show.
         seen: What all ranks have seen, if that is to be the population.
+        padded: What is known of padding, of all ranks likewise.
         at_fixed_weights: Whether the weights stayed as they were: the population then is what the layers receive now.
     """
     states, blocks, analysis, judged, windows, running, eps, contrasts, *_ = measured
@@ -216,9 +228,15 @@ def describe(measured: Measurement, seen: Seen | None = None, at_fixed_weights: 
     numbers = torch.cat([exact, running, now, torch.from_numpy(judged.z), torch.from_numpy(judged.std_error)])
     rows = zip(*(metrics[name].tolist() for name in METRICS), strict=True)
     parts, counts = torch.split(numbers, layout.widths.tolist(), dim=-1), num_samples.tolist()
+    paddings = of_layers(padded or KnownPadding(), [state.layer for state in states], population, layout, eps)
     orders = _of_order(measured)
-    added = [{**more, **calls, **order} for more, calls, order in zip(together, apart, orders, strict=True)]
-    described = zip(_frames(states, blocks), states, observed, added, evidence, rows, counts, parts, strict=True)
+    added = [
+        {**more, **calls, **order, **padding.evidence}
+        for more, calls, order, padding in zip(together, apart, orders, paddings, strict=True)
+    ]
+    unpadded = [padding.unpadded for padding in paddings]
+    frames = _frames(states, blocks)
+    described = zip(frames, states, observed, added, evidence, rows, counts, parts, unpadded, strict=True)
     return [
         frame(
             num_batches=state.layer.num_calls,
@@ -226,8 +244,9 @@ def describe(measured: Measurement, seen: Seen | None = None, at_fixed_weights: 
             has_running_stats=state.now.buffers is not None,
             diagnosis=diagnose(state.circumstances, {**own, **more, **of_all}, dict(zip(METRICS, values, strict=True))),
             numbers=part,
+            unpadded=kept,
         )
-        for frame, state, own, more, of_all, values, count, part in described
+        for frame, state, own, more, of_all, values, count, part, kept in described
     ]
 
 
@@ -256,12 +275,23 @@ def _seen(shares: Sequence[PooledStatistics], measured: Measurement) -> Seen:
     layout = measured.analysis.layout
     everyone = pool(shares, layout)
     errors = error_of_one_rank(shares[0], everyone, layout, measured.eps)
-    return Seen(everyone, [{"ranks": float(len(shares)), "rank_error": error} for error in errors.tolist()])
+    evidence = [{"ranks": float(len(shares)), "rank_error": error} for error in errors.tolist()]
+    for its, left_out in zip(evidence, everyone.left_out.tolist(), strict=True):
+        its |= {"guarded_calls": left_out} if left_out else {}
+    return Seen(everyone, evidence)
 
 
-def _exchange(layers: Sequence[TrackedLayer], ordered: Sequence[TrackedLayer]) -> Exchange:
+def _exchange(layers: Sequence[TrackedLayer], ordered: Sequence[TrackedLayer], windows: Windows) -> Exchange:
     position = {layer: index for index, layer in enumerate(ordered)}
-    return Exchange(layout_of(ordered), np.array([position[layer] for layer in layers], dtype=np.int64))
+    positions = np.array([position[layer] for layer in layers], dtype=np.int64)
+    return Exchange(layout_of(ordered), positions, has_masks=windows.paddings is not None)
+
+
+def _padded(windows: Windows, layers: Sequence[TrackedLayer], together: bool) -> KnownPadding:
+    """What is known of padding: of this rank, or of all, on rank 0."""
+    if windows.paddings is None:
+        return KnownPadding(ends=windows.ends.share())
+    return KnownPadding(windows.paddings.gathered(layers) if together else windows.paddings.sums())
 
 
 def _rank(all_ranks: bool) -> int | None:

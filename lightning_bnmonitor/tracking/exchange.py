@@ -61,12 +61,14 @@ class Exchange:
     Args:
         layout: The layers in the order of this rank's report.
         positions: Where each layer of the model is in it, ``(L,)``.
+        has_masks: Whether masks tell which values count, on all ranks alike.
     """
 
-    def __init__(self, layout: ChannelLayout, positions: NDArray[np.int64]) -> None:
+    def __init__(self, layout: ChannelLayout, positions: NDArray[np.int64], has_masks: bool = False) -> None:
         self._layout = layout
         self._in_model = ChannelLayout(layout.widths[positions])
         self._positions = positions
+        self._rows = _ROWS + 2 * has_masks
         self._back = np.argsort(positions)
 
     def gather(self, own: PooledStatistics) -> list[PooledStatistics]:
@@ -77,7 +79,7 @@ class Exchange:
 
     def answer(self) -> AbstractContextManager[Answer]:
         """:func:`answer_of_rank_zero`, for reports of these layers."""
-        return answer_of_rank_zero(_ROWS * self._layout.num_channels + _COLUMNS * self._layout.num_layers)
+        return answer_of_rank_zero(self._rows * self._layout.num_channels + _COLUMNS * self._layout.num_layers)
 
     def packed(self, reports: Sequence[LayerReport]) -> Tensor:
         """What was found of the layers, and the order in which it is to be reported."""
@@ -93,7 +95,8 @@ class Exchange:
                     *(report.evidence.get(name, math.nan) for name in EVIDENCE),
                 ]
             )
-            numbers.append(report.numbers.flatten())
+            unpadded = report.unpadded if report.unpadded is not None else report.numbers[:2] * math.nan
+            numbers.append(torch.cat([report.numbers, unpadded])[: self._rows].flatten())
         return torch.cat([torch.tensor(table, dtype=torch.float64, device="cpu").flatten(), *numbers])
 
     def unpacked(self, message: Tensor, frames: Sequence[Frame]) -> list[LayerReport]:
@@ -103,11 +106,12 @@ class Exchange:
             message: What it said.
             frames: Of each layer, in this rank's order, a report without what is in the message.
         """
-        sizes = [_ROWS * width for width in self._in_model.widths.tolist()]
+        sizes = [self._rows * width for width in self._in_model.widths.tolist()]
         table, *numbers = torch.split(message, [_COLUMNS * len(frames), *sizes])
         in_model = [frames[position] for position in self._positions.tolist()]
         rows = table.view(-1, _COLUMNS).tolist()
-        reports = [_told(frame, row, values) for frame, row, values in zip(in_model, rows, numbers, strict=True)]
+        values = [part.view(self._rows, -1) for part in numbers]
+        reports = [_told(frame, row, own) for frame, row, own in zip(in_model, rows, values, strict=True)]
         order = sorted(range(len(rows)), key=lambda index: rows[index][0])
         return [reports[index] for index in order]
 
@@ -121,8 +125,10 @@ def _told(frame: Frame, row: Sequence[float], numbers: Tensor) -> LayerReport:
         needs_attention=bool(needs_attention),
         evidence={name: value for name, value in zip(EVIDENCE, evidence, strict=True) if not math.isnan(value)},
     )
+    numbers, unpadded = numbers[:_ROWS], numbers[_ROWS:]
     return frame(
-        numbers=numbers.view(_ROWS, -1),
+        numbers=numbers,
+        unpadded=unpadded if unpadded.isfinite().any() else None,
         num_batches=int(num_batches),
         num_samples=int(num_samples),
         has_running_stats=bool(has_running_stats),

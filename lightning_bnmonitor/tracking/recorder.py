@@ -5,18 +5,23 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 
 from lightning_bnmonitor.capture.batch_moments import owned
+from lightning_bnmonitor.capture.guard import Guard
 from lightning_bnmonitor.capture.layer_hook import Gate
+from lightning_bnmonitor.capture.masked_calls import MaskedMoments, MaskHook
+from lightning_bnmonitor.capture.masks import BatchMasks
 from lightning_bnmonitor.capture.model_inputs import inputs_in
 from lightning_bnmonitor.compat import BatchNorm, never_compiled
 from lightning_bnmonitor.diagnosis.circumstances import bad_batch
+from lightning_bnmonitor.diagnosis.validation import Standing
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.tracking import collectives
 from lightning_bnmonitor.tracking.affine import AffineWeights, has_frozen_weights
@@ -39,12 +44,24 @@ class Recorder:
         root: Calls count while it is in training mode. It is not kept alive.
         by_pass: Whether moments are taken by a pass over every input, whatever a kernel has saved.
         at_fixed_weights: Whether calls are kept in the order of time though they update nothing.
+        mask: What tells of a batch which positions count; None: all.
+        is_guarded: Whether calls whose moments are not finite are to leave nothing behind.
     """
 
-    def __init__(self, root: nn.Module, by_pass: bool, at_fixed_weights: bool = False) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        by_pass: bool,
+        at_fixed_weights: bool = False,
+        mask: Callable[[Any], Any] | None = None,
+        is_guarded: bool = False,
+    ) -> None:
         self.gate = Gate(root)
+        self.gate.is_guarded = is_guarded
+        self.guard: Guard | None = None  # of the layers that are followed
         self.layers: list[TrackedLayer] = []  # in the order of the model's modules
-        self.windows = Windows()
+        self.masks = None if mask is None else BatchMasks(mask)
+        self.windows = Windows(has_masks=mask is not None)
         self.places = Places(self.gate)
         self.is_attached = False  # whether a tracker records a model with it
         self._by_pass = by_pass
@@ -65,8 +82,22 @@ class Recorder:
         """Record these layers, by name. Those that were recorded before go on, the others begin a window."""
         known = {layer.module: layer for layer in self.layers}
         self.layers = [known.get(module) or self._new_layer(name, module) for name, module in modules.items()]
+        self.guard = Guard(modules.values(), self.gate.lock) if self.gate.is_guarded else None
         self._begin([layer for layer in self.layers if layer.module not in known])
         self._keep_untrained_weights()
+
+    def mask_hooks(self) -> dict[BatchNorm, MaskHook]:
+        """What has to be called after each layer for masks to be seen; nothing if there are none."""
+        if self.masks is None:
+            return {}
+        return {
+            layer.module: MaskHook(layer.name, self.gate, self.masks, partial(self._take_masked, layer))
+            for layer in self.layers
+        }
+
+    def _take_masked(self, layer: TrackedLayer, moments: MaskedMoments) -> None:
+        if self.windows.paddings is not None:
+            self.windows.paddings.add(layer, moments)
 
     @torch.inference_mode(False)
     def flush(self) -> None:
@@ -74,12 +105,19 @@ class Recorder:
         with self.gate.lock:
             self.drain()
             self.gate.is_full = False
-            self.windows.merge(self.layers)
+            self.windows.merge(self.layers, self.gate.is_guarded)
             self._follow_places()
+
+    def put_back(self) -> None:
+        """Put back running statistics that are not finite, if they are guarded."""
+        if self.guard is not None:
+            self.guard.put_back()
 
     @never_compiled
     def see_inputs(self, batch: object) -> None:
         """Look at what a training step is given."""
+        if self.masks is not None and self._counts:
+            self.masks.see(batch)
         self._is_told_of_inputs = True
         self._see(batch)
 
@@ -94,16 +132,21 @@ class Recorder:
         return self.gate.steps > 0 or self._was_told_of_steps
 
     @property
+    def _counts(self) -> bool:
+        """Whether what is called now would count."""
+        gate, root = self.gate, self.gate.root()
+        return not (root is None or not root.training or gate.paused or gate.is_closed)
+
+    @property
     def _has_seen_step(self) -> bool:
         return self._last_seen_step == self.gate.steps
 
     def _see(self, batch: object) -> bool:
         """Returns whether it counts."""
-        gate, probe = self.gate, self.windows.probe
-        root = gate.root()
-        if root is None or not root.training or gate.paused or gate.is_closed:
+        probe = self.windows.probe
+        if not self._counts:
             return False
-        with gate.lock:
+        with self.gate.lock:
             if probe.is_due:
                 self._look_at(batch)
             else:
@@ -112,9 +155,12 @@ class Recorder:
 
     @never_compiled
     def _look_at(self, batch: object) -> None:
-        probe = self.windows.probe
+        probe, ends = self.windows.probe, self.windows.ends
         try:
-            probe.see(inputs_in(batch))
+            inputs = inputs_in(batch)
+            probe.see(inputs)
+            if self.masks is None and ends.is_due and any(isinstance(it.module, nn.BatchNorm1d) for it in self.layers):
+                ends.see(inputs)
         except Exception as error:  # no reason not to train
             probe.give_up()
             warnings.warn(f"What the model is given cannot be looked at: {error!r}", stacklevel=5)
@@ -122,6 +168,8 @@ class Recorder:
     def step_ended(self) -> None:
         """Count a training step. The first is merged at once if it called a layer twice: where that stands is asked."""
         self.gate.end_step()
+        if self.masks is not None:
+            self.masks.forget()
         if self.gate.steps == 1 and any(len(layer.hook.stash) > 1 for layer in self.layers):
             self.gate.is_full = True
         self.merge_if_full()
@@ -129,7 +177,8 @@ class Recorder:
     # Where a graph breaks, what runs eagerly is compiled, too, function by function.
     @never_compiled
     def merge_if_full(self) -> None:
-        """Merge what waits if there is enough of it."""
+        """Merge what waits if there is enough of it, after a part of a step."""
+        self.put_back()
         if self.gate.is_traced:
             self.drain()
         if self.gate.is_full:
@@ -157,7 +206,11 @@ class Recorder:
 
     def end_window(self, all_ranks: bool) -> Report:
         """Report the window, keep what the next one goes on from, and count no more until that begins."""
+        self.put_back()
         self.flush()
+        if self.masks is not None:
+            was_called = any(layer.num_calls for layer in self.layers)
+            self.masks.check_use(was_called, any(layer.counts.paths["traced"] for layer in self.layers))
         self.look_at_untrained_weights()
         report, endings = assess(self.layers, self.windows, all_ranks=all_ranks)
         for ending in endings:
@@ -192,14 +245,17 @@ class Recorder:
         self._reopen()
 
     @torch.inference_mode(False)
-    def start_validation(self, loader: int) -> None:
-        """Look at what is called in eval mode from now on, as batches of that loader."""
+    def start_validation(self, loader: int, are_averaged: bool = False) -> None:
+        """Look at what is called in eval mode from now on, as batches of that loader, perhaps with averaged weights."""
+        self.put_back()
         seen = {loader for layer in self.layers for loader in layer.validation}
         if not seen or loader in seen:  # it is the first one
             changed = self._affine.changed() if self._affine is not None else set()
             is_known = self._affine is not None and self._affine.is_known
             for layer, now in _with_snapshots(self.layers):
                 layer.keep_for_validation(now, layer.module in changed, is_known and not changed)
+                if are_averaged and layer.val_standing in (Standing.TRAINED, Standing.REWRITTEN):
+                    layer.val_standing = Standing.OTHER
         for layer in self.layers:
             layer.start_validation(loader)
         self._forget_last_calls()  # what goes the short way does not ask whether it is within validation
@@ -219,6 +275,7 @@ class Recorder:
 
     def state(self) -> dict[str, Any]:
         """The window so far, as one CPU tensor and primitives."""
+        self.put_back()
         self.flush()
         rows = self.windows.state(self.layers)
         return {
@@ -240,7 +297,7 @@ class Recorder:
         Returns:
             What does not fit, in words: layers that were left out, and layers that the state does not know.
         """
-        self.windows = Windows()
+        self.windows = Windows(has_masks=self.masks is not None)
         self.places.forget()
         self._affine = None
         self.gate.steps_in_eval_mode = state["steps_in_eval_mode"]

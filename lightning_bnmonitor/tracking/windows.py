@@ -12,11 +12,14 @@ import torch
 from lightning_bnmonitor.capture.layer_hook import STASH_LIMIT
 from lightning_bnmonitor.statistics.blocks import Blocks, concatenated, empty_blocks, selected
 from lightning_bnmonitor.statistics.channel_layout import ChannelLayout, FloatArray
+from lightning_bnmonitor.statistics.constant_ends import ConstantEnds
 from lightning_bnmonitor.statistics.joined_windows import ENOUGH, KeptWindow
 from lightning_bnmonitor.statistics.probe import InputProbe
-from lightning_bnmonitor.statistics.window import Window, Write, commit
+from lightning_bnmonitor.statistics.window import Window, commit
 from lightning_bnmonitor.tracking.buffers import device_of
 from lightning_bnmonitor.tracking.call_sites import CallSites
+from lightning_bnmonitor.tracking.paddings import Paddings
+from lightning_bnmonitor.tracking.screening import not_finite, noted, without
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 
 _BUFFER_ROWS = 6  # per channel: the running statistics when the window began, when the last one ended, and since
@@ -25,23 +28,37 @@ _LAYER_BYTES = 850
 
 
 class Windows:
-    """The flat channel space of each device, and which layers have channels there: from their first merge on."""
+    """The flat channel space of each device, and which layers have channels there: from their first merge on.
 
-    def __init__(self) -> None:
+    Args:
+        has_masks: Whether masks tell which values count.
+    """
+
+    def __init__(self, has_masks: bool = False) -> None:
         self.by_device: dict[torch.device, Window] = {}
         self.call_sites = CallSites()
         self.probe = InputProbe()
+        self.paddings = Paddings() if has_masks else None  # where a mask tells what counts,
+        self.ends = ConstantEnds()  # and where none does
         self.layers: list[TrackedLayer] = []  # in the order of their first call; the model may have lost them since
 
-    def merge(self, layers: Iterable[TrackedLayer]) -> None:
+    def merge(self, layers: Iterable[TrackedLayer], is_guarded: bool = False) -> None:
         """Merge what waits of these layers into the windows, all layers of a window at once, and all in one step.
 
         An interrupt comes before all of it or after: no call is lost, and none counts twice.
+
+        Args:
+            layers: Those of the model.
+            is_guarded: Whether calls that are not finite are left out, as what they have updated is put back.
         """
         stashed = {layer: layer.hook.stash[:] for layer in layers if layer.hook.stash}  # other threads may add to it
         self._place_called([layer for layer in stashed if layer.window is None])
-        waiting = {layer: layer.waiting(calls) for layer, calls in stashed.items()}
-        writes: list[Write] = []
+        bad = not_finite(stashed) if is_guarded else {}
+        waiting = {
+            layer: without(layer, calls, bad[layer]) if layer in bad else layer.waiting(calls)
+            for layer, calls in stashed.items()
+        }
+        writes = noted(bad)
         for window in self.by_device.values():
             batches = {
                 layer.index: calls.batches
@@ -62,6 +79,9 @@ class Windows:
             window.reset()
         self.call_sites.reset()
         self.probe.reset()
+        self.ends.reset()
+        if self.paddings is not None:
+            self.paddings.reset()
 
     def in_order(self, layers: Collection[TrackedLayer]) -> list[TrackedLayer]:
         """These layers in the order of their first call, then those that were never called."""
@@ -120,6 +140,7 @@ class Windows:
             "earlier": torch.from_numpy(np.concatenate([np.zeros(0), *kept])),
             "call_sites": self.call_sites.state(layers),
             "probe": self.probe.state(),
+            "paddings": None if self.paddings is None else self.paddings.state(layers),
         }
 
     def restore(self, state: Mapping[str, Any], layers: Mapping[str, TrackedLayer]) -> tuple[set[str], list[str]]:
@@ -151,6 +172,8 @@ class Windows:
         self.make_room()
         self.call_sites.restore(state["call_sites"], {layer.name: layer for layer, *_ in restored})
         self.probe.restore(state["probe"], device_of(restored[0][0].module) if restored else torch.device("cpu"))
+        if self.paddings is not None and state.get("paddings") is not None:  # states of before have none
+            self.paddings.restore(state["paddings"], {layer.name: layer for layer, *_ in restored})
         known = {layer.name for layer, *_ in restored}
         for saved in state["not_called"]:
             name, width = saved["name"], saved["width"]

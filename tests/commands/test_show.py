@@ -267,6 +267,15 @@ def test_arguments_that_are_none_exit_with_2_as_well(capsys, arguments):
     assert "usage: bnmonitor" in capsys.readouterr().err
 
 
+def test_it_needs_no_torch(logdir):
+    script = (
+        "import sys; from lightning_bnmonitor.commands import main; status = main(['show', sys.argv[1]]); "
+        "print(status, sorted({'torch', 'lightning', 'pytorch_lightning'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(logdir)], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("\n0 []\n")
+
+
 # ---------------------------------------------------------------------------------------------------- files as they are
 
 

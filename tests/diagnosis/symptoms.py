@@ -72,6 +72,7 @@ SYMPTOMS: dict[str, dict] = {
         **{"calls": NEVER_CALLED, "training_calls": 0, "batches": 0.0, "effective_momentum": None},
         **{"calls_in_eval_mode": 20, "steps_in_eval_mode": 10},
     },
+    "averaged": {"averaged": 1.0, "val_error": 0.06, "val_error_noise": 0.05},
     "unused": {"calls": NEVER_CALLED, "training_calls": 0, "batches": 0.0, "effective_momentum": None},
     "no-running-stats": {"has_running_stats": False, "batches": 0.0, "effective_momentum": None},
     "own-forward": {"own_forward": True},
@@ -137,6 +138,8 @@ def telling_evidence() -> dict[str, float]:
     names = [*OBSERVED, *METRICS, "num_features", "momentum", "effective_momentum", "updates_per_call"]
     names += ["severity", "calls_saved", "calls_not_updating", "compensated_momentum", "recommended_momentum"]
     names += ["recommended_error", "recommended_batch_size", "batches_to_go"]
+    names += ["constant_ends"]
+    names += [f"padding_{of}" for of in ("share", "scatter", "shift", "noise", "offset")]
     return {name: 1.01 + 0.01 * index for index, name in enumerate(names)}
 
 

@@ -117,7 +117,6 @@ export function channelsOf(set) {
 	return { ...set, index, values, course };
 }
 
-/** Refuse what a later version has written. */
 function checkFormat(document) {
 	if (document?.format > FORMAT) {
 		throw new Unreadable(

@@ -25,7 +25,6 @@ export const prose = (text) => text.split("`").map((part, i) => (i % 2 ? el("cod
 /** What stands between backticks in a text. */
 export const codeOf = (text) => text.split("`").filter((_, i) => i % 2);
 
-/** The end of a name that does not fit. */
 export const shortened = (name, length) => (name.length <= length ? name : `…${name.slice(1 - length)}`);
 
 export const dot = (color) => el("span.dot", { style: { background: color } });
