@@ -108,6 +108,7 @@ def test_running_statistics_that_are_off_for_a_reason_that_is_not_known_are_a_mi
     assert examine(model, data)["0"].verdict == "healthy"
 
 
+@pytest.mark.slow
 def test_noise_of_the_last_batches_is_told_and_only_where_it_happens() -> None:
     seen = batches(200, size=32, seed=99)
     off = [examine(fed(norm(0.9), batches(50, size=32, seed=s)), seen)["0"] for s in range(12)]
