@@ -10,6 +10,7 @@ import torch
 
 from lightning_bnmonitor.arguments import check_bool_or, check_name
 from lightning_bnmonitor.callbacks.lightning_package import Logger, Trainer
+from lightning_bnmonitor.report.layer_report import LayerReport
 from lightning_bnmonitor.report.report import Report
 
 _MAX_LAYERS_LOGGED = 100
@@ -46,8 +47,8 @@ class Scalars:
         self.summary = {f"{self._prefix}/{name}": value for name, value in report.summary().items()}
         of_layers = {
             f"{self._prefix}.{metric}/{name}": value
-            for name, summary in (report.layer_summaries() if self._logs_layers(report) else {}).items()
-            for metric, value in summary.items()
+            for name, layer in (report.items() if self._logs_layers(report) else ())
+            for metric, value in {**layer.summary(), **_of_groups(layer)}.items()
             if not math.isnan(value)
         }
         self._log(trainer, self.summary | of_layers, step)
@@ -82,6 +83,11 @@ class Scalars:
 
     def _logs_layers(self, report: Report) -> bool:
         return self._per_layer is True or (self._per_layer == "auto" and len(report) <= _MAX_LAYERS_LOGGED)
+
+
+def _of_groups(layer: LayerReport) -> dict[str, float]:
+    evidence = layer.diagnosis.evidence
+    return {"group_shift": evidence["group_shift"]} if "group_shift" in evidence else {}
 
 
 def log_scalars(logger: Logger, metrics: Mapping[str, float], step: int) -> None:

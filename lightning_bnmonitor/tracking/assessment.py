@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -22,7 +23,8 @@ from lightning_bnmonitor.report.layer_report import LayerReport
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.statistics.blocks import Blocks, at_fixed_weights
 from lightning_bnmonitor.statistics.borders import has_jump
-from lightning_bnmonitor.statistics.channel_layout import ChannelLayout
+from lightning_bnmonitor.statistics.channel_layout import ChannelLayout, FloatArray
+from lightning_bnmonitor.statistics.group_moments import SeenGroups, no_groups, seen_together
 from lightning_bnmonitor.statistics.pooling import PooledStatistics, error_of_one_rank, pool
 from lightning_bnmonitor.tracking import collectives
 from lightning_bnmonitor.tracking.exchange import Exchange, Frame
@@ -34,8 +36,11 @@ from lightning_bnmonitor.tracking.measurement import (
     measure,
     states_of,
 )
+from lightning_bnmonitor.tracking.told_groups import ToldGroups, with_groups
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 from lightning_bnmonitor.tracking.windows import Windows, layout_of
+
+_WITH_GROUPS = math.inf  # rank 0's answer if any rank has been told of groups of batches
 
 
 class Seen(NamedTuple):
@@ -63,17 +68,44 @@ def assess(
     ordered = windows.in_order(layers)
     contrasts, inputs = windows.call_sites.contrasts(ordered), windows.probe.scores()
     measured = measure(states_of(ordered, ended), windows.blocks(ordered), contrasts, inputs)
-    if all_ranks and measured.analysis.layout.num_channels:
+    layout = measured.analysis.layout
+    if all_ranks and layout.num_channels:
         exchange = _exchange(layers, ordered)
         num_ranks = np.array([layer.counts.num_ranks for layer in ordered])
-        shares = exchange.gather(PooledStatistics.of_window(measured.analysis, num_ranks))
+        own_groups = windows.groups.seen(ordered, layout)
+        shares, has_groups = exchange.gather(
+            PooledStatistics.of_window(measured.analysis, num_ranks), own_groups is not None
+        )
         with exchange.answer() as answer:
-            if shares:
+            if shares and has_groups:
+                answer.message = torch.full_like(answer.message, _WITH_GROUPS)
+            elif shares:
                 answer.message = exchange.packed(describe(measured, _seen(shares, measured)))
-        reports = exchange.unpacked(answer.message, _frames(measured.states, measured.blocks))
+        if answer.message[0] == _WITH_GROUPS:
+            reports = _with_groups_of_all_ranks(exchange, measured, shares, own_groups)
+        else:
+            reports = exchange.unpacked(answer.message, _frames(measured.states, measured.blocks))
     else:
-        reports = describe(measured)
+        reports = describe(measured, groups=windows.groups.seen(ordered, layout))
     return Report(reports, rank=_rank(all_ranks)), list(endings_of(measured))
+
+
+def _with_groups_of_all_ranks(
+    exchange: Exchange, measured: Measurement, shares: Sequence[PooledStatistics], own: SeenGroups | None
+) -> list[LayerReport]:
+    """What rank 0 says if any rank has been told of groups of batches: all tell it of theirs first."""
+    layout = measured.analysis.layout
+    groups = exchange.gather_groups(own or no_groups(layout))
+    size = ToldGroups.packed_size(layout)
+    with exchange.answer(more=size) as answer:
+        if shares:
+            seen, together = _seen(shares, measured), seen_together(groups, layout)
+            told = _told(together, measured, seen.everyone.population(layout), seen.everyone.num_samples)
+            reports = describe(measured, seen, groups=together)
+            answer.message = torch.cat([exchange.packed(reports), told.packed()])
+    message, of_groups = answer.message[:-size], answer.message[-size:]
+    reports = exchange.unpacked(message, _frames(measured.states, measured.blocks))
+    return with_groups(reports, ToldGroups.unpacked(of_groups, layout.num_layers))
 
 
 def compare(layers: Sequence[TrackedLayer], windows: Windows, are_averaged: bool, all_ranks: bool = False) -> Report:
@@ -100,7 +132,7 @@ def compare(layers: Sequence[TrackedLayer], windows: Windows, are_averaged: bool
 
     if all_ranks and layout.num_channels:
         exchange = _exchange(layers, ordered)
-        shares = exchange.gather(own)
+        shares, _ = exchange.gather(own)
         with exchange.answer() as answer:
             if shares:
                 answer.message = exchange.packed(described(pool(shares, layout), {"ranks": float(len(shares))}))
@@ -111,13 +143,19 @@ def compare(layers: Sequence[TrackedLayer], windows: Windows, are_averaged: bool
     return Report(reports, rank=_rank(all_ranks))
 
 
-def describe(measured: Measurement, seen: Seen | None = None, at_fixed_weights: bool = False) -> list[LayerReport]:
+def describe(
+    measured: Measurement,
+    seen: Seen | None = None,
+    at_fixed_weights: bool = False,
+    groups: SeenGroups | None = None,
+) -> list[LayerReport]:
     """The reports of layers.
 
     Args:
         measured: What the windows of this rank show.
         seen: What all ranks have seen, if that is to be the population.
         at_fixed_weights: Whether the weights stayed as they were: the population then is what the layers receive now.
+        groups: What was seen of groups of batches.
     """
     states, blocks, analysis, judged, windows, running, eps, contrasts, *_ = measured
     layout, population, num_samples = analysis.layout, analysis.population, analysis.num_samples
@@ -140,17 +178,28 @@ def describe(measured: Measurement, seen: Seen | None = None, at_fixed_weights: 
     parts, counts = torch.split(numbers, layout.widths.tolist(), dim=-1), num_samples.tolist()
     orders = _of_order(measured)
     added = [{**more, **calls, **order} for more, calls, order in zip(together, apart, orders, strict=True)]
-    described = zip(_frames(states, blocks), states, observed, added, evidence, rows, counts, parts, strict=True)
+    told = None if groups is None else _told(groups, measured, population, num_samples)
+    of_groups = [((), None)] * len(states) if told is None else list(told.of_layers(layout))
+    described = zip(
+        _frames(states, blocks), states, observed, added, evidence, rows, counts, parts, of_groups, strict=True
+    )
     return [
         frame(
             num_batches=state.layer.num_calls,
             num_samples=int(count),
             has_running_stats=state.now.buffers is not None,
-            diagnosis=diagnose(state.circumstances, {**own, **more, **of_all}, dict(zip(METRICS, values, strict=True))),
+            diagnosis=diagnose(
+                state.circumstances, {**own, **more, **of_all}, dict(zip(METRICS, values, strict=True)), shifts
+            ),
             numbers=part,
+            group_moments=moments,
         )
-        for frame, state, own, more, of_all, values, count, part in described
+        for frame, state, own, more, of_all, values, count, part, (shifts, moments) in described
     ]
+
+
+def _told(groups: SeenGroups, measured: Measurement, population: FloatArray, num_samples: FloatArray) -> ToldGroups:
+    return ToldGroups.of(groups, population, num_samples, measured.eps, measured.analysis.layout)
 
 
 def _of_order(measured: Measurement) -> Iterator[dict[str, float]]:

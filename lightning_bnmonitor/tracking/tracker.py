@@ -17,6 +17,7 @@ from lightning_bnmonitor.capture.batch_moments import CaptureMode
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.tracking import collectives
 from lightning_bnmonitor.tracking.assessment import assess
+from lightning_bnmonitor.tracking.batch_groups import group_name
 from lightning_bnmonitor.tracking.discovery import find_layers
 from lightning_bnmonitor.tracking.recorder import STATE_VERSION, Recorder
 from lightning_bnmonitor.tracking.validation import with_validation
@@ -151,15 +152,25 @@ class BatchNormTracker:
         """
         self._recorder.step_ended()
 
-    def see_inputs(self, batch: object) -> None:
+    def see_inputs(self, batch: object, group: object = None) -> None:
         """Tell what a training step is given, before it: a batch ``(B, *)``, or any structure with its tensors.
 
         By this a report tells data that come in an order from weights that move. It is needed only where the model
         itself is not called, but parts of it: what the model is given is seen without. The first 64 samples of a batch
         are looked at, and 256 values of each, in each of the first 64 steps, a quarter of those up to 128, an eighth of
         those up to 256, and so on.
+
+        Args:
+            batch: What the step is given.
+            group: What the whole batch is of: a source, a domain, an augmentation. Reports then tell how far each group
+                is from all (``group_shift``), of 8 groups a window at most, and of all others as one. It holds until
+                the step ends (:meth:`step`), or until this is called again. It takes 32 bytes a channel and group. A
+                batch of SyncBatchNorm is that of all ranks: there it tells something if they have the same group.
+
+        Raises:
+            TypeError: If ``group`` is no name: a list, a dictionary, a tensor of several numbers or not on the CPU.
         """
-        self._recorder.see_inputs(batch)
+        self._recorder.see_inputs(batch, None if group is None else group_name(group))
 
     def paused(self) -> AbstractContextManager[None]:
         """A context in which no call counts."""

@@ -15,6 +15,7 @@ from lightning_bnmonitor.statistics.channel_layout import ChannelLayout, FloatAr
 from lightning_bnmonitor.statistics.joined_windows import ENOUGH, KeptWindow
 from lightning_bnmonitor.statistics.probe import InputProbe
 from lightning_bnmonitor.statistics.window import Window, Write, commit
+from lightning_bnmonitor.tracking.batch_groups import BatchGroups
 from lightning_bnmonitor.tracking.buffers import device_of
 from lightning_bnmonitor.tracking.call_sites import CallSites
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
@@ -30,6 +31,7 @@ class Windows:
     def __init__(self) -> None:
         self.by_device: dict[torch.device, Window] = {}
         self.call_sites = CallSites()
+        self.groups = BatchGroups()
         self.probe = InputProbe()
         self.layers: list[TrackedLayer] = []  # in the order of their first call; the model may have lost them since
 
@@ -51,6 +53,7 @@ class Windows:
             if batches:
                 writes += window.merged(batches)
         writes += self.call_sites.merged(waiting)
+        writes += self.groups.merged(waiting)
         for layer, calls in waiting.items():
             writes += layer.taken(calls)
         commit(writes)
@@ -61,6 +64,7 @@ class Windows:
         for window in self.by_device.values():
             window.reset()
         self.call_sites.reset()
+        self.groups.reset()
         self.probe.reset()
 
     def in_order(self, layers: Collection[TrackedLayer]) -> list[TrackedLayer]:
@@ -119,6 +123,7 @@ class Windows:
             "not_called": not_called,
             "earlier": torch.from_numpy(np.concatenate([np.zeros(0), *kept])),
             "call_sites": self.call_sites.state(layers),
+            "groups": self.groups.state(layers),
             "probe": self.probe.state(),
         }
 
@@ -149,7 +154,9 @@ class Windows:
             layer.restore(saved, own[-_BUFFER_ROWS:])
             layer.earlier = earlier
         self.make_room()
-        self.call_sites.restore(state["call_sites"], {layer.name: layer for layer, *_ in restored})
+        placed = {layer.name: layer for layer, *_ in restored}
+        self.call_sites.restore(state["call_sites"], placed)
+        self.groups.restore(state["groups"], placed)
         self.probe.restore(state["probe"], device_of(restored[0][0].module) if restored else torch.device("cpu"))
         known = {layer.name for layer, *_ in restored}
         for saved in state["not_called"]:
