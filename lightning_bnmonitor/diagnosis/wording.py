@@ -177,10 +177,12 @@ def explain_grouped(evidence: Evidence) -> list[str]:
         "(chance explains up to {grouping_limit}), by {grouping_share} of the variance"
     )
     if has_unlike_groups(evidence):
+        who = "Each batch is of one of {groups} groups, and these differ"
+        if evidence["groups"] < 2:
+            who = "Batches of a group differ from the others"
         return [
-            "Each batch is of one of {groups} groups, and these differ: training normalises each group by itself, "
-            "eval() all of them alike, which is an error of {group_shift} on the group that differs most, with any "
-            "running statistics."
+            f"{who}: training normalises each batch by itself, and eval() all of them alike. That is an error of "
+            "{group_shift} on the group that differs most, with perfect running statistics, too."
         ]
     removed = "Normalising by the batch removes what they have in common, which eval() does not."
     if "group_score" in evidence:

@@ -137,7 +137,9 @@ class Report(Mapping[str, LayerReport]):
         """
         worst = self.worst(n)
         said = paragraphs(self.worst()) if worst else []
-        items = [f"- **{each.listed(escaped)}**: {each.cause}. {each.text}" for each in said]
+        # The names of groups may be anything; all else that is said has no such letter.
+        texts = [each.text.replace("<", "&lt;") for each in said]
+        items = [f"- **{each.listed(escaped)}**: {each.cause}. {text}" for each, text in zip(said, texts, strict=True)]
         table = layer_table(worst, "github", escaped, brief=True)
         news = changes(self.worst(), since or {})
         parts = (f"**{self._headline}**", news, table, "\n".join(items))

@@ -44,10 +44,10 @@ class Varied:
         return Report(self.layer(name, level * decline) for name, level in zip(self.names, self.level, strict=True))
 
     def row(self, number):
-        """What is kept of a window, without the reports that it is taken from; one metric is not known."""
+        """What is kept of a window, without the reports that it is taken from; two metrics are not known."""
         levels = self.level * (1 + 20 * math.exp(-number / 5))
         numbers = self.rng.lognormal(0, 0.3, size=(len(self.names), len(METRICS))) * levels[:, None]
-        numbers[:, METRICS.index("call_shift")] = math.nan
+        numbers[:, [METRICS.index("call_shift"), METRICS.index("group_shift")]] = math.nan
         cells = {
             name: ("warming-up" if own[0] > 0.1 else "healthy", bool(own[0] > 0.1), own.tolist())
             for name, own in zip(self.names, numbers, strict=True)

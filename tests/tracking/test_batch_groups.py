@@ -350,8 +350,9 @@ def test_what_is_saved_of_layers_that_have_changed_is_left_out() -> None:
         feed(tracker, model, batches)
         state = tracker.state_dict()
     other = nn.Sequential(nn.BatchNorm1d(C + 1), nn.BatchNorm1d(C))
-    with pytest.warns(UserWarning, match="left out"), BatchNormTracker(other) as tracker:
-        tracker.load_state_dict(state)
+    with BatchNormTracker(other) as tracker:
+        with pytest.warns(UserWarning, match="left out"):
+            tracker.load_state_dict(state)
         report = tracker.report()
     assert report["0"].groups == {}
     assert report["1"].groups.keys() == {"a", "b", "c"}
@@ -413,7 +414,7 @@ def test_a_few_operations_are_added_to_a_merge_however_many_layers() -> None:
         return counted.names
 
     added = [len(operations(depth, with_groups=True)) - len(operations(depth, with_groups=False)) for depth in (2, 12)]
-    assert 0 < added[0] <= 40
+    assert 0 < added[0] <= 80  # in a merge of 40 calls of each layer
     assert added[1] == added[0]
     forbidden = ("_local_scalar_dense", "item", "nonzero", "is_nonzero", "masked_select", "unique", "equal.default")
     names = operations(2, with_groups=True)
