@@ -5,10 +5,10 @@ lets every variant make some steps, in random order, and divides each one's CPU 
 same round: what is shown is the median over the rounds and its 95 % interval by order statistics (the range, of fewer
 than 6 rounds). "no monitor, again" is the same as none: what it shows is the noise of the measurement.
 
-Direct share: the time inside our hooks and updates (and in what is told of groups) over the time of the steps, in a training of its own, for as
-many steps at a time as have one update. The hooks are wrapped where they sit; what the wrapper takes is measured and
-subtracted. What PyTorch takes to call a hook at all is not in it (see "empty hook"). In a compiled network the hooks
-are part of the graph: there, only what is done between graphs counts.
+Direct share: the time inside our hooks and updates (and in what tells of groups) over the time of the steps, in a
+training of its own, for as many steps at a time as have one update. The hooks are wrapped where they sit; what the
+wrapper takes is measured and subtracted. What PyTorch takes to call a hook at all is not in it (see "empty hook"). In a
+compiled network the hooks are part of the graph: there, only what is done between graphs counts.
 
 Memory: bytes of all tensors and arrays that a variant keeps, the model's own left out.
 

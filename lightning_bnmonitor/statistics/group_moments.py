@@ -19,7 +19,7 @@ ROWS = 2
 """What is kept of each group per channel, of mean and variance each: its mean and the sum of squares about it."""
 MAX_NAMES = MAX_GROUPS + 1
 _NAME_BYTES = 128
-MAX_LETTERS = _NAME_BYTES // 4
+MAX_LETTERS = _NAME_BYTES // 4 - 1
 """Of the name of a group."""
 
 
@@ -101,7 +101,7 @@ def no_groups(layout: ChannelLayout) -> SeenGroups:
 
 def packed_names(names: Sequence[str]) -> FloatArray:
     """At most nine names as the bytes of float64 numbers."""
-    encoded = [name.encode(errors="replace")[:_NAME_BYTES].ljust(_NAME_BYTES, b"\0") for name in names]
+    encoded = [b"." + name.encode(errors="replace").ljust(_NAME_BYTES - 1, b"\0") for name in names]
     return np.frombuffer(b"".join(encoded).ljust(MAX_NAMES * _NAME_BYTES, b"\0"), dtype=np.float64)
 
 
@@ -109,7 +109,7 @@ def unpacked_names(packed: FloatArray) -> tuple[str, ...]:
     """What was packed by :func:`packed_names`."""
     text = packed.tobytes()
     parts = (text[start : start + _NAME_BYTES] for start in range(0, len(text), _NAME_BYTES))
-    return tuple(part.rstrip(b"\0").decode(errors="ignore") for part in parts if part.strip(b"\0"))
+    return tuple(part[1:].rstrip(b"\0").decode() for part in parts if part.startswith(b"."))
 
 
 PACKED_NAMES = MAX_NAMES * _NAME_BYTES // 8
