@@ -56,9 +56,9 @@ class BatchNormMonitor(Callback):
             groups a window, and of all others as one. If it fails, that is warned of, and training goes on without.
 
     **On several ranks** a report tells of all of them together, and is the same on each: see
-    :meth:`BatchNormTracker.close() <lightning_bnmonitor.BatchNormTracker.close>`. That takes two collectives a window,
-    and two a validation, which every rank joins, also one that had no batches. With ``every_n_train_batches`` all ranks
-    need as many batches.
+    :meth:`BatchNormTracker.close() <lightning_bnmonitor.BatchNormTracker.close>`. That takes two collectives a window
+    (four with ``group``), and two a validation, which every rank joins, also one that had no batches. With
+    ``every_n_train_batches`` all ranks need as many batches.
 
     **Resumed** from a checkpoint, it goes on as if nothing had happened: its state is in Lightning's checkpoints. On
     several ranks that is rank 0's: what the others saw earlier in the window is not in its report.

@@ -14,6 +14,7 @@ from lightning_bnmonitor.statistics.channel_layout import ChannelLayout, FloatAr
 from lightning_bnmonitor.statistics.group_order import MAX_GROUPS, OTHER, GroupOrder, orders_together
 from lightning_bnmonitor.statistics.moments import merge_moments
 from lightning_bnmonitor.statistics.scores import MEAN, VAR
+from lightning_bnmonitor.statistics.side_by_side import on_device
 
 ROWS = 2
 """What is kept of each group per channel, of mean and variance each: its mean and the sum of squares about it."""
@@ -133,16 +134,14 @@ def with_batches(
         The same of all batches so far, in new memory.
     """
     num_groups, width = rows.shape[1], 2 * rows.shape[-1]
-    columns = [*range(1, num_groups + 1), *groups]
-    members = torch.tensor(
-        [[float(column == group) for column in columns] for group in range(1, num_groups + 1)], dtype=torch.float64
-    ).to(rows.device)
+    numbers = np.arange(1, num_groups + 1)
+    members = np.equal.outer(numbers, [*numbers, *groups]).astype(float)
     value, m2 = rows.view(2, num_groups, width)
     _, value, m2 = merge_moments(
         torch.cat([weights.reshape(num_groups, width), batch_weights.reshape(-1, width)]),
         torch.cat([value, batches.reshape(-1, width)]),
         m2,
-        members,
+        on_device(members, rows.device),
     )
     return torch.stack([value, m2]).view(rows.shape)
 

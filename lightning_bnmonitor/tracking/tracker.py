@@ -191,8 +191,9 @@ class BatchNormTracker:
                 the population is that of all their data, running statistics, verdicts and numbers of calls are those
                 of rank 0. Every rank has to call this, and gets the same report, also one whose layers were never
                 called. It takes two collectives: a gather to rank 0 of 56 bytes a channel from each rank, and a
-                broadcast of 80. One that a rank never joins ends with the timeout of the process group. Without a
-                process group, and for a window that has ended, it is as if False.
+                broadcast of 80; and if any rank was told of groups of batches, two more, of 288 and 224. One that a
+                rank never joins ends with the timeout of the process group. Without a process group, and for a window
+                that has ended, it is as if False.
 
         Raises:
             RuntimeError: If another rank has failed.
