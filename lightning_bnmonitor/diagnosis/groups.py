@@ -57,7 +57,7 @@ def sentence_on(groups: Sequence[GroupShift]) -> str:
     if unknown:
         sentences.append(
             f"{'Also' if certain else 'By group'}: {unknown}; but these batches were few, or came at other times than "
-            "the others, so that weights which have moved meanwhile may be the reason."
+            "the others: weights that have moved meanwhile may be a part of that."
         )
     return " ".join(sentences)
 

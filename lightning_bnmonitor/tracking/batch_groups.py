@@ -35,11 +35,14 @@ def group_name(group: object) -> str:
     A tensor or an array of one number is that number. A long name is shortened in the middle.
 
     Raises:
-        TypeError: If it is a list, a dictionary, a set, a tensor of several numbers, or one whose number the training
-            would have to wait for.
+        TypeError: If it is a list, a tuple, a dictionary, a set, a tensor of several numbers, or one whose number the
+            training would have to wait for.
     """
-    if isinstance(group, list | dict | set) or (isinstance(group, np.ndarray | Tensor) and group.ndim):
-        raise TypeError(f"A batch is of one group: its name must be a string or a number, got {_shown(group)}.")
+    if isinstance(group, list | tuple | dict | set) or (isinstance(group, np.ndarray | Tensor) and group.ndim):
+        raise TypeError(
+            f"A batch is of one group: its name must be a string or a number, got {_shown(group)}. If all samples of a "
+            "batch are of one group, return that of the first: `names[0]`."
+        )
     if isinstance(group, Tensor) and group.device.type != "cpu":
         raise TypeError(
             f"The name of a group is a tensor on {group.device}: training would wait for it at every step. Put it into "

@@ -168,7 +168,7 @@ class BatchNormTracker:
                 batch of SyncBatchNorm is that of all ranks: there it tells something if they have the same group.
 
         Raises:
-            TypeError: If ``group`` is no name: a list, a dictionary, a tensor of several numbers or not on the CPU.
+            TypeError: If ``group`` is no name: a list, a tuple, a tensor of several numbers or not on the CPU, ...
         """
         self._recorder.see_inputs(batch, None if group is None else group_name(group))
 

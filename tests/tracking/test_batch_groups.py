@@ -92,7 +92,7 @@ def test_groups_that_come_one_after_another_are_not_told_from_weights_that_move(
     assert all(math.isnan(group.noise) for group in report.groups.values())
     if apart:  # that they differ is told by what the model was given
         assert report.verdict == "ordered-batches"
-        assert "weights which have moved meanwhile" in report.explanation
+        assert "weights that have moved meanwhile may be a part of that" in report.explanation
     else:
         assert report.verdict == "healthy"
 
@@ -264,7 +264,6 @@ def test_a_group_may_be_called_other() -> None:
         (torch.tensor(7), "7"),
         (np.int64(4), "4"),
         (np.array("x"), "x"),
-        (("a", 1), "('a', 1)"),
         ("", ""),
         ("Ünï/<b>&{x}", "Ünï/<b>&{x}"),
         ("a" * 100, "a" * 14 + "…" + "a" * 15),
@@ -282,7 +281,8 @@ def test_what_names_a_group(group: object, name: str) -> None:
 @pytest.mark.parametrize(
     ("group", "told"),
     [
-        (["a", "b"], "a list"),
+        (["a", "b"], r"got a list.*return that of the first: `names\[0\]`"),
+        (("a", "a"), "a tuple"),
         ({"a": 1}, "a dict"),
         (torch.zeros(4), r"Tensor of shape \(4,\)"),
         (np.zeros((2, 3)), r"ndarray of shape \(2, 3\)"),
