@@ -54,7 +54,7 @@ from lightning_bnmonitor.statistics.channel_layout import BoolArray, ChannelLayo
 from lightning_bnmonitor.statistics.contrasts import Densities, Sums, densities_of, squares_of, sums_of, trend_variance
 from lightning_bnmonitor.statistics.noise import NoiseModel, RunningStats, noise_of, variance_against
 from lightning_bnmonitor.statistics.random_walk import walk_error
-from lightning_bnmonitor.statistics.scores import MEAN, VAR, exceeds_chance, student_score
+from lightning_bnmonitor.statistics.scores import MEAN, VAR, exceeds_chance, squared_score
 
 _INITIAL = np.array([[0.0], [1.0]])  # what PyTorch initialises the buffers to
 
@@ -331,12 +331,12 @@ def _compare(window: _Window, present: _Present) -> _Comparisons:
     against_window = variance_against(blocks, densities, densities.window, reach) + noise.earlier
     lag_z = noise.z_of_running(lag_of_window, against_window), noise.z_of_running(lag, lag_variance)
 
-    scores = student_score(np.stack([z, trend_z, recent_z, *lag_z]), spread(noise.student))
-    _, has_trend, has_moved, behind_window, behind_now = exceeds_chance(layout, scores)
+    squares = squared_score(np.stack([z, trend_z, recent_z, *lag_z]), spread(noise.student))
+    _, has_trend, has_moved, behind_window, behind_now = exceeds_chance(layout, squares)
     moving = has_trend | has_moved
     return _Comparisons(
         z=z,
-        max_score=layout.maximum(abs(scores)),
+        max_score=np.sqrt(layout.maximum(squares)),
         moving=moving,
         lagging=(moving | behind_window | behind_now) & running.known,
         lag=lag,

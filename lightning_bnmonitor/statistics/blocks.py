@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -10,6 +12,7 @@ from numpy.typing import NDArray
 from lightning_bnmonitor.statistics.channel_layout import ChannelLayout, FloatArray
 
 MAX_BLOCKS = 16
+_AT_ONCE = 8192  # channels that are worked on together, for whose blocks caches suffice
 _LAST_BUT_ONE = dict.fromkeys(("num_batches", "num_samples", "batch_size", "weight", "noise"), -2)  # axis of layers
 
 
@@ -129,30 +132,50 @@ def selected(blocks: Blocks, order: NDArray[np.int64]) -> Blocks:
     )
 
 
-def paired(blocks: Blocks) -> Blocks:
-    """Blocks of single batches merged in pairs, so that there is a variance within."""
-    single = (blocks.num_batches.max(axis=1, initial=0) == 1).nonzero()[0]
-    if not len(single):
-        return blocks
+def alike(blocks: Blocks) -> Iterator[tuple[int, slice]]:
+    """Consecutive layers with equal numbers of batches and values and equal weights: the first, and their channels.
+
+    Few calls of numpy then do for many layers, and about 8192 channels at most are taken together.
+    """
     ends = np.cumsum(blocks.widths)
+    of_layers = np.concatenate([blocks.num_batches, blocks.num_samples, blocks.weight], axis=1)
+    portions = (ends - 1) // _AT_ONCE
+    is_first = (of_layers[1:] != of_layers[:-1]).any(axis=1) | (portions[1:] != portions[:-1])
+    firsts = [0, *(is_first.nonzero()[0] + 1).tolist(), len(ends)] if len(ends) else []
+    for first, end in pairwise(firsts):
+        yield first, slice(int(ends[first] - blocks.widths[first]), int(ends[end - 1]))
+
+
+def paired(blocks: Blocks) -> Blocks:
+    """Blocks of single batches merged in pairs, so that there is a variance within.
+
+    Values are then kept of as many blocks as there may be at most: 16, or 8.
+    """
+    single = blocks.num_batches.max(axis=1, initial=0) == 1
+    if not single.any():
+        return blocks
     weights = np.stack([blocks.num_samples, blocks.num_samples - blocks.num_batches]).transpose(1, 2, 0)  # (L, 16, 2)
-    one, other = weights[single, 0::2, :, None], weights[single, 1::2, :, None]
+    one, other = weights[:, 0::2, :, None], weights[:, 1::2, :, None]
     share = np.divide(other, one + other, out=np.zeros_like(one), where=other > 0)
-    everything = len(single) == len(ends)
-    value, m2 = (np.zeros_like(part) if everything else part.copy() for part in (blocks.value, blocks.m2))
-    for layer, of_other, weight in zip(single, share, share * one, strict=True):
-        own = slice(ends[layer] - blocks.widths[layer], ends[layer])
-        first, merged = blocks.value[0::2, :, own], value[: MAX_BLOCKS // 2, :, own]
+    weight, rows = share * one, MAX_BLOCKS // 2
+    if single.all():  # nothing else is needed, not to touch twice the memory
+        value, m2 = (np.empty((rows, *part.shape[1:])) for part in (blocks.value, blocks.m2))
+    else:
+        value, m2 = blocks.value.copy(), blocks.m2.copy()
+    for layer, own in alike(blocks):
+        if not single[layer]:
+            continue
+        first, merged = blocks.value[0::2, :, own], value[:rows, :, own]
         step = blocks.value[1::2, :, own] - first
-        np.multiply(step, of_other, out=merged)
+        np.multiply(step, share[layer], out=merged)
         merged += first
-        np.multiply(np.square(step, out=step), weight, out=m2[: MAX_BLOCKS // 2, :, own])
-        value[MAX_BLOCKS // 2 :, :, own] = m2[MAX_BLOCKS // 2 :, :, own] = 0
+        np.multiply(np.square(step, out=step), weight[layer], out=m2[:rows, :, own])
+        value[rows:, :, own] = m2[rows:, :, own] = 0
 
     def halved(sums: FloatArray) -> FloatArray:
         sums = sums.copy()
-        sums[..., single, : MAX_BLOCKS // 2] = sums[..., single, 0::2] + sums[..., single, 1::2]
-        sums[..., single, MAX_BLOCKS // 2 :] = 0
+        sums[..., single, :rows] = sums[..., single, 0::2] + sums[..., single, 1::2]
+        sums[..., single, rows:] = 0
         return sums
 
     return blocks._replace(

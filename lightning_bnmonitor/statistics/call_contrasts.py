@@ -32,7 +32,7 @@ import torch
 from torch import Tensor
 
 from lightning_bnmonitor.statistics.channel_layout import ChannelLayout, FloatArray
-from lightning_bnmonitor.statistics.scores import exceeds_chance, student_score
+from lightning_bnmonitor.statistics.scores import exceeds_chance, squared_score
 
 KINDS = 4
 """Contrasts of a step: of its first three calls, and of all further ones."""
@@ -160,7 +160,7 @@ def call_shifts(contrasts: CallContrasts, layout: ChannelLayout, scaled: FloatAr
         variance = contrasts.m2 / (count - 1) / count
         z = np.where(contrasts.mean == 0, 0 * count, np.clip(contrasts.mean / np.sqrt(variance), -1e100, 1e100))
         limit = np.where(num_steps[2] > 0, _LIMIT_OF_MORE, _LIMIT_OF_TWO)
-        counted = exceeds_chance(layout, student_score(z, np.broadcast_to(count - 1, z.shape)), limit)
+        counted = exceeds_chance(layout, squared_score(z, np.broadcast_to(count - 1, z.shape)), limit)
         excess = layout.mean((contrasts.mean**2 - variance) / np.stack([scaled, 4 * scaled**2]))
         squares = np.where(counted, np.maximum(excess, 0), 0).sum(axis=1)
         shift = np.where(enough.any(axis=0), np.sqrt(squares.max(axis=0)), np.nan)

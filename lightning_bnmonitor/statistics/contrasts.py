@@ -14,7 +14,7 @@ from typing import NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
-from lightning_bnmonitor.statistics.blocks import MAX_BLOCKS, Blocks
+from lightning_bnmonitor.statistics.blocks import MAX_BLOCKS, Blocks, alike
 from lightning_bnmonitor.statistics.channel_layout import ChannelLayout, FloatArray
 from lightning_bnmonitor.statistics.scores import MEAN, VAR
 
@@ -109,7 +109,7 @@ def first_of_later(densities: Densities) -> NDArray[np.int64]:
 
 
 def sums_of(blocks: Blocks, densities: Densities, layout: ChannelLayout) -> Sums:
-    """All sums that the analysis needs, in one pass over the blocks, layer by layer."""
+    """All sums that the analysis needs, in one pass over the blocks."""
     weights, first = densities.weights, first_of_later(densities)
     coefficients = np.stack(
         [
@@ -122,7 +122,7 @@ def sums_of(blocks: Blocks, densities: Densities, layout: ChannelLayout) -> Sums
     )  # (2, L, 6, 16)
     sums, contrasts = np.empty((6, 2, layout.num_channels)), np.empty((3, layout.num_channels))
     (within, steps, late_steps), between = np.empty((3, 2, layout.num_channels)), np.empty(layout.num_channels)
-    for layer, own in enumerate(layout.slices):
+    for layer, own in alike(blocks):
         num_blocks = int(densities.num_blocks[layer])
         if not num_blocks:
             sums[..., own] = contrasts[:, own] = between[own] = np.nan

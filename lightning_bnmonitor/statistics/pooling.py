@@ -15,7 +15,7 @@ from lightning_bnmonitor.statistics.blocks import PooledBatches
 from lightning_bnmonitor.statistics.channel_layout import ChannelLayout, FloatArray
 from lightning_bnmonitor.statistics.moments import merge_moments
 from lightning_bnmonitor.statistics.noise import ROUNDING
-from lightning_bnmonitor.statistics.scores import MEAN, VAR, exceeds_chance, student_score
+from lightning_bnmonitor.statistics.scores import MEAN, VAR, exceeds_chance, squared_score
 
 _OF_LAYERS = 4  # fields that have a value for each layer; the others have one for each channel
 
@@ -203,7 +203,7 @@ def error_of_one_rank(
         scale = np.maximum(everyone.within / layout.spread(everyone.dof), floor)
         expected = scale * layout.spread(variance)
         z = np.where(apart == 0, 0, np.clip(apart / np.sqrt(expected), -1e100, 1e100))
-        counted = exceeds_chance(layout, student_score(z, layout.spread(everyone.dof))[None])[0]
+        counted = exceeds_chance(layout, squared_score(z, layout.spread(everyone.dof))[None])[0]
         comparable = (variance > 0) & (one.weight > 0) & (everyone.dof > 0)
         excess = layout.mean((apart**2 - expected) / np.stack([scaled, 4 * scaled**2]))
         error: FloatArray = np.sqrt(np.where(counted & comparable, np.maximum(excess, 0), 0).sum(axis=0))

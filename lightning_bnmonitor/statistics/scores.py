@@ -11,18 +11,18 @@ MEAN, VAR = 0, 1
 _LIMIT = 9.0
 
 
-def student_score(z: FloatArray, dof: FloatArray) -> FloatArray:
-    r"""Student's t with ``dof`` degrees of freedom on the scale of a standard normal variable.
+def squared_score(z: FloatArray, dof: FloatArray) -> FloatArray:
+    r"""The square of Student's t with ``dof`` degrees of freedom on the scale of a standard normal variable.
 
-    .. math:: \operatorname{sign}(z)\,\frac{8\nu + 1}{8\nu + 3}\sqrt{\nu \ln(1 + z^2/\nu)}
+    .. math:: \Bigl(\frac{8\nu + 1}{8\nu + 3}\Bigr)^2 \nu \ln(1 + z^2/\nu)
 
     Source: D. L. Wallace, "Bounds on normal approximations to Student's and the chi-square distributions", 1959.
     """
-    score: FloatArray = np.square(z)
-    score /= dof
-    np.sqrt(np.log1p(score, out=score), out=score)
-    score *= (8 * dof + 1) / (8 * dof + 3) * np.sqrt(dof)
-    return np.copysign(score, z, out=score)
+    square: FloatArray = np.square(z)
+    square /= dof
+    np.log1p(square, out=square)
+    square *= ((8 * dof + 1) / (8 * dof + 3)) ** 2 * dof
+    return square
 
 
 def f_score(ratio: FloatArray, dof: FloatArray, dof_below: FloatArray) -> FloatArray:
@@ -37,8 +37,8 @@ def f_score(ratio: FloatArray, dof: FloatArray, dof_below: FloatArray) -> FloatA
     return score
 
 
-def exceeds_chance(layout: ChannelLayout, scores: FloatArray, limit: float | FloatArray = _LIMIT) -> BoolArray:
-    """Whether a layer's scores are more than chance, ``(K, 2, C)`` to ``(K, 2, L)``, for K comparisons.
+def exceeds_chance(layout: ChannelLayout, squares: FloatArray, limit: float | FloatArray = _LIMIT) -> BoolArray:
+    """Whether a layer's squared scores are more than chance, ``(K, 2, C)`` to ``(K, 2, L)``, for K comparisons.
 
     For the running mean: the mean of the squared scores exceeds G = 9 (``limit``, also one a layer, ``(L,)``). For the
     running variance, whose distribution has heavy
@@ -46,7 +46,6 @@ def exceeds_chance(layout: ChannelLayout, scores: FloatArray, limit: float | Flo
     there because the median of a few channels is no average. By simulation a healthy layer of one channel then alarms
     in 0.4 % of windows (2 % with extremely skewed inputs at momentum 0.5), wider layers more rarely.
     """
-    squares = scores**2
     passed = layout.mean(squares) > limit
     squares = squares[:, VAR]
     count = layout.count(np.isfinite(squares))

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_bnmonitor.compat import BatchNorm, is_lazy
+from lightning_bnmonitor.compat import PARAMETERS, BatchNorm, is_lazy
 
 
 class AffineWeights:
@@ -53,12 +53,13 @@ class AffineWeights:
 
 def has_frozen_weights(layer: BatchNorm) -> bool:
     """Whether a layer has weights, and none of them trains."""
-    parameters = list(layer.parameters(recurse=False))
+    parameters = [parameter for parameter in vars(layer)[PARAMETERS].values() if parameter is not None]
     return bool(parameters) and not any(parameter.requires_grad for parameter in parameters)
 
 
 def _plain(layer: BatchNorm) -> Iterator[tuple[str, Tensor]]:
-    parameters, attributes = dict(layer.named_parameters(recurse=False)), vars(layer)
+    attributes = vars(layer)
+    parameters = attributes[PARAMETERS]
     for name in ("weight", "bias"):
         # Not by `getattr`: a parametrization computes what is looked up, with random numbers perhaps.
         values: Any = parameters.get(name, attributes.get(name))

@@ -99,7 +99,8 @@ def blocks_of(source, layer=0):
     for field in (blocks.num_batches, blocks.num_samples, blocks.batch_size, blocks.weight):
         assert field.shape == (layers, MAX_BLOCKS)
     assert blocks.noise.shape == (2, layers, MAX_BLOCKS)
-    assert blocks.value.shape == blocks.m2.shape == (MAX_BLOCKS, 2, channels)
+    assert blocks.value.shape == blocks.m2.shape == (len(blocks.value), 2, channels)
+    assert (blocks.num_batches > 0).sum(axis=1).max() <= len(blocks.value) <= MAX_BLOCKS
     assert blocks.decay.shape == blocks.rounding.shape == (layers,)
     assert blocks.first_bad.shape == (channels,)
     assert all(field.dtype == np.float64 for field in (*blocks[1:-1], *blocks.beside))
