@@ -204,8 +204,8 @@ def cure_order(evidence: Evidence) -> list[str]:
         return [
             "Mix the groups within each batch: one loader that draws from all of them, "
             "`DataLoader(ConcatDataset(datasets), batch_size, shuffle=True)`; an augmentation is drawn for each "
-            "sample. If a batch must be of one group, give each group BatchNorm layers of its own. If one group alone "
-            f"will be evaluated, {RECALIBRATE} from a loader of that group."
+            "sample. If a batch must be of one group: BatchNorm layers of its own for each group, or `nn.GroupNorm`. "
+            f"If one group alone will be evaluated, {RECALIBRATE} from a loader of that group."
         ]
     return [
         "Shuffle, so that each batch is a random sample of all data: `DataLoader(dataset, shuffle=True)`, samples "
