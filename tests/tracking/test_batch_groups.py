@@ -5,14 +5,17 @@ from __future__ import annotations
 import itertools
 import math
 import warnings
+from collections.abc import Callable
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 from torch.utils.checkpoint import checkpoint
 
 from lightning_bnmonitor import BatchNormTracker, LayerReport, Report
+from tests.compiling import by_wrapping, in_place, its_parts
 from tests.promises.test_cost import Operations, bytes_held
 from tests.tracking.grouped_batches import (
     C,
@@ -377,15 +380,26 @@ def test_what_counts_for_nothing_counts_for_no_group() -> None:
 
 
 @pytest.mark.slow
-def test_compiled_layers_are_counted_by_group() -> None:
-    model = torch.compile(layer(), backend="eager")
+@pytest.mark.parametrize("compiled", [by_wrapping, in_place, its_parts])
+def test_compiled_layers_are_counted_by_group_in_no_more_graphs(compiled: Callable[..., nn.Module]) -> None:
     batches = grouped(drawn(40), {"b": 0.5})
-    with BatchNormTracker(model) as tracker:
-        for name, x in batches:
-            tracker.see_inputs(x, group=name)
-            model(x)
-        report = tracker.report()
-    assert_groups(next(iter(report.values())), batches)
+
+    def run(*, with_groups: bool) -> tuple[LayerReport, int]:
+        torch._dynamo.reset()
+        counters.clear()
+        model = compiled(layer(), backend="eager", fullgraph=True)
+        with BatchNormTracker(model) as tracker:
+            for name, x in batches:
+                tracker.see_inputs(x, group=name if with_groups else None)
+                model(x)
+            (report,) = tracker.report().values()
+        assert not counters["graph_break"]
+        return report, counters["stats"]["unique_graphs"]
+
+    (report, num_graphs), (_, expected) = run(with_groups=True), run(with_groups=False)
+    assert report.evidence["calls_traced"] == 40
+    assert_groups(report, batches)
+    assert num_graphs == expected
 
 
 def test_groups_cost_no_operation_but_in_merges_and_no_value_of_the_device() -> None:
