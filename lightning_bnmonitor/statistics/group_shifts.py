@@ -22,7 +22,9 @@ with the others has no noise that could be told: see :mod:`~lightning_bnmonitor.
 *Checked by simulation* (10 to 200 batches of 8 or 32 values, 2 to 8 groups, skewed values that resemble each other in a
 batch, weights that move up to a standard deviation along four kinds of paths): the median of noise over what is
 realised is 1.0 in random order and in turn, 1.1 where a group becomes gradually more frequent, 1.9 (too large) in runs
-of four. A shift beyond three times its noise and 0.1 where there is none: in at most 0.4 % of groups.
+of four. A shift beyond three times its noise and 0.1 where there is none: in at most 0.4 % of groups. In 60 small
+trainings of three networks, from their first epoch, with names that were drawn apart from the data: in 1 of 600 layers
+and windows. (With half the contrast in one of two or three groups: in 142 of 150 first layers that could be judged.)
 """
 
 from __future__ import annotations

@@ -34,7 +34,8 @@ class BatchNormTracker:
 
     State is 600 bytes a channel, about 850 bytes a layer, up to 58 KiB for what the model is given, and the batch
     moments of up to 72 calls (8 bytes a channel each, twice as many in float64 or by a pass): as many as keep it below
-    1 KiB a channel + 64 KiB. It is float64, on the layers' device (on the CPU for MPS, which has none).
+    1 KiB a channel + 64 KiB; beside that 32 bytes a channel for each group of batches, of nine at most, where
+    :meth:`see_inputs` tells of groups. It is float64, on the layers' device (on the CPU for MPS, which has none).
 
     Args:
         model: The root module. It is not kept alive; its BatchNorm layers are, for the report. If it is compiled, pass

@@ -435,6 +435,21 @@ def test_a_few_operations_are_added_to_a_merge_however_many_layers() -> None:
     assert not [name for name in names if any(name.split(".")[1].startswith(word) for word in forbidden)]
 
 
+def test_training_steps_do_without_the_values_on_the_device(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lightning_bnmonitor.capture.layer_hook.is_abstract", lambda x: False)  # that would skip them
+    model = layer()
+    with BatchNormTracker(model) as tracker:
+        model.to("meta")  # a device that raises if a value is copied from it
+        optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
+        for name in drawn(200):
+            tracker.see_inputs((), group=name)
+            model(torch.randn(4, C, device="meta")).square().mean().backward()
+            optimizer.step()
+        (rows,) = tracker._recorder.windows.groups._rows.values()
+    assert rows.is_meta
+    assert rows.shape == (2, 3, 2, C)
+
+
 def test_thirty_two_bytes_a_channel_and_group_are_kept() -> None:
     def bytes_of(names: list[str]) -> int:
         model = layer()
