@@ -65,6 +65,7 @@ MAX_SHARE = {
     "ResNet-18, pass": 0.03,
     "ResNet-18, bfloat16": 0.03,
     "ResNet-18, 4 groups": 0.015,
+    "sequences, mask": 0.2,
 }
 MAX_OPERATIONS = dict.fromkeys(("ResNet-18", "120 layers", "narrow MLP", "EfficientNet-B0"), 5.0)  # a step
 MAX_RATIO = {("narrow MLP", EMPTY): 1.05, ("compiled", NONE): 1.02}
@@ -110,6 +111,7 @@ class Network:
     layout: torch.memory_format = torch.preserve_format
     is_mixed: bool = False  # whether under autocast, in bfloat16
     groups: int = 0  # that the batches are said to be of, in turn
+    mask: Callable[[Tensor], Tensor] | None = None  # of what it is given, which positions count
 
     @property
     def variants(self) -> list[str]:
@@ -134,6 +136,18 @@ def plain(width: int = 64) -> nn.Module:
     return nn.Sequential(*(m for a, b in pairs for m in (nn.Conv2d(a, b, 3, padding=1), nn.BatchNorm2d(b), nn.ReLU())))
 
 
+def of_sequences(width: int = 64) -> nn.Module:
+    """Six convolutions over sequences, each with a BatchNorm layer."""
+    pairs = itertools.pairwise([3, *[width] * 6])
+    return nn.Sequential(*(m for a, b in pairs for m in (nn.Conv1d(a, b, 5, padding=2), nn.BatchNorm1d(b), nn.ReLU())))
+
+
+def all_lengths(x: Tensor) -> Tensor:
+    """A mask of sequences ``(B, C, T)`` of lengths from T / B to T."""
+    lengths = torch.arange(1, len(x) + 1, device=x.device) * x.shape[-1] // len(x)
+    return torch.arange(x.shape[-1], device=x.device) < lengths[:, None]
+
+
 def networks(quick: bool) -> list[Network]:
     """All that are measured; small ones to try the script."""
     few = (NONE, AGAIN, EMPTY, OURS)
@@ -148,6 +162,7 @@ def networks(quick: bool) -> list[Network]:
             Network("ResNet-18, pass", small, shape, 1, 1, compared=few, capture="pass"),
             Network("ResNet-18, bfloat16", small, shape, 1, 1, compared=few, dtype=torch.bfloat16),
             Network("ResNet-18, 4 groups", small, shape, 1, 1, compared=few, groups=4),
+            Network("sequences, mask", partial(of_sequences, 4), (4, 3, 8), 1, 1, compared=few, mask=all_lengths),
         ]
     shape = (16, 3, 32, 32)
     return [
@@ -161,6 +176,7 @@ def networks(quick: bool) -> list[Network]:
         # So little, as a CPU without instructions for bfloat16 takes 60 times as long for its convolutions.
         Network("ResNet-18, bfloat16", resnet18, (2, 3, 8, 8), 1, 1, compared=few, dtype=torch.bfloat16),
         Network("ResNet-18, 4 groups", resnet18, shape, 1, 3, compared=few, groups=4),
+        Network("sequences, mask", of_sequences, (16, 3, 400), 2, compared=few, mask=all_lengths),
     ]
 
 
@@ -177,16 +193,18 @@ class Training:
         self.mixed: Callable[[], AbstractContextManager[Any]] = nullcontext
         if network.is_mixed:
             self.mixed = partial(torch.autocast, network.device, torch.bfloat16)
-        self.monitor = VARIANTS[variant](self.model, **({"capture": network.capture} if variant == OURS else {}))
-        self.groups = itertools.cycle(f"group {index}" for index in range(network.groups if variant == OURS else 0))
+        options = {"capture": network.capture, "mask": network.mask} if variant == OURS else {}
+        self.monitor = VARIANTS[variant](self.model, **options)
+        self.is_told = bool(options) and (network.mask is not None or network.groups > 0)
+        self.groups = itertools.cycle([f"group {index}" for index in range(network.groups)] or [None])
         self.tell: Callable[..., None] = getattr(self.monitor.kept, "see_inputs", lambda batch, group: None)
 
     def steps(self, num: int) -> None:
         """Some training steps."""
         for _ in range(num):
-            if (group := next(self.groups, None)) is not None:
-                self.tell(self.x, group)
             self.optimizer.zero_grad()
+            if self.is_told:
+                self.tell(self.x, next(self.groups))
             with self.mixed():
                 loss = self.model(self.x).square().mean()
             loss.backward()

@@ -124,6 +124,35 @@ class NormalisedByImage(Segmenting):
         self.norm1, self.norm2 = nn.InstanceNorm2d(12, affine=True), nn.InstanceNorm2d(12, affine=True)
 
 
+class Listening(Net):
+    """Tells what a sequence is of; the first channel of what it is given is 1 where the sequence is, and then 0."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear1, self.linear2 = nn.Conv1d(4, 32, 5, padding=2), nn.Conv1d(32, 32, 5, padding=2)
+
+    def normalised(self, norm: nn.BatchNorm1d, x: Tensor, mask: Tensor) -> Tensor:
+        """Normalised features, (N, C, T), where ``mask``, (N, T), tells what counts."""
+        return norm(x)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Logits, (N, classes), of sequences (N, 1 + 4, T)."""
+        mask, x = x[:, 0] > 0, x[:, 1:]
+        x = torch.relu(self.normalised(self.norm1, self.linear1(x), mask))
+        x = torch.relu(self.normalised(self.norm2, self.linear2(x), mask))
+        return self.classifier((x * mask[:, None]).sum(2) / mask.sum(1, keepdim=True))
+
+
+class ListeningToWhatCounts(Listening):
+    """The same, normalised by the values that count."""
+
+    def normalised(self, norm: nn.BatchNorm1d, x: Tensor, mask: Tensor) -> Tensor:
+        """Normalised features, (N, C, T), zero where there is padding."""
+        y = torch.zeros_like(x)
+        y.mT[mask] = norm(x.mT[mask])
+        return y
+
+
 class Averaged(Net):
     """The same beside a moving average of its parameters."""
 
@@ -173,6 +202,16 @@ class Data:
         x = y + 0.4 * torch.randn(y.shape, generator=generator)
         return cls(2 * brightness + contrast.exp() * x, y[:, 0].long(), torch.arange(num))
 
+    @classmethod
+    def sequences(cls, num: int, generator: torch.Generator, offset: float) -> Data:
+        """A few that are long, and many that are short, padded with zeros. In each a motif of its class comes again."""
+        motifs = torch.randn(CLASSES, 4, 10, generator=torch.Generator().manual_seed(1))
+        y = torch.randint(CLASSES, (num,), generator=generator)
+        lengths = (20 - 25 * torch.rand(num, generator=generator).log()).long().clamp_max(200)
+        mask = (torch.arange(200) < lengths[:, None]).float()[:, None]
+        x = offset + torch.randn(num, 4, 200, generator=generator) + motifs[y].repeat(1, 1, 20)
+        return cls(torch.cat([mask, mask * x], dim=1), y, torch.arange(num))
+
 
 @dataclass
 class Training:
@@ -191,6 +230,8 @@ class Training:
     """Done to the network at the end, with training batches. The last report is then that of evaluation, too."""
     data: Callable[[int, torch.Generator, float], Data] = Data.sample
     """So many samples, and how much they differ between groups."""
+    mask: Callable[[Tensor], Tensor] | None = None
+    """From a batch to what counts of it."""
     num_train: int = NUM_TRAIN
     order: str = "shuffled"
     batch_size: int = 32
@@ -210,7 +251,7 @@ class Training:
             norm.momentum = self.momentum
         optimizer = torch.optim.SGD(net.parameters(), lr=self.lr, momentum=0.9)
         reports = []
-        with BatchNormTracker(net) as tracker:
+        with BatchNormTracker(net, mask=self.mask) as tracker:
             tracker.close()
             for epoch in range(self.epochs + self.recalibrate):
                 if epoch == self.epochs:
@@ -348,6 +389,13 @@ def halves_in_one_call(net: Net, x: Tensor, tracker: BatchNormTracker) -> Tensor
     """The same inputs together."""
     half = len(x) // 2
     return net(torch.cat([x[:half], 2 * x[half:]]))
+
+
+def padded_to_the_longest(net: Net, x: Tensor, tracker: BatchNormTracker) -> Tensor:
+    """Sequences, no longer than the longest of their batch."""
+    x = x[..., x[:, 0].any(0)]
+    tracker.see_inputs(x)
+    return net(x)
 
 
 def functional(net: Net, x: Tensor, tracker: BatchNormTracker) -> Tensor:
@@ -488,6 +536,14 @@ CASES = (
     Case(
         *("two kinds of inputs, a call for each", "calls-differ", Training(step=halves_in_calls_of_their_own)),
         *("one call for both", lambda training, layer: replace(training, step=halves_in_one_call)),
+    ),
+    Case(
+        *("sequences of all lengths, padded", "padded"),
+        replace(
+            Training(net=Listening, data=Data.sequences, between_groups=2.0, num_train=1024, batch_size=8, lr=0.01),
+            **{"step": padded_to_the_longest, "mask": lambda x: x[:, 0] > 0},
+        ),
+        *("normalise what counts", lambda training, layer: replace(training, net=ListeningToWhatCounts)),
     ),
     Case("requires_grad=False", "half-frozen", Training(each_epoch=freeze_weights_alone)),
     Case("another kind of normalisation", "own-forward", Training(net=WithoutMean)),

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bnmonitor import BatchNormTracker
-from lightning_bnmonitor.capture.batch_moments import CaptureMode
 
 NONE, AGAIN, EMPTY, OURS = "no monitor", "no monitor, again", "empty hook", "ours"
 
@@ -120,8 +119,8 @@ class Stack(Hooks):
 class Ours:
     """The tracker."""
 
-    def __init__(self, model: nn.Module, capture: CaptureMode = "auto") -> None:
-        self.kept = BatchNormTracker(model, capture=capture).attach()
+    def __init__(self, model: nn.Module, **options: Any) -> None:
+        self.kept = BatchNormTracker(model, **options).attach()
 
     def end_round(self) -> None:
         """Nothing to do."""

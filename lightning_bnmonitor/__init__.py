@@ -1,9 +1,9 @@
 """Exact statistics of every BatchNorm layer's inputs beside its running statistics, in TensorBoard.
 
 Three ways in: :class:`BatchNormMonitor`, a callback for Lightning's Trainer; :class:`BatchNormTracker`, for any loop;
-:func:`recalibrate` and :func:`attribute_eval_gap`, for a model and data. A :class:`Report` maps the names of layers to
-:class:`LayerReport`, values per channel and a verdict. :class:`ChannelMoments` is the exact streaming metric alone, a
-``torchmetrics.Metric`` for ``(N, C, *)`` tensors of any length.
+:func:`examine`, :func:`recalibrate` and :func:`attribute_eval_gap`, for a model and data. A :class:`Report` maps the
+names of layers to :class:`LayerReport`, values per channel and a verdict. :class:`ChannelMoments` is the exact
+streaming metric alone, a ``torchmetrics.Metric`` for ``(N, C, *)`` tensors of any length.
 
 **How the moments are taken.** BatchNorm's kernel has computed the mean and the inverse standard deviation of the batch,
 and autograd keeps them for the backward pass. A forward hook reads these two small tensors and puts them aside: no
@@ -28,6 +28,13 @@ of ``on_train_batch_start``, otherwise what the root module is called with; a lo
 tell by :meth:`BatchNormTracker.see_inputs`. On several ranks it is rank 0's. What mixes or augments the batch within
 the model or ``training_step`` comes later and is not seen.
 
+**Padding** is a part of what BatchNorm normalises by, as of the population. With ``mask=`` the statistics of the values
+that count are kept beside, by three passes over each input, and ``LayerReport.evidence`` says how far padding moves
+those of the batches (``padding_shift``). Where no mask is given, two batches of a window are looked at for samples that
+end in positions which are all alike (flag ``maybe-padded``): only of sequences ``(B, C, T)``, ``(B, T, C)`` or token
+ids, and for ``BatchNorm1d``. What is compared of validation is with padding. With ``SyncBatchNorm``, whose batches are
+those of all ranks, the movement is that of one rank's part: more than that of the whole.
+
 **Several ranks** exchange in a process group of our own (gloo, on the CPU). A rank that has died gives an error; one
 that never joins, the timeout of that group (30 minutes). Lightning itself has rank 0 broadcast before each batch: where
 ranks have different numbers of batches, that waits for its timeout, with or without us. With FSDP, running statistics
@@ -46,8 +53,8 @@ and timm; a call of ``torch.utils.checkpoint`` in a ``forward`` cannot).
 counts twice, as it does in the running statistics (flag ``interrupted-batch``). A subclass of BatchNorm that transforms
 its input before ``super().forward``, or normalises a part of the batch, reports what the kernel received, which is what
 its running statistics are made of (of a ``forward`` that runs it twice, the last), and :func:`recalibrate` takes the
-same; but by a pass, in compiled code and in validation it is what the module received. Copies of a monitored model keep
-an inert hook. On MPS, which has no float64, state is kept on the CPU, which makes updates wait.
+same; but by a pass, in compiled code, in validation and without padding it is what the module received. Copies of a
+monitored model keep an inert hook. On MPS, which has no float64, state is kept on the CPU, which makes updates wait.
 """
 
 from importlib import import_module
@@ -59,6 +66,7 @@ if TYPE_CHECKING:
     from lightning_bnmonitor.callbacks.unhealthy import UnhealthyBatchNormError
     from lightning_bnmonitor.repair.attribution import attribute_eval_gap
     from lightning_bnmonitor.repair.eval_gap import Attribution
+    from lightning_bnmonitor.repair.examination import examine
     from lightning_bnmonitor.repair.recalibration import Recalibration, recalibrate
     from lightning_bnmonitor.report.layer_report import LayerReport
     from lightning_bnmonitor.report.report import Report
@@ -78,6 +86,7 @@ __all__ = [
     "Report",
     "UnhealthyBatchNormError",
     "attribute_eval_gap",
+    "examine",
     "recalibrate",
 ]
 
@@ -93,6 +102,7 @@ _ROOMS = {
     "Report": "report.report",
     "UnhealthyBatchNormError": "callbacks.unhealthy",
     "attribute_eval_gap": "repair.attribution",
+    "examine": "repair.examination",
     "recalibrate": "repair.recalibration",
 }
 

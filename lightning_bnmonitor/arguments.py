@@ -18,6 +18,15 @@ def check_positive_or_none(argument: str, value: Any) -> None:
         raise ValueError(f"`{argument}` must be a positive integer or None, got {value!r}.")
 
 
+def check_positive_or_auto(argument: str, value: Any, or_none: bool = False) -> None:
+    """Raise ValueError if a value is neither a positive integer nor ``"auto"`` (nor None, where that may be)."""
+    if (isinstance(value, str) and value == "auto") or (value is None and or_none):
+        return
+    if not _is_integer(value) or value < 1:
+        choices = 'a positive integer, "auto" or None' if or_none else 'a positive integer or "auto"'
+        raise ValueError(f"`{argument}` must be {choices}, got {value!r}.")
+
+
 def check_not_negative(argument: str, value: Any) -> None:
     """Raise ValueError if a value is not an integer, or is negative."""
     if not _is_integer(value) or value < 0:
@@ -46,6 +55,12 @@ def check_name(argument: str, value: Any) -> None:
     """Raise ValueError if a value is not a string, or is empty."""
     if not isinstance(value, str) or not value:
         raise ValueError(f"`{argument}` must be a string that is not empty, got {value!r}.")
+
+
+def check_callable_or_none(argument: str, value: Any) -> None:
+    """Raise TypeError if a value is neither a function nor None."""
+    if value is not None and not callable(value):
+        raise TypeError(f"`{argument}` must be a function or None, got {value!r}.")
 
 
 def as_patterns(argument: str, patterns: str | Sequence[str] | None) -> tuple[str, ...] | None:

@@ -20,6 +20,7 @@ from lightning_bnmonitor.report.history import History
 from lightning_bnmonitor.report.report import Report
 
 _SHARE = 0.01  # of the time since the beginning that may go into drawing, and as much into events
+_GROWTH = 8  # the heatmap is drawn again when the windows have grown by one in so many: all of them take linear room
 _NUM_LAYERS = 10  # in a text
 Made = TypeVar("Made")
 
@@ -28,9 +29,9 @@ class Dashboard:
     """Events, heatmap, text and layout for one ``fit``, on the rank that logs.
 
     A heatmap holds all windows so far, and so does an event (:class:`~.history_events.HistoryEvents`). They are made at
-    the end of the first window and of the last, and between them as often as takes at most 1 % of the time each, so
-    that any number of short windows costs little and fills no disk. All of it waits for the validation that follows a
-    window. What takes files gets the page when all is over.
+    the end of the first window and of the last, and between them whenever the windows have grown by an eighth, or a
+    sixteenth, in at most 1 % of the time each, so that any number of short windows costs little and fills no disk. All
+    of it waits for the validation that follows a window. What takes files gets the page when all is over.
 
     Args:
         prefix: What all tags begin with.
@@ -45,6 +46,7 @@ class Dashboard:
         self._events = HistoryEvents(history)
         self._verdicts: dict[str, str] = {}  # what is the matter with the layers, in the last window,
         self._verdicts_before: dict[str, str] = {}  # and in the one before
+        self._drawn = 0  # windows that there were when it was
         self._undrawn: int | None = None  # the step of a window that is not in a picture yet
         self._untold: tuple[str, int] | None = None  # the text of a window that may still be validated, and its step
         self._is_first = True
@@ -84,7 +86,9 @@ class Dashboard:
         windows = self._history.windows.num_windows
         if self._is_first or (self._may_spend("history") and self._events.is_due()):
             self._write_events(loggers, is_last=False)
-        if self._is_first or (self._may_spend("heatmap") and windows % windows_in_column(windows) == 0):
+        is_due = windows % windows_in_column(windows) == 0 and _GROWTH * windows >= (_GROWTH + 1) * self._drawn
+        if self._is_first or (is_due and self._may_spend("heatmap")):
+            self._drawn = windows
             self._draw(loggers)
         self._is_first = False
 

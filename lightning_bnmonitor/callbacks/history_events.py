@@ -52,7 +52,7 @@ class HistoryEvents:
             yield CHANNELS
 
     def _writing(self, kind: str) -> Callable[[Any], None]:
-        data = encode(self._history.document() if kind == HISTORY else self._history.channels())
+        data = self._history.encoded() if kind == HISTORY else encode(self._history.channels())
         step = self._history.windows.steps[-1]
 
         def write(logger: Any) -> None:

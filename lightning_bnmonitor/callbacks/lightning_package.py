@@ -27,9 +27,13 @@ if TYPE_CHECKING or _in_use() == "lightning.pytorch":
     from lightning.pytorch import Callback as Callback
     from lightning.pytorch import LightningModule as LightningModule
     from lightning.pytorch import Trainer as Trainer
+    from lightning.pytorch import seed_everything as seed_everything
     from lightning.pytorch.loggers import Logger as Logger
+    from lightning.pytorch.utilities import CombinedLoader as CombinedLoader
 else:
     from pytorch_lightning import Callback as Callback
     from pytorch_lightning import LightningModule as LightningModule
     from pytorch_lightning import Trainer as Trainer
+    from pytorch_lightning import seed_everything as seed_everything
     from pytorch_lightning.loggers import Logger as Logger
+    from pytorch_lightning.utilities import CombinedLoader as CombinedLoader

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, get_args
 
 from typing_extensions import override
 
 from lightning_bnmonitor.arguments import (
     as_patterns,
+    check_callable_or_none,
     check_choice,
     check_not_negative,
 )
@@ -54,6 +55,8 @@ class BatchNormMonitor(Callback):
         group: ``group(batch, batch_idx)`` names what a whole training batch is of, such as its source, domain or
             augmentation (a string or a number; None: nothing). Reports then tell how far each group is from all, of 8
             groups a window, and of all others as one. If it fails, that is warned of, and training goes on without.
+        mask: Where inputs are padded: a function of the training batch that returns which positions count, a bool
+            tensor ``(B, T)``, say. See :class:`~lightning_bnmonitor.BatchNormTracker`.
 
     **On several ranks** a report tells of all of them together, and is the same on each: see
     :meth:`BatchNormTracker.close() <lightning_bnmonitor.BatchNormTracker.close>`. That takes two collectives a window
@@ -94,7 +97,8 @@ class BatchNormMonitor(Callback):
         ValueError: If an ``every_n_*`` is not a positive integer or both are given, if ``capture``, ``per_layer``,
             ``dashboard`` or ``on_unhealthy`` is unknown, or ``log_key_prefix`` empty; when ``fit`` starts, if a pattern
             matches no BatchNorm layer, or with DeepSpeed.
-        TypeError: If ``include`` or ``exclude`` is neither None nor strings, or ``group`` not callable.
+        TypeError: If ``include`` or ``exclude`` is neither None nor strings, or ``group`` or ``mask`` neither None nor
+            a function.
         UnhealthyBatchNormError: At the end of a window, of a validation that follows it, or of ``validate`` and
             ``test`` alone, with ``on_unhealthy="raise"``, if a layer needs attention.
 
@@ -118,13 +122,16 @@ class BatchNormMonitor(Callback):
         log_key_prefix: str = "bn",
         on_unhealthy: OnUnhealthy = "warn",
         group: GroupFunction | None = None,
+        mask: Callable[[Any], Any] | None = None,
     ) -> None:
         check_choice("capture", capture, get_args(CaptureMode))
         check_not_negative("validation_batches", validation_batches)
+        check_callable_or_none("mask", mask)
         self._schedule = WindowSchedule(every_n_epochs, every_n_train_batches)
         self._include = as_patterns("include", include)
         self._exclude = as_patterns("exclude", exclude)
         self._capture = capture
+        self._mask = mask
         self._validation_batches = validation_batches
         self._log_key_prefix = log_key_prefix
         self._group = BatchGroup(group)
@@ -189,7 +196,7 @@ class BatchNormMonitor(Callback):
         self._tracker = self._report = None
         self._schedule.begin()
         self._output.begin(trainer, validates=self._validation_batches > 0 and bool(trainer.enable_validation))
-        tracker = BatchNormTracker(pl_module, self._include, self._exclude, self._capture)
+        tracker = BatchNormTracker(pl_module, self._include, self._exclude, self._capture, self._mask)
         self._tracker = tracker.attach()
         if collectives.num_ranks() > 1:
             collectives.group()  # made now, while no rank is ahead of others

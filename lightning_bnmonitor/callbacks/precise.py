@@ -6,17 +6,18 @@ import copy
 import itertools
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import DataLoader, IterableDataset
 from typing_extensions import override
 
-from lightning_bnmonitor.arguments import check_bool, check_positive, check_positive_or_none
+from lightning_bnmonitor.arguments import check_bool, check_positive_or_auto, check_positive_or_none
 from lightning_bnmonitor.callbacks.lightning_package import Callback, LightningModule, Trainer
 from lightning_bnmonitor.callbacks.schedule import is_training_over
 from lightning_bnmonitor.compat import BatchNorm, prepared_batch
+from lightning_bnmonitor.repair.fixed_weights import NumBatches
 from lightning_bnmonitor.repair.passes import Forward, forward_of
 from lightning_bnmonitor.repair.recalibration import Recalibration, recalibrate_layers
 from lightning_bnmonitor.repair.selection import select, warn_of_misfits
@@ -37,7 +38,9 @@ class PreciseBatchNorm(Callback):
     monitor does not count its forward passes, and knows where the running statistics come from.
 
     Args:
-        num_batches: Batches that the statistics are taken from, on each rank; fewer if there are fewer.
+        num_batches: Batches that the statistics are taken from, on each rank; fewer if there are fewer. ``"auto"``: as
+            many as it takes until chance makes an error of at most 0.01 in every layer (see
+            :func:`~lightning_bnmonitor.examine`), each time anew.
         every_n_epochs: Only in every n-th epoch, counted as ``ModelCheckpoint`` does, and at the end of ``fit``. None:
             before every validation.
         dataloader: Where batches come from: anything that can be iterated again and again. None: a fresh loader over
@@ -62,9 +65,10 @@ class PreciseBatchNorm(Callback):
     what cannot work fails then.
 
     Raises:
-        ValueError: If ``num_batches`` or ``every_n_epochs`` is not a positive integer, ``restore`` or ``frozen`` no
-            bool, ``dataloader`` can be iterated only once; when training starts, if the default loader cannot be made:
-            the training data are an iterable data set, several loaders, or no ``DataLoader``.
+        ValueError: If ``num_batches`` is neither a positive integer nor ``"auto"``, ``every_n_epochs`` is not a
+            positive integer, ``restore`` or ``frozen`` no bool, ``dataloader`` can be iterated only once; when training
+            starts, if the default loader cannot be made: the training data are an iterable data set, several loaders,
+            or no ``DataLoader``.
         RuntimeError: When training starts, if the model cannot take a batch.
 
     Example::
@@ -76,14 +80,14 @@ class PreciseBatchNorm(Callback):
 
     def __init__(
         self,
-        num_batches: int = 200,
+        num_batches: int | Literal["auto"] = 200,
         every_n_epochs: int | None = None,
         dataloader: Iterable[Any] | None = None,
         restore: bool = False,
         forward: Forward | None = None,
         frozen: bool = False,
     ) -> None:
-        check_positive("num_batches", num_batches)
+        check_positive_or_auto("num_batches", num_batches)
         check_positive_or_none("every_n_epochs", every_n_epochs)
         check_bool("restore", restore)
         check_bool("frozen", frozen)
@@ -201,7 +205,9 @@ class PreciseBatchNorm(Callback):
                 assert exact is not None
                 self._exact[name] = exact
 
-    def _recalibrate(self, trainer: Trainer, pl_module: LightningModule, num_batches: int) -> Recalibration:
+    def _recalibrate(
+        self, trainer: Trainer, pl_module: LightningModule, num_batches: int | Literal["auto"]
+    ) -> Recalibration:
         found = find_layers(pl_module, None, None) if self._layers else {}
         selection = select(found, self._frozen, self._includes_frozen)
         if self._has_warned or (self._has_looked and not selection.layers):
@@ -215,9 +221,13 @@ class PreciseBatchNorm(Callback):
                 return self._forward(model, batch)
 
         if trainer.overfit_batches or trainer.fast_dev_run:  # type: ignore[attr-defined]
-            num_batches = min(num_batches, int(trainer.num_training_batches))
-        batches = _first(self._loader(trainer), num_batches) if found else ()
-        return recalibrate_layers(pl_module, batches, forward, None, selection, all_ranks=trainer.world_size > 1)
+            most = int(trainer.num_training_batches)
+            num_batches = most if num_batches == "auto" else min(num_batches, most)
+        batches = self._loader(trainer) if found else ()
+        if num_batches != "auto":
+            batches = _first(batches, num_batches)
+        how_many: NumBatches = "auto" if num_batches == "auto" else None  # all of them
+        return recalibrate_layers(pl_module, batches, forward, how_many, selection, all_ranks=trainer.world_size > 1)
 
     def _loader(self, trainer: Trainer) -> Iterable[Any]:
         """What batches are taken from: the loader that was given, or one like that of training."""

@@ -15,6 +15,7 @@ from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
 from lightning_bnmonitor.capture.layer_hook import Gate, Hook, LayerHook
+from lightning_bnmonitor.capture.masked_calls import MaskHook
 from lightning_bnmonitor.capture.model_inputs import InputHook
 from lightning_bnmonitor.compat import (
     COMPILER_SETTINGS,
@@ -39,6 +40,7 @@ class Attachment:
         model: The root.
         gate: Counts the steps.
         hooks: The BatchNorm layers and their hooks.
+        mask_hooks: Further ones of these layers, where masks tell what counts.
         see: Told of what ``model`` is given, before each call.
         drain: Called after each call of a compiled module in ``model``.
         after_step: Called after a step of one of the model's optimizers if there is more to do than to count it.
@@ -53,6 +55,7 @@ class Attachment:
         model: nn.Module,
         gate: Gate,
         hooks: Mapping[BatchNorm, LayerHook],
+        mask_hooks: Mapping[BatchNorm, MaskHook],
         see: Callable[[object], None],
         drain: Callable[[], None],
         after_step: Callable[[], None],
@@ -64,6 +67,8 @@ class Attachment:
         forget_compiled_code()  # of this model or another of the same class, as it does not look for our hooks
         for layer, hook in hooks.items():
             self._handles.append(layer.register_forward_hook(hook, with_kwargs=True))
+        for layer, mask_hook in mask_hooks.items():
+            self._handles.append(layer.register_forward_hook(mask_hook, with_kwargs=True))
         if compiled_call(model) is None:
             self._handles.append(model.register_forward_pre_hook(InputHook(see), with_kwargs=True))
         for module in model.modules():

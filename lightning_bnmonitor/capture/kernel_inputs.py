@@ -33,10 +33,11 @@ class _Recording(TorchFunctionMode):
 
 
 @contextmanager
-def kernel_inputs(layer: BatchNorm, hook: Callable[..., None]) -> Iterator[None]:
+def kernel_inputs(layer: BatchNorm, hook: Callable[..., None], no_kernel: Callable[[], None]) -> Iterator[None]:
     """A context in which a forward hook is called with what the layer's own kernel has received, for each time it runs.
 
-    If none of that can be told, with what the layer has received.
+    If none of that can be told, with what the layer has received; if no BatchNorm kernel has run at all, ``no_kernel``
+    is called before.
     """
     running: list[tuple[_Recording, ExitStack]] = []
 
@@ -55,6 +56,8 @@ def kernel_inputs(layer: BatchNorm, hook: Callable[..., None]) -> Iterator[None]
             own = [x for x, _ in recording.received]
         for received in own:
             hook(module, (received,), {}, output)
+        if not recording.received:
+            no_kernel()
         if not own:
             hook(module, args, kwargs, output)
 

@@ -188,13 +188,13 @@ class LayerHook(Hook):
         root = gate.root()
         if root is not None and not root.training:
             if gate.validating and not gate.paused:
-                self._look_at_validation(module, args[0] if args else _by_keyword(kwargs))
+                self._look_at_validation(module, args[0] if args else by_keyword(kwargs))
             if torch.is_grad_enabled():
                 self._count_in_eval_mode()
             return
-        x = args[0] if args else _by_keyword(kwargs)
+        x = args[0] if args else by_keyword(kwargs)
         if is_dynamo_compiling():
-            if _has_channels(x, module) and not is_exporting():
+            if has_channels(x, module) and not is_exporting():
                 updating = module.training and module.track_running_stats and module.running_mean is not None
                 self.traced += ((traced_moments(x), module.training, updating),)
                 gate.is_traced = True
@@ -251,7 +251,7 @@ class LayerHook(Hook):
             self.trained_in_validation = True
         if self.gate.paused or self.gate.is_closed or is_exporting():
             return
-        if is_abstract(x) or not _has_channels(x, module):
+        if is_abstract(x) or not has_channels(x, module):
             self.skipped += 1
             return
         if x.is_cuda and is_stream_capturing():
@@ -291,13 +291,13 @@ class LayerHook(Hook):
     def _look_at_validation(self, module: BatchNorm, x: object) -> None:
         if not is_compiling():
             self._take_in_validation(module, x)
-        elif _has_channels(x, module) and not is_exporting():
+        elif has_channels(x, module) and not is_exporting():
             self.traced_validation += (traced_moments(x),)
             self.gate.is_traced = True
 
     @never_compiled
     def _take_in_validation(self, module: BatchNorm, x: object) -> None:
-        if not is_abstract(x) and _has_channels(x, module) and x.numel() and not (x.is_cuda and is_stream_capturing()):
+        if not is_abstract(x) and has_channels(x, module) and x.numel() and not (x.is_cuda and is_stream_capturing()):
             try:
                 moments = pass_moments(x)
             except Exception as error:
@@ -346,7 +346,7 @@ class LayerHook(Hook):
             self.gate.is_full = True
 
 
-def _by_keyword(kwargs: dict[str, Any]) -> Any:
+def by_keyword(kwargs: dict[str, Any]) -> Any:
     """The input among keyword arguments: by the names that it has as a rule, or else the first."""
     for name in ("input", "x"):
         if name in kwargs:
@@ -354,6 +354,6 @@ def _by_keyword(kwargs: dict[str, Any]) -> Any:
     return next(iter(kwargs.values()), None)
 
 
-def _has_channels(x: object, module: BatchNorm) -> TypeGuard[Tensor]:
+def has_channels(x: object, module: BatchNorm) -> TypeGuard[Tensor]:
     """Whether ``x`` is ``(N, C, *)``: a subclass may take anything else, and rearrange it for the kernel."""
     return isinstance(x, Tensor) and x.ndim >= 2 and x.shape[1] == module.num_features

@@ -48,6 +48,39 @@ def moments_of(x: Tensor) -> tuple[Tensor, Tensor]:
     return first.double().add_(centre), var
 
 
+@torch.no_grad()
+def masked_moments_of(x: Tensor, mask: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """How many values per channel a mask lets count, and their mean and biased variance.
+
+    The others may be anything, NaN too. The sums are those of :func:`moments_of`, the second about the mean.
+
+    Args:
+        x: ``(N, C, *positions)``, not empty.
+        mask: Bool, ``(N, *positions)``, or of size 1 where all are alike.
+
+    Returns:
+        ``()``, ``(C,)`` and ``(C,)``, float64 (float32 on MPS, which has none); 0 each if none counts.
+    """
+    mask = mask.expand(x.shape[0], *x.shape[2:])
+    if _has_channels_inside(x):
+        values, mask = x.movedim(1, -1).flatten(0, -2)[..., None], mask.reshape(-1, 1, 1)
+    else:
+        values, mask = _with_positions(x), mask.reshape(x.shape[0], 1, -1)
+    values = values if x.dtype in (torch.float32, torch.float64) else values.float()
+    count = mask.sum(dtype=_double(x))
+    num = count.clamp_min(1)
+    kept = torch.where(mask, values, 0)
+    centre = (_sums(kept) / num).to(kept.dtype)
+    kept.sub_(centre[:, None]).mul_(mask)
+    first = _sums(kept) / num
+    second = _sums(kept.square_()) / num
+    return count, first + centre, second.sub_(first.square()).clamp_min_(0)
+
+
+def _double(x: Tensor) -> torch.dtype:
+    return torch.float32 if x.device.type == "mps" else torch.float64
+
+
 def _with_positions(x: Tensor) -> Tensor:
     """``(N, C, P)``."""
     return x[..., None] if x.ndim == 2 else x.flatten(2)
@@ -69,10 +102,12 @@ def _sums(values: Tensor) -> Tensor:
     """Sums of ``(N, C, P)`` per channel, ``(C,)`` float64, of parts that are added in the dtype of the values."""
     num, channels, positions = values.shape
     if positions >= num:
-        return values.sum(2).double().sum(0)  # rows lie in memory as they are: PyTorch adds these in a cascade
+        return (
+            values.sum(2).to(_double(values)).sum(0)
+        )  # rows lie in memory as they are: PyTorch adds these in a cascade
     rows = values.reshape(num, channels * positions)
     whole = num - num % _SERIAL
-    sums = rows[whole:].sum(0).double()
+    sums = rows[whole:].sum(0).to(_double(values))
     if whole:
-        sums += rows[:whole].view(whole // _SERIAL, _SERIAL, channels * positions).sum(1).double().sum(0)
+        sums += rows[:whole].view(whole // _SERIAL, _SERIAL, channels * positions).sum(1).to(sums.dtype).sum(0)
     return sums.view(channels, positions).sum(1)

@@ -1,13 +1,15 @@
-"""The command ``bnmonitor``, also ``python -m lightning_bnmonitor``. Needs neither torch nor Lightning."""
+"""The command ``bnmonitor``, also ``python -m lightning_bnmonitor``. ``show`` needs neither torch nor Lightning."""
 
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
 
-from lightning_bnmonitor.commands import show
+from lightning_bnmonitor.commands import attribute, check, repair, show
+from lightning_bnmonitor.commands.messages import CommandError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -15,18 +17,26 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Returns:
         The exit status: 0; 1 if what was asked for is found to be so (``--fail-on``); 2 if it could not be done, with a
-        sentence on stderr.
+        sentence on stderr; 130 if it was interrupted.
     """
-    parser = argparse.ArgumentParser("bnmonitor", description="What BatchNormMonitor has found in trainings.")
+    parser = argparse.ArgumentParser(
+        "bnmonitor", description="BatchNorm in eval(): of trained models, and of trainings that were monitored."
+    )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
-    show.add_to(commands)
+    for command in (check, repair, attribute, show):
+        command.add_to(commands)
     chosen = parser.parse_args(arguments)
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # names of layers may have letters that a terminal lacks
     try:
         status: int = chosen.run(chosen)
         sys.stdout.flush()
-    except show.UnreadableError as error:
+    except CommandError as error:
         print(f"bnmonitor: {error}", file=sys.stderr)
         return 2
+    except KeyboardInterrupt:
+        print("bnmonitor: interrupted.", file=sys.stderr)
+        return 130
     except BrokenPipeError:  # whoever reads it has seen enough; Python itself would flush once more
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 0

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import sys
 from pathlib import Path
 from typing import Any, NamedTuple
 
+from lightning_bnmonitor.commands.messages import CommandError
 from lightning_bnmonitor.commands.window import Window, window_at
 from lightning_bnmonitor.page.document import decode
 from lightning_bnmonitor.page.html import page
@@ -15,10 +17,6 @@ from lightning_bnmonitor.tensorboard.logdir import RunDocuments, event_files, ru
 
 _DESCRIPTION = """Print what the last window of each run has shown of its BatchNorm layers, as the event files below
 LOGDIR tell. Exits with 2 if something cannot be read."""
-
-
-class UnreadableError(Exception):
-    """There is nothing to show; the sentence says why."""
 
 
 def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -44,7 +42,7 @@ def run(arguments: argparse.Namespace) -> int:
     """Show what was asked for. Returns the exit status.
 
     Raises:
-        UnreadableError: If there is nothing to show at all.
+        CommandError: If there is nothing to show at all.
     """
     runs, troubles = _read(arguments.logdir, arguments.window)
     windows = {name: shown.window for name, shown in runs.items()}
@@ -67,12 +65,17 @@ def run(arguments: argparse.Namespace) -> int:
 
 def _read(logdir: Path, step: int | None) -> tuple[dict[str, _Run], list[str]]:
     """All runs, and what could not be read, in sentences."""
-    if not logdir.is_dir():
-        raise UnreadableError(f"{logdir} is no folder." if logdir.exists() else f"There is no folder {logdir}.")
-    if not event_files(logdir):
-        raise UnreadableError(f"There are no event files (*tfevents*) in {logdir} or below it.")
+    try:
+        if not logdir.is_dir():
+            raise CommandError(f"{logdir} is no folder." if logdir.exists() else f"There is no folder {logdir}.")
+    except OSError as error:
+        raise CommandError(f"{logdir} cannot be read: {error.strerror}.") from error
+    troubles: list[str] = []
+    files = event_files(logdir, lambda error: troubles.append(f"{error.filename} cannot be read: {error.strerror}."))
+    troubles += [f"{path} cannot be read." for each in files.values() for path in each if not os.access(path, os.R_OK)]
+    if not files and not troubles:
+        raise CommandError(f"There are no event files (*tfevents*) in {logdir} or below it.")
     read: dict[str, _Run] = {}
-    troubles = []
     for name, documents in runs_in(logdir).items():
         shown = _decoded(documents, step)
         if isinstance(shown, _Run):
@@ -80,9 +83,9 @@ def _read(logdir: Path, step: int | None) -> tuple[dict[str, _Run], list[str]]:
         else:
             troubles.append(f"{name}: {shown}")
     if not read and not troubles:
-        raise UnreadableError(
-            f"The event files in {logdir} have no BatchNorm data: train with "
-            "`Trainer(callbacks=[BatchNormMonitor()])` and a logger that writes to TensorBoard."
+        raise CommandError(
+            f"The event files in {logdir} have no BatchNorm data, or are cut off or damaged before any. They come from "
+            "`Trainer(callbacks=[BatchNormMonitor()])` with a logger that writes to TensorBoard."
         )
     return read, troubles
 

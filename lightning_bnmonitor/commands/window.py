@@ -59,7 +59,7 @@ def window_at(document: Mapping[str, Any], step: int | None) -> Window:
         is_last = index == document["latest"]["window"]
         text = document["latest"]["text"] if is_last else f"{said}\n\n{_table(layers)}"
         return Window(steps[index], said, layers, text)
-    except (KeyError, IndexError, TypeError) as error:
+    except (KeyError, IndexError, TypeError, AttributeError) as error:
         raise ValueError(f"Its data are damaged: {error!r}.") from error
 
 

@@ -71,6 +71,8 @@ class Circumstances(NamedTuple):
     """Steps of its optimizers meanwhile."""
     has_initial_stats: bool = False
     """Whether the module's buffers are the initial zeros and ones."""
+    updates_nothing: bool = False
+    """Whether it is known, as it is set up, that no call in training updates its running statistics."""
 
     @property
     def was_called(self) -> bool:

@@ -11,6 +11,7 @@ from lightning_bnmonitor.diagnosis.circumstances import Circumstances
 from lightning_bnmonitor.diagnosis.evidence import Evidence
 from lightning_bnmonitor.diagnosis.flags import FLAGS
 from lightning_bnmonitor.diagnosis.groups import GroupShift, evidence_of, sentence_on
+from lightning_bnmonitor.diagnosis.one_pass import in_words
 from lightning_bnmonitor.diagnosis.rules import is_noisy_by_calls, moves_with_weights, updates_nothing
 from lightning_bnmonitor.diagnosis.sentences import RECALIBRATE_CALL, RECALIBRATE_FROZEN_CALL, Statement
 from lightning_bnmonitor.diagnosis.verdicts import VERDICTS, verdict_on
@@ -66,7 +67,7 @@ class Diagnosis:
     @property
     def notes(self) -> str:
         """What its flags say, and what to do about that; empty if there are none."""
-        flags = [FLAGS[flag] for flag in self.flags]
+        flags = [in_words(FLAGS[flag], self.evidence) for flag in self.flags]
         texts = (text for flag in flags for text in (flag.explain(self.evidence), flag.prescribe(self.evidence)))
         return self._for_this_layer(_joined(texts))
 
@@ -76,7 +77,7 @@ class Diagnosis:
         added = [_UNSEEN] if self.evidence.get("calls_skipped") else []
         added += [_WITH_WEIGHTS] if moves_with_weights(self.evidence) else []
         statements = [VERDICTS[self.verdict], *added, *(FLAGS[flag] for flag in self.flags)]
-        texts = [statement.explain(self.evidence) for statement in statements]
+        texts = [in_words(statement, self.evidence).explain(self.evidence) for statement in statements]
         if self.verdict in ("grouped-batches", "ordered-batches"):
             texts.insert(1, sentence_on(self.groups))
         text = _joined(texts)
@@ -92,7 +93,8 @@ class Diagnosis:
         is_flagged = any(FLAGS[flag].attention(self.evidence) for flag in self.flags)
         if {"always": True, "if wrong": self.needs_attention, "never": not is_flagged}[verdict.attention]:
             statements.insert(0, verdict)
-        return self._for_this_layer(_joined(statement.prescribe(self.evidence) for statement in statements))
+        said = (in_words(statement, self.evidence).prescribe(self.evidence) for statement in statements)
+        return self._for_this_layer(_joined(said))
 
     def _for_this_layer(self, remedy: str) -> str:
         is_left_alone = updates_nothing(self.evidence)
@@ -137,8 +139,10 @@ def _of_calls(layer: Circumstances, evidence: Evidence) -> dict[str, float]:
             numbers["keras_momentum"] = 1 - layer.momentum
     if effective is not None:
         numbers["effective_momentum"] = effective
-    if updates >= 0:
-        numbers["updates_per_call"] = updates
+    if updates >= 0 or layer.updates_nothing:
+        numbers["updates_per_call"] = 0.0 if layer.updates_nothing else updates
+    if "one_pass" in evidence and layer.num_tracked is not None:
+        numbers["num_updates"] = float(layer.num_tracked)
     if layer.updates_twice and not math.isclose(layer.updates_of_repeated, updates):
         numbers["updates_of_repeated"] = layer.updates_of_repeated
     if "ranks" in evidence and not layer.was_called:  # on rank 0: what it has is against what the others received
@@ -152,7 +156,7 @@ def _of_calls(layer: Circumstances, evidence: Evidence) -> dict[str, float]:
         numbers["steps_in_eval_mode"] = float(layer.steps_in_eval_mode)
     if layer.has_initial_stats and not evidence.get("batches"):
         numbers["initial_weight"] = 1.0
-    if unmoved and layer.has_running_stats:
+    if unmoved and layer.has_running_stats and "one_pass" not in evidence:
         numbers["calls_not_updating"] = unmoved
     if "call_shift" in evidence:
         of_calls = {name: getattr(layer, name) for name in ("call_shift_before", "calls_per_model_call")}

@@ -13,6 +13,7 @@ from lightning_bnmonitor.statistics import divergence
 from lightning_bnmonitor.statistics.analysis import Analysis
 from lightning_bnmonitor.statistics.call_contrasts import CallContrasts, call_shifts
 from lightning_bnmonitor.statistics.channel_layout import BoolArray, ChannelLayout, FloatArray
+from lightning_bnmonitor.statistics.padding import Padding
 
 Evidence = Mapping[str, float]
 """Numbers by name, as in :data:`EVIDENCE`; what could not be told is absent."""
@@ -109,7 +110,19 @@ EVIDENCE: Mapping[str, str] = {
     "first_bad_batch": "the first call in the window with a value that is not finite, counted from 1",
     "bad_windows_ago": "how many windows ago that was, if it is what the running statistics are still not finite of",
     "first_bad_channel": "the first channel with such a value in it, counted from 0",
+    "padding_batches": "calls whose mask tells what padding does, of all ranks",
+    "padding_share": "share of the values in them that are padding",
+    "padding_scatter": "standard deviation of that share from call to call",
+    "padding_shift": "by how much padding moves, from call to call, the statistics that training normalises by, as an "
+    "RMS error of the normalised activation, chance taken off; 0 where it may be chance",
+    "padding_noise": "the part of that which is chance",
+    "padding_offset": "RMS error of the normalised activation that statistics with padding make on the values that "
+    "are none",
+    "constant_ends": "share of the positions of what the model is given that lie at the end of samples and are alike "
+    "there in all channels, if that looks like padding and no mask tells",
     "ranks": "how many ranks the window is of, if several",
+    "one_pass": "1 if what the layer received is that of one pass of given data, at fixed weights",
+    "num_updates": "updates of its running statistics so far, as it has counted them: of one pass",
     "rank_error": "RMS error that comes from rank 0's data differing from all ranks', chance taken off; 0 where it may "
     "be chance",
     "recommended_momentum": "the momentum that the remedy names",
@@ -253,6 +266,14 @@ def observations(
             known |= {"first_bad_batch": batch, "first_bad_channel": bad_channel}
         if not known["batches"]:
             known = {name: value for name, value in known.items() if name in _WITHOUT_BATCHES}
+        yield known
+
+
+def of_padding(padding: Padding) -> Iterator[dict[str, float]]:
+    """What padding does to each layer: a part of its evidence."""
+    names = ("batches", "share", "scatter", "shift", "noise", "offset")
+    for values in zip(*(getattr(padding, name).tolist() for name in names), strict=True):
+        known = {f"padding_{name}": value for name, value in zip(names, values, strict=True) if math.isfinite(value)}
         yield known
 
 

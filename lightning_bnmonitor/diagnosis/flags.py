@@ -152,7 +152,8 @@ def _compensate(evidence: Evidence) -> list[str]:
     return ["Set `momentum={compensated_momentum}` to get the effect of {momentum}."]
 
 
-def _explain_calls(evidence: Evidence) -> list[str]:
+def explain_calls(evidence: Evidence) -> list[str]:
+    """Explain ``calls-differ``."""
     which = {1: "the first is", 2: "the second is", 3: "the third is"}
     named = which.get(int(evidence["call_shift_index"]), "those from the fourth on are")
     if evidence["calls_per_step"] == 2:
@@ -172,7 +173,8 @@ def _explain_calls(evidence: Evidence) -> list[str]:
     ]
 
 
-def _cure_calls(evidence: Evidence) -> list[str]:
+def cure_calls(evidence: Evidence) -> list[str]:
+    """What to do about ``calls-differ``."""
     if rules.is_at_several_places(evidence):
         return ["Give each place a BatchNorm layer of its own; the weights around it may stay shared."]
     return [
@@ -187,8 +189,8 @@ _TABLE = (
         name="calls-differ",
         rule=rules.has_unlike_calls,
         attention=rules.is_spoiled_by_calls,
-        explanation=_explain_calls,
-        remedy=_cure_calls,
+        explanation=explain_calls,
+        remedy=cure_calls,
     ),
     Flag(
         name="dead-channels",
@@ -226,6 +228,18 @@ _TABLE = (
         ),
     ),
     Flag(
+        name="maybe-padded",
+        rule=rules.may_be_padded,
+        explanation=(
+            "What the model is given may be padded: a share of {constant_ends} of its positions, at the end of "
+            "samples, is alike in all channels. What that does to the layer is not known.",
+        ),
+        remedy=(
+            "To know, tell which positions count: `BatchNormMonitor(mask=fn)`, where `fn(batch)` returns a bool tensor "
+            "(B, T), True where a position counts.",
+        ),
+    ),
+    Flag(
         name="missed-calls",
         rule=lambda layer, _: layer.updates_per_call > 1 and not layer.weights_known and not layer.updates_twice,
         explanation=(
@@ -236,7 +250,7 @@ _TABLE = (
     ),
     Flag(
         name="never-updated",
-        rule=None,
+        rule=rules.is_never_updated,
         attention=lambda _: True,
         explanation=(
             "Its running statistics were never updated: they are the initial zeros and ones (`num_batches_tracked` is "
@@ -271,6 +285,24 @@ _TABLE = (
         remedy=_cure_other_weights,
     ),
     Flag(
+        name="padded",
+        rule=rules.is_moved_by_padding,
+        attention=rules.is_spoiled_by_padding,
+        explanation=(
+            "Padding is a share of {padding_share} of the values that it receives, and that share varies from batch to "
+            "batch by {padding_scatter} (standard deviation). This alone moves the mean and variance by which training "
+            "normalises, by {padding_shift} (chance explains {padding_noise}): in training a sample's activations "
+            "depend on how much padding is beside it, in eval() they do not.",
+            "Statistics with padding are {padding_offset} off those without.",
+        ),
+        remedy=(
+            "Normalise by the values that count: with x (B, C, T), a bool mask (B, T) and an `nn.BatchNorm1d`, "
+            "`y = torch.zeros_like(x); y.mT[mask] = bn(x.mT[mask])` in the place of `y = bn(x)`. Or put sequences of "
+            "like length into a batch, or use `nn.LayerNorm` over the channels, which sees no other position "
+            "(`nn.GroupNorm` does).",
+        ),
+    ),
+    Flag(
         name="rank-0-only",
         rule=lambda _, evidence: evidence.get("rank_error", 0.0) > WARNING,
         attention=lambda _: True,
@@ -287,7 +319,7 @@ _TABLE = (
     Flag(
         name="small-last-batch",
         rule=rules.has_small_last_batch,
-        attention=rules.is_tiny_at_last,
+        attention=rules.is_spoiled_by_last,
         explanation=_explain_last_batch,
         remedy=("Leave it out: `DataLoader(..., drop_last=True)`.",),
     ),

@@ -26,6 +26,7 @@ _FEW_VALUES = 10  # independent ones in a batch
 _SATURATED = math.sqrt(1.5 / 8)  # the jitter of 8 independent values
 _WORTH_DROPPING = 0.08  # of the noise that a small last batch adds
 _CALL_SHIFT = 0.05  # from which on it is said
+_PADDING_SHIFT = 0.05  # likewise
 _SEVERAL = 1.25  # calls of a layer for each of its model's
 _SHARE = 0.02  # of a channel's variance, that the order or the making of batches must explain to count
 _SMOOTH = 0.6  # share of a movement from which on it may be that of the weights
@@ -81,12 +82,28 @@ def is_far(layer: Circumstances, evidence: Evidence) -> bool:
 
 def is_not_updated(layer: Circumstances, evidence: Evidence) -> bool:
     """Whether no call has updated the running statistics."""
-    return not evidence["batches"] or layer.updates_per_call == 0
+    return not evidence["batches"] or layer.updates_per_call == 0 or layer.updates_nothing
 
 
 def is_trained_in_eval(layer: Circumstances, _: Evidence) -> bool:
     """Whether the model was trained while it was in eval mode as a whole, and not in training mode."""
     return not layer.was_called and layer.calls_in_eval_mode > 0 and layer.steps_in_eval_mode > 0
+
+
+def is_moved_by_padding(layer: Circumstances, evidence: Evidence) -> bool:
+    """Whether padding moves what training normalises by, from batch to batch, by so much that it is to be known."""
+    return layer.training_calls > 0 and evidence.get("padding_shift", 0.0) > _PADDING_SHIFT
+
+
+def may_be_padded(layer: Circumstances, evidence: Evidence) -> bool:
+    """Whether it normalises batches of sequences, and what the model is given looks padded."""
+    has_positions = evidence.get("samples_per_batch", 0.0) > evidence.get("batch_size", math.inf)
+    return layer.training_calls > 0 and has_positions and "constant_ends" in evidence
+
+
+def is_spoiled_by_padding(evidence: Evidence) -> bool:
+    """Whether so much that it needs attention."""
+    return evidence.get("padding_shift", 0.0) > WARNING
 
 
 def net_error(evidence: Evidence) -> float:
@@ -101,6 +118,8 @@ def net_shift(evidence: Evidence) -> float:
 
 def is_ordered(_: Circumstances, evidence: Evidence) -> bool:
     """Whether parts of the window differ, because the data come in an order."""
+    if is_of_one_pass(evidence):  # in which no weights move
+        return _parts_differ(evidence)
     if "order_score" in evidence:
         return _batches_vary(evidence) and evidence["order_score"] > LIMIT
     is_smooth = evidence.get("smooth_share", 1.0) >= _SMOOTH and not evidence.get("border_jump")
@@ -134,7 +153,32 @@ def updates_nothing(evidence: Evidence) -> bool:
 def moves_with_weights(evidence: Evidence) -> bool:
     """Whether batches vary more than by chance while the data are known to come in random order."""
     scores = evidence.get("order_score", math.inf), evidence.get("group_score", math.inf)
-    return max(scores) <= LIMIT and _batches_vary(evidence)
+    return max(scores) <= LIMIT and _batches_vary(evidence) and not is_of_one_pass(evidence)
+
+
+def is_of_one_pass(evidence: Evidence) -> bool:
+    """Whether it is known from one pass of data at fixed weights."""
+    return bool(evidence.get("one_pass"))
+
+
+def is_off(evidence: Evidence) -> bool:
+    """Whether the running statistics are off by more than a warning, chance in what they are compared with taken off.
+
+    Of one pass, at the end of which they are what they are, whatever noise they were to have.
+    """
+    return beyond_chance(evidence.get("eval_error", 0.0), evidence.get("now_error", math.inf)) > WARNING
+
+
+def is_never_updated(layer: Circumstances, evidence: Evidence) -> bool:
+    """Whether one pass shows running statistics that are off, as no batch has ever updated them."""
+    is_initial = layer.has_initial_stats and not (layer.updates_nothing or layer.own_forward)
+    return is_of_one_pass(evidence) and is_initial and is_off(evidence)
+
+
+def does_not_fit(layer: Circumstances, evidence: Evidence) -> bool:
+    """Whether one pass shows running statistics that are off, neither by the initial values nor by their own noise."""
+    is_else = is_lagging(layer, evidence) or (is_off(evidence) and not is_noisy(layer, evidence))
+    return is_of_one_pass(evidence) and is_else
 
 
 def _batches_vary(evidence: Evidence) -> bool:
@@ -182,7 +226,8 @@ def is_noisy(layer: Circumstances, evidence: Evidence) -> bool:
     """Whether sampling noise is worth a warning: what it is expected to be, or what it happens to be."""
     noise = evidence.get("noise_error", 0.0)
     happens = _is_off(evidence) and noise > max(WARNING / 2, _part_of_earlier(evidence))
-    return layer.weights_known and (noise > WARNING or happens)
+    is_expected = noise > WARNING and (is_off(evidence) or not is_of_one_pass(evidence))
+    return layer.weights_known and (is_expected or happens)
 
 
 def is_moving(layer: Circumstances, evidence: Evidence) -> bool:
@@ -243,6 +288,14 @@ def has_small_last_batch(_: Circumstances, evidence: Evidence) -> bool:
 def is_tiny_at_last(evidence: Evidence) -> bool:
     """Whether the last batch has so few values, and the others more."""
     return evidence.get("last_batch_samples", math.inf) <= _TINY < evidence["samples_per_batch"]
+
+
+def is_spoiled_by_last(evidence: Evidence) -> bool:
+    """Whether a last batch of so few values needs attention: of one pass, if the running statistics are off, too.
+
+    Other data may end otherwise than those of training did.
+    """
+    return is_tiny_at_last(evidence) and (is_off(evidence) or not is_of_one_pass(evidence))
 
 
 def is_noisy_at_last(evidence: Evidence) -> bool:

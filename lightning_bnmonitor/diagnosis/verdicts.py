@@ -169,6 +169,23 @@ _TABLE = (
         remedy=wording.cure_warming_up,
     ),
     Verdict(
+        name="misfit",
+        letter="M",
+        color="#8C510A",
+        attention="always",
+        rule=rules.does_not_fit,
+        explanation=(
+            "Its running statistics are {eval_error} off what it receives, by more than chance explains"
+            " (their sampling noise is {noise_error}, that of these data {now_error}).",
+            "Whether they lag behind the weights, belong to other weights, or come from other data or with dropout, "
+            "which is off here, one pass does not tell.",
+        ),
+        remedy=(
+            f"{RECALIBRATE[0].upper()}{RECALIBRATE[1:]}.",
+            "If training brings it back, `BatchNormMonitor()` among the Trainer's callbacks tells why.",
+        ),
+    ),
+    Verdict(
         name="lagging",
         letter="L",
         color="#D55E00",

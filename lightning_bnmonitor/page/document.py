@@ -1,13 +1,12 @@
 """The document of a run: what is kept of all its windows, in JSON's types, and how that becomes bytes and back.
 
-Numbers of all windows and layers are ``(W, L)`` arrays in base64: window after window, the layers in the model's order.
-Metrics are bfloat16, all high bytes before all low bytes, which compress better so. What else is in it is written by
-``report/history.py``.
+Numbers of all windows and layers are ``(W, L)`` arrays as text (:mod:`lightning_bnmonitor.page.planes`): window after
+window, the layers in the model's order. Metrics are float32 of which the upper 16 bits are kept, causes the upper 8 of
+32 bits. What else is in it is written by ``report/history.py``.
 """
 
 from __future__ import annotations
 
-import base64
 import json
 import zlib
 from collections.abc import Mapping
@@ -16,12 +15,18 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
-FORMAT = 1
-"""The version of the format; another one is refused."""
+from lightning_bnmonitor.page import format_1
+from lightning_bnmonitor.page.planes import unpacked
+
+FORMAT = 2
+"""The version of the format. Format 1 is read, too; another one is refused."""
 METRICS = ("eval_error", "noise", "val_error", "val_shift", "call_shift", "group_shift", "batch_jitter")
 """What may be known of a layer in a window; what is known of none is absent."""
 ABSENT = 255
 """In the place of a cause: the layer was not in that window."""
+_FORMAT_1 = b'{"format":1,'
+MOST_DIGITS = 7
+"""Binary digits that bfloat16 has after the first."""
 ATTENTION = 128
 """What is added to the cause of a layer that needs attention."""
 
@@ -54,17 +59,28 @@ def decode(data: bytes) -> dict[str, Any]:
         ValueError: If the bytes are no document, or one of another format.
     """
     try:
-        document = json.loads(zlib.decompress(data))
+        document: dict[str, Any] = json.loads(zlib.decompress(data))
     except (zlib.error, ValueError) as error:
         raise ValueError(f"These are no data of lightning_bnmonitor, or they are damaged: {error}.") from error
     if not isinstance(document, dict) or "format" not in document:
         raise ValueError("These are no data of lightning_bnmonitor: they have no format.")
+    if document["format"] == 1:
+        document = format_1.upgraded(document)
     if document["format"] != FORMAT:
         raise ValueError(
             f"The data have format {document['format']!r}, and this version of lightning_bnmonitor reads format "
             f"{FORMAT}: install the version that has written them, or a newer one."
         )
     return document
+
+
+def upgraded(data: bytes) -> bytes:
+    """What :func:`encode` has made, in today's format if it is in an older one; else as it is."""
+    try:
+        begin = zlib.decompressobj().decompress(data, len(_FORMAT_1))
+        return encode(decode(data)) if begin == _FORMAT_1 else data
+    except (zlib.error, ValueError):
+        return data
 
 
 def bfloat16(values: ArrayLike) -> NDArray[np.uint16]:
@@ -82,26 +98,12 @@ def as_float32(bits: NDArray[np.uint16]) -> NDArray[np.float32]:
     return values
 
 
-def in_planes(bits: NDArray[np.uint16]) -> str:
-    """bfloat16 in base64: all high bytes, then all low bytes."""
-    flat = bits.ravel()
-    return packed(np.concatenate([(flat >> 8).astype(np.uint8), (flat & 0xFF).astype(np.uint8)]))
-
-
-def from_planes(text: str) -> NDArray[np.uint16]:
-    """What :func:`in_planes` was given, flat."""
-    pairs = np.ascontiguousarray(unpacked(text, np.uint8).reshape(2, -1).T)
-    return pairs.reshape(-1).view(">u2").astype(np.uint16)
-
-
-def packed(values: NDArray[Any]) -> str:
-    """The bytes of an array in base64; numbers of several bytes are little endian."""
-    return base64.b64encode(np.ascontiguousarray(values, dtype=values.dtype.newbyteorder("<")).tobytes()).decode()
-
-
-def unpacked(text: str, dtype: type[np.generic]) -> NDArray[Any]:
-    """The flat array that :func:`packed` was given."""
-    return np.frombuffer(base64.b64decode(text), dtype=np.dtype(dtype).newbyteorder("<"))
+def with_digits(bits: NDArray[np.uint16], digits: int) -> NDArray[np.uint16]:
+    """bfloat16 rounded to fewer binary digits after the first, 1 to 7: to within ``2 ** -(digits + 1)`` of each."""
+    dropped = MOST_DIGITS - digits
+    half = np.uint16(1 << dropped >> 1)
+    rounded: NDArray[np.uint16] = (bits + half) >> dropped << dropped
+    return rounded
 
 
 def cells(document: Mapping[str, Any]) -> Cells:
@@ -111,7 +113,10 @@ def cells(document: Mapping[str, Any]) -> Cells:
         ValueError: If they have not as many windows and layers as the document.
     """
     shape = len(document["windows"]["step"]), len(document["layers"]["name"])
-    cause = unpacked(document["cause"], np.uint8).reshape(shape)
+    count = shape[0] * shape[1]
+    cause = (unpacked(document["cause"], count) >> 24).astype(np.uint8).reshape(shape)
     is_there = cause != ABSENT
-    metrics = {name: as_float32(from_planes(text)).reshape(shape) for name, text in document["metrics"].items()}
+    metrics = {
+        name: unpacked(text, count).view(np.float32).reshape(shape) for name, text in document["metrics"].items()
+    }
     return Cells(np.where(is_there, cause & 127, ABSENT), is_there & (cause >= ATTENTION), metrics)

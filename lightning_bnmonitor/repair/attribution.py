@@ -20,7 +20,7 @@ from lightning_bnmonitor.repair.eval_gap import (
     is_gap,
 )
 from lightning_bnmonitor.repair.paired_losses import Loss, PairedLosses, difference_of_samples
-from lightning_bnmonitor.repair.passes import Forward, forward_of
+from lightning_bnmonitor.repair.passes import Forward, forward_of, generators_as_before
 from lightning_bnmonitor.repair.recalibration import Recalibration, recalibrate_layers
 from lightning_bnmonitor.repair.selection import STALE, Selection, check_initialised, select
 from lightning_bnmonitor.tracking.buffers import SavedBuffers
@@ -164,7 +164,7 @@ def _with_exact(
 ) -> tuple[Tensor, Recalibration]:
     """Give layers the exact statistics of the data. Returns the losses in that pass, which normalises by the batch."""
     by_batch: list[Tensor] = []
-    with passes.same_batches():
+    with generators_as_before(passes.batches):
         measured = passes.measured(label, by_batch)
         done = recalibrate_layers(model, measured, passes.run_model, None, selection, all_ranks=False)
     return passes.joined(by_batch) if selection.layers else passes.losses(label), done

@@ -4,15 +4,13 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
 from operator import length_hint
 from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
-from lightning_bnmonitor.repair.passes import Forward, run, training_only
+from lightning_bnmonitor.repair.passes import Forward, generators_as_before, run, training_only
 
 Loss = Callable[[Any, Any], Tensor]
 Difference = tuple[float, float]
@@ -51,7 +49,7 @@ class PairedLosses:
     def losses(self, label: str, in_training: Iterable[nn.Module] = ()) -> Tensor:
         """Losses with these modules in training mode, in float64."""
         collected: list[Tensor] = []
-        with training_only(self.model, in_training), self.same_batches():
+        with training_only(self.model, in_training), generators_as_before(self.batches):
             run(self.model, self.measured(label, collected), self.run_model)
         return self.joined(collected)
 
@@ -109,20 +107,6 @@ class PairedLosses:
         difference = one - other
         by_chance = float(difference.std()) / math.sqrt(len(difference))
         return float(difference.mean()), math.hypot(by_chance, self.rounding * float(other.abs().mean()))
-
-    @contextmanager
-    def same_batches(self) -> Iterator[None]:
-        """A context after which the generators that a loader draws from are as before it."""
-        loader = self.batches
-        samplers = [loader, loader.sampler, loader.batch_sampler] if isinstance(loader, DataLoader) else []
-        samplers += [getattr(sampler, "sampler", None) for sampler in samplers]  # of a batch sampler that was given
-        generators = {getattr(sampler, "generator", None) for sampler in samplers}
-        states = [(generator, generator.get_state()) for generator in generators if generator is not None]
-        try:
-            yield
-        finally:
-            for generator, state in states:
-                generator.set_state(state)
 
 
 def difference_of_samples(one: Tensor, other: Tensor) -> Difference:

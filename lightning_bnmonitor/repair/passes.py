@@ -14,6 +14,7 @@ import torch
 from lightning_utilities.core.apply_func import apply_to_collection
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
+from torch.utils.data import DataLoader
 
 from lightning_bnmonitor.compat import BatchNorm, is_lazy, own_buffers, run_eagerly
 from lightning_bnmonitor.tracking.buffers import SavedBuffers
@@ -24,28 +25,33 @@ Forward = Callable[[nn.Module, Any], Any]
 
 def forward_of(model: nn.Module, batch: Any) -> Any:
     """Run a model on a batch, as :func:`recalibrate` does by default."""
-    for tensor in itertools.chain(model.parameters(), model.buffers()):
-        batch = apply_to_collection(batch, _Movable, _moved, tensor.device)
-        break
+    batch = on_device_of(model, batch)
     if isinstance(batch, (tuple, list)):
         return model(batch[0])
     return model(**batch) if isinstance(batch, Mapping) else model(batch)
 
 
-def run(model: nn.Module, batches: Iterable[Any], forward: Forward, num_batches: int | None = None) -> int:
-    """Run a model on batches, at most so many. Returns how many there were.
+def on_device_of(model: nn.Module, batch: Any) -> Any:
+    """A batch, with all in it that can be moved on the device of a model."""
+    for tensor in itertools.chain(model.parameters(), model.buffers()):
+        return apply_to_collection(batch, _Movable, _moved, tensor.device)
+    return batch
+
+
+def run(model: nn.Module, batches: Iterable[Any], forward: Forward, argument: str = "batches") -> int:
+    """Run a model on batches, which are called ``argument`` in errors. Returns how many there were.
 
     Raises:
         RuntimeError: If it cannot take one, with its own error as the cause.
     """
     count = 0
-    for batch in itertools.islice(batches, num_batches):
+    for batch in batches:
         try:
             forward(model, batch)
         except Exception as error:
             raise RuntimeError(
-                f"The model cannot take batch {count} of `batches`, a {type(batch).__name__}: {error!r}. Nothing was "
-                "changed. Argument `forward`, a function of the model and a batch, tells how to run one."
+                f"The model cannot take batch {count} of `{argument}`, a {type(batch).__name__}: {error!r}. Nothing "
+                "was changed. Argument `forward`, a function of the model and a batch, tells how to run one."
             ) from error
         count += 1
     return count
@@ -86,6 +92,20 @@ def training_only(model: nn.Module, modules: Iterable[nn.Module]) -> Iterator[No
             for wrapper, syncs in syncing.items():
                 wrapper.require_forward_param_sync = syncs
             buffers.restore()  # a subclass may update them all the same
+
+
+@contextmanager
+def generators_as_before(batches: Iterable[Any]) -> Iterator[None]:
+    """A context after which the generators that a loader draws from are as before it."""
+    samplers = [batches, batches.sampler, batches.batch_sampler] if isinstance(batches, DataLoader) else []
+    samplers += [getattr(sampler, "sampler", None) for sampler in samplers]  # of a batch sampler that was given
+    generators = {getattr(sampler, "generator", None) for sampler in samplers}
+    states = [(generator, generator.get_state()) for generator in generators if generator is not None]
+    try:
+        yield
+    finally:
+        for generator, state in states:
+            generator.set_state(state)
 
 
 class _Movable(ABC):

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from lightning_bnmonitor.arguments import as_patterns, check_positive_or_none
-from lightning_bnmonitor.capture.kernel_inputs import kernel_inputs
-from lightning_bnmonitor.capture.saved import has_own_forward
+from lightning_bnmonitor.arguments import as_patterns, check_positive_or_auto
 from lightning_bnmonitor.compat import BatchNorm
+from lightning_bnmonitor.repair.fixed_weights import NumBatches, OnePass, agreement, without_gradients
 from lightning_bnmonitor.repair.passes import Forward, forward_of, run, training_only
 from lightning_bnmonitor.repair.selection import (
     UNUSED,
@@ -26,17 +24,16 @@ from lightning_bnmonitor.repair.selection import (
 from lightning_bnmonitor.report.layer_report import LayerReport
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.tracking import collectives
-from lightning_bnmonitor.tracking.assessment import compare
 from lightning_bnmonitor.tracking.buffers import History, SavedBuffers, write_stats
 from lightning_bnmonitor.tracking.discovery import find_layers
-from lightning_bnmonitor.tracking.recorder import Recorder, recorders_of
+from lightning_bnmonitor.tracking.recorder import recorders_of
 
 
 def recalibrate(
     model: nn.Module,
     batches: Iterable[Any],
     forward: Forward | None = None,
-    num_batches: int | None = None,
+    num_batches: NumBatches = None,
     *,
     include: str | Sequence[str] | None = None,
     exclude: str | Sequence[str] | None = None,
@@ -77,7 +74,9 @@ def recalibrate(
         forward: Called with the model and a batch, to run it. By default ``model(batch)`` for a tensor or an object,
             ``model(batch[0])`` for a tuple or list (inputs first, as ``update_bn`` does), ``model(**batch)`` for a
             mapping, all moved to the model's device. Mixed precision: run the model under ``torch.autocast`` in it.
-        num_batches: At most so many batches; None for all.
+        num_batches: At most so many batches; None for all; ``"auto"`` for as many as it takes until chance in the
+            statistics makes an error of at most 0.01 in every layer, as in :func:`~lightning_bnmonitor.examine`: how
+            many that were, and what was reached, is printed.
         include: ``fnmatch`` patterns of the names of layers to recalibrate; None for all.
         exclude: ``fnmatch`` patterns of the names of layers to leave alone, in eval mode.
         frozen: Whether to recalibrate frozen layers, too: those in eval mode while the model is in training mode, and
@@ -86,15 +85,16 @@ def recalibrate(
             mode as a whole frozen layers cannot be told apart, and are recalibrated: use ``exclude``.
         all_ranks: Whether all ranks of the default process group of ``torch.distributed``, if there is one, call this
             together, each with its own data: statistics are merged, and the same on all. That takes six collectives,
-            whose size grows with channels; with ``SyncBatchNorm`` each rank needs as many batches, too.
+            whose size grows with channels, and six each time that ``"auto"`` looks; with ``SyncBatchNorm`` each rank
+            needs as many batches, too.
 
     Returns:
         Where the running statistics stood against these data, where they stand now, and the way back.
 
     Raises:
-        ValueError: If ``num_batches`` is not a positive integer or None, there is no batch at all, a layer has not been
-            initialised (lazy ones, before the first call), or what a layer receives, or its variance in the precision
-            of its buffers, is not finite.
+        ValueError: If ``num_batches`` is not a positive integer, ``"auto"`` or None, there is no batch at all, a layer
+            has not been initialised (lazy ones, before the first call), or what a layer receives, or its variance in
+            the precision of its buffers, is not finite.
         TypeError: If ``include`` or ``exclude`` is neither None nor strings.
         RuntimeError: If the model cannot take a batch, with its own error as the cause, or a layer receives something
             else than ``(N, C, *)``; or another rank has failed.
@@ -128,7 +128,8 @@ class Recalibration:
     """What :func:`recalibrate` has done. Printed, it is a table.
 
     Attributes:
-        before: The running statistics as they were, against the data: one report of all ranks.
+        before: The running statistics as they were, against the data: one report of all ranks, as that of
+            :func:`~lightning_bnmonitor.examine`, of the layers that were left alone, too.
         after: The running statistics as they were written, against the same data.
         num_batches: Batches that were run, on this rank.
         left_alone: Layers whose running statistics are as they were, by name, and why: ``"frozen"`` (in eval mode in
@@ -147,6 +148,7 @@ class Recalibration:
         misfits: Mapping[str, float],
         old: SavedBuffers,
         histories: Mapping[BatchNorm, History | None],
+        precision: str = "",
     ) -> None:
         self.before = before
         self.after = after
@@ -155,6 +157,7 @@ class Recalibration:
         self.misfits = dict(misfits)
         self._old = old
         self._histories = dict(histories)
+        self._precision = f" {precision}" if precision else ""
         self._told = False
 
     def tell_trackers(self) -> None:
@@ -186,7 +189,7 @@ class Recalibration:
                 noise = after.evidence.get("noise_error", float("nan"))
                 rows.append([name, before.verdict, *errors, f"{noise:.4f}", after.verdict, str(after.num_samples)])
         of = f"{self.num_batches} batch{'es' * (self.num_batches != 1)}"
-        parts = [f"{len(rows)} BatchNorm layer{'s' * (len(rows) != 1)} recalibrated on {of}."]
+        parts = [f"{len(rows)} BatchNorm layer{'s' * (len(rows) != 1)} recalibrated on {of}.{self._precision}"]
         if rows:
             headers = ["layer", "before", "eval_error", "after", "noise", "now", "samples"]
             align = ("left", "left", "right", "right", "right", "left", "right")
@@ -202,33 +205,33 @@ def recalibrate_layers(
     model: nn.Module,
     batches: Iterable[Any],
     forward: Forward,
-    num_batches: int | None,
+    num_batches: NumBatches,
     selection: Selection,
     all_ranks: bool,
 ) -> Recalibration:
     """:func:`recalibrate` of selected layers."""
-    check_positive_or_none("num_batches", num_batches)
-    layers, left_alone, aside = selection
+    check_positive_or_auto("num_batches", num_batches, or_none=True)
+    layers, left_alone, aside, unchanging = selection
     check_initialised(layers)
     old = SavedBuffers(layers.values())
     if not layers and not aside:
         return Recalibration(Report([]), Report([]), 0, left_alone, {}, old, {})
     together = all_ranks and collectives.num_ranks() > 1
-    measurement = _Measurement({**layers, **aside})
-    with torch.inference_mode(any(buffer.is_inference() for buffer in model.buffers())), torch.no_grad():
-        with _agreement(together), training_only(model, layers.values()), measurement.counting():
-            count = run(model, batches, forward, num_batches)
-            measurement.check_complete(layers)
-        before, beside = _divided(measurement.compare(are_averaged=False, all_ranks=together), layers)
-        used = {name: layers[name] for name, layer in before.items() if layer.num_samples}
-        if not used and not count and not any(layer.num_samples for layer in beside.values()):
+    seen = OnePass(model, {**layers, **aside}, unchanging, together)
+    with without_gradients(model):
+        with agreement(together), training_only(model, layers.values()), seen.counting():
+            count = run(model, seen.steps(batches, num_batches), forward)
+            seen.check_complete(layers)
+        before = seen.report()
+        used = {name: layers[name] for name, layer in before.items() if name in layers and layer.num_samples}
+        if not count and not any(layer.num_samples for layer in before.values()):
             raise ValueError("`batches` gave no batch: nothing was measured, and nothing changed.")
         new = {layer: _new_stats(layer, before[name]) for name, layer in used.items()}
         with old.restored_on_error():
             for layer, stats in new.items():
                 write_stats(layer, stats)
-            after, _ = _divided(measurement.compare(are_averaged=True, all_ranks=together and bool(used)), layers)
-            if num_batches is not None and count < num_batches:
+            after = _only(seen.report_of_averages(bool(used)), layers)
+            if isinstance(num_batches, int) and count < num_batches:
                 warnings.warn(
                     f"`batches` gave {count} batches, not the {num_batches} of `num_batches`: the running statistics "
                     "are those of what it gave.",
@@ -236,76 +239,14 @@ def recalibrate_layers(
                 )
     histories: dict[BatchNorm, History | None] = {layer: _history(before[name]) for name, layer in used.items()}
     reasons = {**left_alone, **{name: UNUSED for name in layers if name not in used}}
-    return Recalibration(before, after, count, reasons, misfits_in(beside), old.of(used.values()), histories)
+    misfits = misfits_in(_only(before, aside))
+    precision = seen.precision_of(before) if num_batches == "auto" else ""
+    return Recalibration(before, after, count, reasons, misfits, old.of(used.values()), histories, precision)
 
 
-class _Measurement:
-    """What layers receive while data pass through a model with fixed weights, from a pass over each input.
-
-    Args:
-        layers: The layers by name. Every call of theirs counts within :meth:`counting`, whatever the model's mode.
-    """
-
-    def __init__(self, layers: Mapping[str, BatchNorm]) -> None:
-        self._root = nn.Identity()  # in training mode: calls count
-        self._recorder = Recorder(self._root, by_pass=True)
-        self._recorder.follow(layers)
-        for layer in self._recorder.layers:  # what is known of the noise in the running statistics rests on it
-            momentum = layer.module.momentum
-            effective = 1 / max(layer.start.num_tracked or 0, 1) if momentum is None else momentum
-            layer.counts = layer.counts._replace(momentum=effective)
-
-    @contextmanager
-    def counting(self) -> Iterator[None]:
-        """A context in which calls count. What is compiled has to run eagerly in it."""
-        with ExitStack() as stack:
-            for layer in self._recorder.layers:
-                if has_own_forward(layer.module):
-                    stack.enter_context(kernel_inputs(layer.module, layer.hook))
-                else:
-                    handle = layer.module.register_forward_hook(layer.hook, with_kwargs=True)
-                    stack.callback(handle.remove)
-            yield
-
-    def check_complete(self, names: Container[str]) -> None:
-        """Raise RuntimeError if there was a call of one of these layers that could not be counted."""
-        for layer in self._recorder.layers:
-            if layer.name in names and layer.hook.skipped:
-                raise RuntimeError(
-                    f"{layer.hook.skipped} calls of layer {layer.name!r} could not be counted: what it receives is not "
-                    "(N, C, ...), has no values of its own, or is too large for a pass over it. Nothing was changed. "
-                    "Argument `exclude` leaves it alone."
-                )
-
-    def compare(self, are_averaged: bool, all_ranks: bool) -> Report:
-        """Compare the running statistics as they are now with what was received.
-
-        Args:
-            are_averaged: Whether the running statistics are the average of what was received, rather than older.
-            all_ranks: Whether all ranks call this, and get one report of them all.
-        """
-        self._recorder.flush()
-        return compare(self._recorder.layers, self._recorder.windows, are_averaged, all_ranks)
-
-
-@contextmanager
-def _agreement(together: bool) -> Iterator[None]:
-    """A context for what each rank does on its own: if it fails on one, it fails on all, and none is left waiting."""
-    try:
-        yield
-    except Exception:
-        if together:
-            collectives.all_succeeded(False)
-        raise
-    if together and not collectives.all_succeeded(True):
-        raise RuntimeError("Another rank could not run its batches: see its error. Nothing was changed.")
-
-
-def _divided(report: Report, names: Container[str]) -> tuple[Report, Report]:
-    """The reports of the layers with these names, and of all others."""
-    ours = [layer for name, layer in report.items() if name in names]
-    others = [layer for name, layer in report.items() if name not in names]
-    return Report(ours, report.rank), Report(others, report.rank)
+def _only(report: Report, names: Container[str]) -> Report:
+    """The reports of the layers with these names."""
+    return Report([layer for name, layer in report.items() if name in names], report.rank, report.remarks)
 
 
 def _new_stats(layer: BatchNorm, report: LayerReport) -> list[Tensor]:

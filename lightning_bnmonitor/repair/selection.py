@@ -24,6 +24,8 @@ class Selection(NamedTuple):
     """Why the others are left alone: the words of the verdicts."""
     aside: Mapping[str, BatchNorm]
     """Those of the others whose running statistics are looked at in the same pass: what is frozen or stale."""
+    unchanging: Mapping[str, str]
+    """Of all, what is frozen or stale, and which."""
 
 
 def select(found: Mapping[str, BatchNorm], in_eval: Collection[BatchNorm], frozen: bool) -> Selection:
@@ -35,10 +37,12 @@ def select(found: Mapping[str, BatchNorm], in_eval: Collection[BatchNorm], froze
         frozen: Whether to recalibrate what is frozen or stale, too.
     """
     reasons = {name: _why_left_alone(layer, layer in in_eval) for name, layer in found.items()}
-    unchanging = {name: layer for name, layer in found.items() if reasons[name] in (FROZEN, STALE)}
-    aside = {} if frozen else unchanging
+    unchanging = {name: why for name, why in reasons.items() if why in (FROZEN, STALE)}
+    aside = {} if frozen else {name: found[name] for name in unchanging}
     left_alone = {name: why for name, why in reasons.items() if name in aside or why == NO_STATS}
-    return Selection({name: layer for name, layer in found.items() if name not in left_alone}, left_alone, aside)
+    return Selection(
+        {name: layer for name, layer in found.items() if name not in left_alone}, left_alone, aside, unchanging
+    )
 
 
 def check_initialised(layers: Mapping[str, BatchNorm]) -> None:

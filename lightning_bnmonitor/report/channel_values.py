@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from lightning_bnmonitor.page.document import packed, unpacked
+from lightning_bnmonitor.page.planes import packed, unpacked
 from lightning_bnmonitor.report.layer_report import jsonable
 from lightning_bnmonitor.report.layer_values import LayerValues
 
@@ -38,7 +38,7 @@ class ChannelValues(NamedTuple):
 
     def to_dict(self) -> dict[str, Any]:
         """As in the document of the channels."""
-        values = {name: packed(values) for name, values in self.values.items()}
+        values = {name: packed(values.view(np.uint32)) for name, values in self.values.items()}
         return {
             "step": self.step,
             "of": self.num_channels,
@@ -50,7 +50,8 @@ class ChannelValues(NamedTuple):
     @classmethod
     def from_dict(cls, kept: dict[str, Any]) -> ChannelValues:
         """From :meth:`to_dict`."""
-        values = {name: unpacked(text, np.float32) for name, text in kept["values"].items()}
+        count = kept["of"] if kept["index"] is None else len(kept["index"])
+        values = {name: unpacked(text, count).view(np.float32) for name, text in kept["values"].items()}
         return cls(kept["step"], kept["of"], kept["index"], values, kept["course"])
 
 

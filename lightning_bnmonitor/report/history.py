@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import csv
+import html
 import io
 import json
 import math
@@ -19,13 +20,25 @@ from lightning_bnmonitor.diagnosis.evidence import ALERT, EVIDENCE, WARNING
 from lightning_bnmonitor.diagnosis.flags import FLAGS
 from lightning_bnmonitor.diagnosis.groups import GroupShift
 from lightning_bnmonitor.diagnosis.verdicts import VERDICTS
-from lightning_bnmonitor.page.document import ABSENT, FORMAT, METRICS, decode, encode, in_planes, packed
+from lightning_bnmonitor.page.document import (
+    ABSENT,
+    FORMAT,
+    METRICS,
+    MOST_DIGITS,
+    decode,
+    encode,
+    with_digits,
+)
 from lightning_bnmonitor.page.html import page
+from lightning_bnmonitor.page.planes import packed
 from lightning_bnmonitor.report.channel_values import ChannelValues, channel_values, largest_share
 from lightning_bnmonitor.report.kept_windows import CAUSES, INDEX_OF_CAUSE, KeptWindows, Row
 from lightning_bnmonitor.report.layer_report import LayerReport, jsonable
 from lightning_bnmonitor.report.summaries import headline
 
+MAX_BYTES = 2_900_000
+"""Of a run's document, encoded."""
+_LEAST_DIGITS = 2  # an error of 12 %
 _EVIDENCE_OF = tuple("noise_error" if metric == "noise" else metric for metric in METRICS)
 
 
@@ -62,7 +75,7 @@ class History:
     each layer the worse one is kept, whole. That is one in which it needs attention; of two such, the one with the
     larger error. The last window always stands for itself, and of each layer the window of its largest error is kept
     (``eval_error``, or ``val_error`` if that is larger). Of these two, values per channel are kept, too, of at most
-    32 768 channels of the model.
+    32 768 channels of the model. In a notebook a history shows itself as the page of :meth:`to_html`.
 
     Args:
         prefix: What the logged names begin with.
@@ -83,6 +96,7 @@ class History:
         self._text = ""  # what is printed of the last window, if it was loaded
         self._latest: dict[str, _Seen] = {}  # the last window, without channels
         self._worst: dict[str, _Seen] = {}  # of all windows but the last
+        self._digits = MOST_DIGITS  # of the metrics in documents
 
     def __len__(self) -> int:
         return len(self.windows.steps)
@@ -104,7 +118,7 @@ class History:
 
     def document(self) -> dict[str, Any]:
         """The run as the page takes it: see :mod:`lightning_bnmonitor.page.document`."""
-        windows, texts, known = self.windows, _Texts(), self.windows.cells().metrics
+        windows, texts = self.windows, _Texts()
         evidence = {name for seen in self._latest.values() for name in seen.diagnosis.evidence}
         worst = self._worst_so_far()
         kinds, channels = (
@@ -118,9 +132,7 @@ class History:
             "causes": [dict(cause) for cause in CAUSES],
             "thresholds": {"warning": WARNING, "alert": ALERT},
             "cause": packed(windows.causes),
-            "metrics": {
-                name: in_planes(bits) for name, bits in zip(METRICS, windows.bits, strict=True) if name in known
-            },
+            "metrics": self._metrics(),
             "latest": {
                 "window": len(self) - 1,
                 "text": self._printed(),
@@ -130,6 +142,18 @@ class History:
             "texts": list(texts.index),
             "evidence": {name: meaning for name, meaning in EVIDENCE.items() if name in evidence},
         }
+
+    def encoded(self) -> bytes:
+        """:meth:`document` as bytes, at most 2.9 MB: where they would be more, metrics lose binary digits.
+
+        They are within 0.4 % of their values, then 0.8 %, 1.6 %, ..., and stay so. Of 1000 layers in 400 windows all
+        six metrics are within 1.6 % if they vary by chance, by a third.
+        """
+        document = self.document()
+        while len(data := encode(document)) > MAX_BYTES and self._digits > _LEAST_DIGITS:
+            self._digits -= 1
+            document["metrics"] = self._metrics()
+        return data
 
     def channels(self) -> dict[str, Any]:
         """Values per channel, of the last window and of each layer's worst one, as the page takes them.
@@ -196,6 +220,10 @@ class History:
         run = {"history": self.document(), "channels": self.channels()}
         return page({"run": run}, "BatchNorm")
 
+    def _repr_html_(self) -> str:
+        # In a frame: neither the notebook's styles nor its scripts are the page's.
+        return f'<iframe srcdoc="{html.escape(self.page())}" style="width: 100%; height: 720px; border: 0"></iframe>'
+
     def state_dict(self) -> dict[str, Any]:
         """Everything but the channels of the last window, in tensors and primitives."""
         channels = self._worst_channels()
@@ -236,6 +264,12 @@ class History:
             numbers = [evidence.get(name, math.nan) for name in _EVIDENCE_OF]
             cells[layer.name] = layer.diagnosis.cause, layer.needs_attention, numbers
         return Row(step, headline(layers, report.rank), cells)
+
+    def _metrics(self) -> dict[str, str]:
+        """As in the document."""
+        known = self.windows.cells().metrics
+        every = zip(METRICS, self.windows.bits, strict=True)
+        return {name: packed(with_digits(bits, self._digits)) for name, bits in every if name in known}
 
     def _worst_so_far(self) -> dict[str, _Seen]:
         """The window of the largest error of each layer of which an error is known; of equal ones the first."""

@@ -91,8 +91,10 @@ class LayerReport(LayerValues):
         moments = ("population_mean", "population_var", "running_mean", "running_var", "now_mean", "now_var")
         per_channel = (*moments, *METRICS, "kl", "z_mean", "z_var", "val_error", "val_shift")
         errors = ("running_mean_stderr", "running_var_stderr")
+        unpadded = {} if self.unpadded is None else dict(zip(("mean", "var"), self.unpadded, strict=True))
         return {
             **{field: jsonable(getattr(self, field)) for field in (*scalars, *words, *per_channel, *errors)},
+            **{f"unpadded_{moment}": jsonable(values) for moment, values in unpadded.items()},
             "flags": list(self.flags),
             "summary": jsonable(self.summary()),
             "evidence": jsonable(self.evidence),

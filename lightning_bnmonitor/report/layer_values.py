@@ -80,6 +80,9 @@ class LayerValues:
     group_moments: Tensor | None = None
     """Mean and unbiased variance of each group of batches that it received, ``(G, 2, C)``; None without groups."""
 
+    unpadded: Tensor | None = None
+    """Mean and unbiased variance of the values that the mask lets count, ``(2, C)``; None if no mask told of them."""
+
     @property
     def num_features(self) -> int:
         """Channels C."""
@@ -216,7 +219,8 @@ class LayerValues:
     def __getstate__(self) -> dict[str, Any]:
         # They may be views of all layers' numbers, which would be saved with them.
         blocks = self.blocks and (self.blocks[0].clone(), self.blocks[1].clone())
-        return {**vars(self), "numbers": self.numbers.clone(), "blocks": blocks}
+        unpadded = None if self.unpadded is None else self.unpadded.clone()
+        return {**vars(self), "numbers": self.numbers.clone(), "blocks": blocks, "unpadded": unpadded}
 
     @property
     def _moments(self) -> tuple[Tensor, Tensor, Tensor, Tensor]:

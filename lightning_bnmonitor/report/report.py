@@ -32,10 +32,12 @@ class Report(Mapping[str, LayerReport]):
     Args:
         layers: The layers' reports.
         rank: The rank that it tells of alone; None if it tells of all there are.
+        remarks: What is to be said of all layers, sentence by sentence.
     """
 
-    def __init__(self, layers: Iterable[LayerReport], rank: int | None = None) -> None:
+    def __init__(self, layers: Iterable[LayerReport], rank: int | None = None, remarks: Iterable[str] = ()) -> None:
         self.rank = rank
+        self.remarks = tuple(remarks)
         self._layers = {layer.name: layer for layer in layers}
 
     def __getitem__(self, name: str) -> LayerReport:
@@ -101,9 +103,10 @@ class Report(Mapping[str, LayerReport]):
         return {name: layer.summary() for name, layer in self._layers.items()}
 
     def to_dict(self) -> dict[str, Any]:
-        """In JSON types: ``rank``, ``summary``, and ``layers`` by name as of :meth:`LayerReport.to_dict`."""
+        """In JSON types: ``rank``, ``remarks``, ``summary``, and ``layers`` as of :meth:`LayerReport.to_dict`."""
         return {
             "rank": self.rank,
+            "remarks": list(self.remarks),
             "summary": jsonable(self.summary()),
             "layers": {name: layer.to_dict() for name, layer in self._layers.items()},
         }
@@ -142,7 +145,7 @@ class Report(Mapping[str, LayerReport]):
         items = [f"- **{each.listed(escaped)}**: {each.cause}. {text}" for each, text in zip(said, texts, strict=True)]
         table = layer_table(worst, "github", escaped, brief=True)
         news = changes(self.worst(), since or {})
-        parts = (f"**{self._headline}**", news, table, "\n".join(items))
+        parts = (f"**{self._headline}**", news, table, "\n".join(items), *map(escaped, self.remarks if worst else ()))
         return "\n\n".join(part for part in parts if part)
 
     def brief(self, n: int | None = 10) -> str:
@@ -161,7 +164,8 @@ class Report(Mapping[str, LayerReport]):
             )
             for each in (paragraphs(self.worst()) if worst else ())
         ]
-        return "\n\n".join([self._headline, *table, *texts])
+        remarks = [textwrap.fill(remark, 120, break_long_words=False) for remark in (self.remarks if worst else ())]
+        return "\n\n".join([self._headline, *table, *texts, *remarks])
 
     def __str__(self) -> str:
         """:meth:`brief` with all layers."""
@@ -176,7 +180,8 @@ class Report(Mapping[str, LayerReport]):
         table = layer_table(self.worst(), "unsafehtml", html.escape, badge)
         table = table.replace("<table>", '<table style="color: inherit; font-size: inherit">')
         explained = f"<ul>{items}</ul>" if items else ""
-        return f"<p><strong>{html.escape(self._headline)}</strong></p>{table}{explained}"
+        remarks = "".join(f"<p>{code_as_html(html.escape(remark))}</p>" for remark in self.remarks)
+        return f"<p><strong>{html.escape(self._headline)}</strong></p>{table}{explained}{remarks}"
 
     def __repr__(self) -> str:
         return f"Report({list(self._layers.values())!r})"

@@ -189,11 +189,25 @@ def paired(blocks: Blocks) -> Blocks:
     )
 
 
+def pooled(blocks: Blocks) -> PooledBatches:
+    """All batches of a window's blocks as if they were one block."""
+    layout = ChannelLayout(blocks.widths)
+    weights = np.stack([blocks.num_samples, blocks.num_samples - blocks.num_batches])  # (2, L, 16)
+    total = weights.sum(axis=2)
+    share = np.divide(weights, total[..., None], out=np.zeros_like(weights), where=total[..., None] > 0)
+    of_channels, shares = (layout.spread(np.moveaxis(each, 2, 0)) for each in (weights, share))  # (16, 2, C)
+    value = blocks.value[0] + (shares * (blocks.value - blocks.value[0])).sum(axis=0)  # exact if they are all the same
+    m2 = (blocks.m2 + of_channels * np.square(blocks.value - value)).sum(axis=0)
+    return PooledBatches(
+        blocks.num_batches.sum(axis=1), blocks.num_samples.sum(axis=1), blocks.batch_size.sum(axis=1), value, m2
+    )
+
+
 def at_fixed_weights(blocks: Blocks, pooled: PooledBatches, are_averaged: bool) -> Blocks:
     """One block of batches that were received while the weights stayed: when one of them came says nothing then.
 
     Args:
-        blocks: Of the layers that received them. (Their own blocks are left out: nothing updated running statistics.)
+        blocks: Of the layers that received them.
         pooled: The batches.
         are_averaged: Whether the running statistics are the average of all their values: the weight of a batch of n
             values then is n / N in the mean, and (n - 1) / (N - T) in the variance of N values in T batches. Otherwise

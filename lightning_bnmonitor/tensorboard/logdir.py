@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -35,10 +35,15 @@ def runs_in(logdir: Path) -> dict[str, RunDocuments]:
     return found
 
 
-def event_files(logdir: Path) -> dict[str, list[Path]]:
-    """The event files below a folder by run, each run's in the order in which they were begun."""
+def event_files(logdir: Path, on_error: Callable[[OSError], None] | None = None) -> dict[str, list[Path]]:
+    """The event files below a folder by run, each run's in the order in which they were begun.
+
+    Args:
+        logdir: The folder.
+        on_error: Called for each folder that cannot be read.
+    """
     found = {}
-    for folder, _, names in os.walk(logdir, followlinks=True):  # as TensorBoard does
+    for folder, _, names in os.walk(logdir, onerror=on_error, followlinks=True):  # as TensorBoard does
         if paths := [Path(folder, name) for name in sorted(names) if "tfevents" in name]:
             found[Path(folder).relative_to(logdir).as_posix()] = paths
     return {run: found[run] for run in sorted(found, key=in_natural_order)}

@@ -19,7 +19,7 @@ from tensorboard.data import provider
 from tensorboard.plugins import base_plugin
 from werkzeug import wrappers
 
-from lightning_bnmonitor.page.document import decode
+from lightning_bnmonitor.page.document import decode, upgraded
 from lightning_bnmonitor.page.html import ASSETS
 from lightning_bnmonitor.tensorboard.events import CHANNELS, HISTORY, PLUGIN_NAME, by_monitor, in_natural_order
 
@@ -73,7 +73,7 @@ class BatchNormPlugin(base_plugin.TBPlugin):  # type: ignore[misc]
         return {"runs": {name: {"tags": list(series.tags.values())} for name, series in found.items()}}, _JSON
 
     def _history(self, request: wrappers.Request) -> tuple[Any, str]:
-        return self._read(request, HISTORY), _JSON
+        return upgraded(self._read(request, HISTORY)), _JSON
 
     def _channels(self, request: wrappers.Request) -> tuple[Any, str]:
         layer = request.args.get("layer", "")

@@ -11,6 +11,8 @@ The ways of the data:
 - **A window's end**: the callback's schedule → ``BatchNormTracker.close`` → ``Recorder.end_window`` → ``assess``: each
   rank measures (:mod:`measurement`) → what all have seen goes to rank 0, which describes it (:mod:`assessment`) → its
   reports go to all (:mod:`exchange`). On one rank the same, without the way there and back.
+- **A mask**: ``see_inputs`` asks for it → a hook beside the layer's fits it and takes the moments of what counts →
+  ``Paddings`` → with the report, beside the window's numbers.
 - **A validation batch**: hook → ``PooledCalls.add`` → (the validation ends) pooled over ranks (:mod:`validation`) →
   numbers → :func:`~lightning_bnmonitor.diagnosis.validation.diagnose_validation` → the report of the window.
 - **A checkpoint**: ``Recorder.state`` = the windows' rows and what each layer keeps → ``load_state_dict`` → at

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NamedTuple
@@ -21,13 +21,15 @@ from lightning_bnmonitor.diagnosis.evidence import (
 )
 from lightning_bnmonitor.report.layer_report import LayerReport
 from lightning_bnmonitor.report.report import Report
-from lightning_bnmonitor.statistics.blocks import Blocks, at_fixed_weights
+from lightning_bnmonitor.statistics.analysis import Analysis
+from lightning_bnmonitor.statistics.batching import Batching
+from lightning_bnmonitor.statistics.blocks import Blocks, at_fixed_weights, pooled
 from lightning_bnmonitor.statistics.borders import has_jump
 from lightning_bnmonitor.statistics.channel_layout import ChannelLayout, FloatArray
 from lightning_bnmonitor.statistics.group_moments import SeenGroups, no_groups, seen_together
-from lightning_bnmonitor.statistics.pooling import PooledStatistics, error_of_one_rank, pool
+from lightning_bnmonitor.statistics.pooling import PooledStatistics, error_of_one_rank, error_of_sampling, pool
 from lightning_bnmonitor.tracking import collectives
-from lightning_bnmonitor.tracking.exchange import Exchange, Frame
+from lightning_bnmonitor.tracking.exchange import Exchange, Frame, answer_of_rank_zero
 from lightning_bnmonitor.tracking.measurement import (
     Ending,
     LayerState,
@@ -36,6 +38,7 @@ from lightning_bnmonitor.tracking.measurement import (
     measure,
     states_of,
 )
+from lightning_bnmonitor.tracking.paddings import KnownPadding, of_layers
 from lightning_bnmonitor.tracking.told_groups import ToldGroups, with_groups
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 from lightning_bnmonitor.tracking.windows import Windows, layout_of
@@ -49,6 +52,15 @@ class Seen(NamedTuple):
     everyone: PooledStatistics
     evidence: Sequence[Mapping[str, float]]
     """What follows from it for each layer."""
+
+
+class Received(NamedTuple):
+    """What a layer has received at fixed weights, on all ranks together."""
+
+    samples_per_batch: float
+    """Values per channel."""
+    value: FloatArray
+    """Mean of batch means and of unbiased batch variances, ``(2, C)``."""
 
 
 def assess(
@@ -68,30 +80,33 @@ def assess(
     ordered = windows.in_order(layers)
     contrasts, inputs = windows.call_sites.contrasts(ordered), windows.probe.scores()
     measured = measure(states_of(ordered, ended), windows.blocks(ordered), contrasts, inputs)
-    layout = measured.analysis.layout
-    if all_ranks and layout.num_channels:
-        exchange = _exchange(layers, ordered)
+    together = all_ranks and measured.analysis.layout.num_channels > 0
+    padded, groups = _padded(windows, layers, together), windows.groups.seen(ordered, measured.analysis.layout)
+    if together:
+        exchange = _exchange(layers, ordered, windows)
         num_ranks = np.array([layer.counts.num_ranks for layer in ordered])
-        own_groups = windows.groups.seen(ordered, layout)
-        shares, has_groups = exchange.gather(
-            PooledStatistics.of_window(measured.analysis, num_ranks), own_groups is not None
-        )
+        own = PooledStatistics.of_window(measured.analysis, num_ranks)
+        shares, has_groups = exchange.gather_and_ask(own, has_groups=groups is not None)
         with exchange.answer() as answer:
             if shares and has_groups:
                 answer.message = torch.full_like(answer.message, _WITH_GROUPS)
             elif shares:
-                answer.message = exchange.packed(describe(measured, _seen(shares, measured)))
+                answer.message = exchange.packed(describe(measured, _seen(shares, measured), padded))
         if answer.message[0] == _WITH_GROUPS:
-            reports = _with_groups_of_all_ranks(exchange, measured, shares, own_groups)
+            reports = _with_groups(exchange, measured, shares, padded, groups)
         else:
             reports = exchange.unpacked(answer.message, _frames(measured.states, measured.blocks))
     else:
-        reports = describe(measured, groups=windows.groups.seen(ordered, layout))
+        reports = describe(measured, padded=padded, groups=groups)
     return Report(reports, rank=_rank(all_ranks)), list(endings_of(measured))
 
 
-def _with_groups_of_all_ranks(
-    exchange: Exchange, measured: Measurement, shares: Sequence[PooledStatistics], own: SeenGroups | None
+def _with_groups(
+    exchange: Exchange,
+    measured: Measurement,
+    shares: Sequence[PooledStatistics],
+    padded: KnownPadding,
+    own: SeenGroups | None,
 ) -> list[LayerReport]:
     """What rank 0 says if any rank has been told of groups of batches: all tell it of theirs first."""
     layout = measured.analysis.layout
@@ -101,14 +116,20 @@ def _with_groups_of_all_ranks(
         if shares:
             seen, together = _seen(shares, measured), seen_together(groups, layout)
             told = _told(together, measured, seen.everyone.population(layout), seen.everyone.num_samples)
-            reports = describe(measured, seen, groups=together)
+            reports = describe(measured, seen, padded, groups=together)
             answer.message = torch.cat([exchange.packed(reports), told.packed()])
     message, of_groups = answer.message[:-size], answer.message[-size:]
     reports = exchange.unpacked(message, _frames(measured.states, measured.blocks))
     return with_groups(reports, ToldGroups.unpacked(of_groups, layout.num_layers))
 
 
-def compare(layers: Sequence[TrackedLayer], windows: Windows, are_averaged: bool, all_ranks: bool = False) -> Report:
+def compare(
+    layers: Sequence[TrackedLayer],
+    windows: Windows,
+    are_averaged: bool,
+    all_ranks: bool = False,
+    as_known: Callable[[LayerState, Received], LayerState] | None = None,
+) -> Report:
     """Running statistics against batches that were received at fixed weights and have updated nothing.
 
     Args:
@@ -116,36 +137,100 @@ def compare(layers: Sequence[TrackedLayer], windows: Windows, are_averaged: bool
         windows: Where they lie.
         are_averaged: Whether the running statistics are the average of all these batches, rather than older.
         all_ranks: Whether to report on all ranks together: all have to call this, and get the same report.
+        as_known: Adds what is known of a layer besides. It may set what the running statistics are made of.
     """
     ordered = windows.in_order(layers)
     states, blocks, layout = states_of(ordered), windows.blocks(ordered), layout_of(ordered)
-    own = PooledStatistics.of_batches(blocks.beside, blocks.first_bad, layout)
+    own = _received(blocks, layout)
+    contrasts, inputs = windows.call_sites.contrasts(ordered), windows.probe.scores()
+    together = all_ranks and layout.num_channels > 0
+    padded = _padded(windows, layers, together)
 
-    def described(pooled: PooledStatistics, evidence: Mapping[str, float]) -> list[LayerReport]:
-        batches = pooled.as_batches(layout)
-        received = [
-            _receiving(state, int(num), are_averaged)
-            for state, num in zip(states, batches.num_batches.tolist(), strict=True)
-        ]
-        measured = measure(received, at_fixed_weights(blocks, batches, are_averaged), with_earlier=False)
-        return describe(measured, Seen(pooled, [evidence] * len(states)), at_fixed_weights=True)
+    def described(everyone: PooledStatistics, evidence: Mapping[str, float]) -> list[LayerReport]:
+        batches = everyone.as_batches(layout)
+        counts = zip(batches.num_batches.tolist(), batches.num_samples.tolist(), layout.slices, strict=True)
+        known = []
+        for state, (num, samples, channels) in zip(states, counts, strict=True):
+            receiving = _receiving(state, int(num), are_averaged)
+            received = Received(samples / max(num, 1), batches.value[:, channels])
+            known.append(as_known(receiving, received) if as_known is not None else receiving)
+        measured = measure(known, at_fixed_weights(blocks, batches, are_averaged), contrasts, inputs, False)
+        judged = _with_order(measured.judged, measure(known, blocks, with_earlier=False).judged)
+        seen = Seen(everyone, [{**evidence, "one_pass": 1.0}] * len(states))
+        return describe(measured._replace(judged=judged, blocks=blocks), seen, padded, at_fixed_weights=True)
 
-    if all_ranks and layout.num_channels:
-        exchange = _exchange(layers, ordered)
-        shares, _ = exchange.gather(own)
+    if together:
+        exchange = _exchange(layers, ordered, windows)
+        shares = exchange.gather(own)
         with exchange.answer() as answer:
             if shares:
                 answer.message = exchange.packed(described(pool(shares, layout), {"ranks": float(len(shares))}))
-        mine = at_fixed_weights(blocks, own.as_batches(layout), are_averaged)
-        reports = exchange.unpacked(answer.message, _frames(states, mine))
+        reports = exchange.unpacked(answer.message, _frames(states, blocks))
     else:
         reports = described(own, {})
     return Report(reports, rank=_rank(all_ranks))
 
 
+class Precision(NamedTuple):
+    """How well the statistics of what layers have received at fixed weights are known."""
+
+    noise: float
+    """What chance makes of them in the worst layer: an RMS error of the normalised activation."""
+    num_samples: float
+    """In all batches of the layer that was called first."""
+
+
+def precision(layers: Sequence[TrackedLayer], windows: Windows, all_ranks: bool = False) -> Precision:
+    """How well the statistics of what layers have received so far are known.
+
+    Layers that were not called, or whose every channel has a value that is not finite, do not count; the noise is
+    infinite if a layer was called once on each rank at most.
+
+    Args:
+        layers: In the order of the model's modules.
+        windows: Where they lie.
+        all_ranks: Whether all ranks call this, and get the same answer on all their data.
+    """
+    ordered = windows.in_order(layers)
+    layout, eps = layout_of(ordered), np.array([layer.module.eps for layer in ordered])
+    own = _received(windows.blocks(ordered), layout)
+
+    def of(everyone: PooledStatistics) -> Precision:
+        noise = error_of_sampling(everyone, layout, eps)
+        is_alone = (everyone.num_samples > 0) & (everyone.dof < 1)
+        called = everyone.batch_size[everyone.num_samples > 0]
+        largest = np.max(np.where(is_alone, np.inf, np.nan_to_num(noise)), initial=0.0)
+        return Precision(float(largest), float(called[0]) if len(called) else 0.0)
+
+    if not all_ranks:
+        return of(own)
+    shares = _exchange(layers, ordered, windows).gather(own)
+    with answer_of_rank_zero(len(Precision._fields)) as answer:
+        if shares:
+            answer.message = torch.tensor(of(pool(shares, layout)), dtype=torch.float64, device="cpu")
+    return Precision(*answer.message.tolist())
+
+
+def _with_order(judged: Analysis, in_order: Analysis) -> Analysis:
+    """An analysis of batches as one block, with how they are made from their order in time, as far as it is known.
+
+    That is of this rank, which may have none.
+    """
+    is_known = in_order.dof >= 1
+    fields = zip(in_order.batching, judged.batching, strict=True)
+    return replace(judged, batching=Batching(*(np.where(is_known, one, other) for one, other in fields)))
+
+
+def _received(blocks: Blocks, layout: ChannelLayout) -> PooledStatistics:
+    """What this rank has received at fixed weights."""
+    with np.errstate(all="ignore"):
+        return PooledStatistics.of_batches(pooled(blocks), blocks.first_bad, layout)
+
+
 def describe(
     measured: Measurement,
     seen: Seen | None = None,
+    padded: KnownPadding | None = None,
     at_fixed_weights: bool = False,
     groups: SeenGroups | None = None,
 ) -> list[LayerReport]:
@@ -154,8 +239,9 @@ def describe(
     Args:
         measured: What the windows of this rank show.
         seen: What all ranks have seen, if that is to be the population.
+        padded: What is known of padding, of all ranks likewise.
         at_fixed_weights: Whether the weights stayed as they were: the population then is what the layers receive now.
-        groups: What was seen of groups of batches.
+        groups: What was seen of groups of batches, of all ranks likewise.
     """
     states, blocks, analysis, judged, windows, running, eps, contrasts, *_ = measured
     layout, population, num_samples = analysis.layout, analysis.population, analysis.num_samples
@@ -176,13 +262,17 @@ def describe(
     numbers = torch.cat([exact, running, now, torch.from_numpy(judged.z), torch.from_numpy(judged.std_error)])
     rows = zip(*(metrics[name].tolist() for name in METRICS), strict=True)
     parts, counts = torch.split(numbers, layout.widths.tolist(), dim=-1), num_samples.tolist()
+    paddings = of_layers(padded or KnownPadding(), [state.layer for state in states], population, layout, eps)
     orders = _of_order(measured)
-    added = [{**more, **calls, **order} for more, calls, order in zip(together, apart, orders, strict=True)]
+    added = [
+        {**more, **calls, **order, **padding.evidence}
+        for more, calls, order, padding in zip(together, apart, orders, paddings, strict=True)
+    ]
+    unpadded = [padding.unpadded for padding in paddings]
     told = None if groups is None else _told(groups, measured, population, num_samples)
     of_groups = [((), None)] * len(states) if told is None else list(told.of_layers(layout))
-    described = zip(
-        _frames(states, blocks), states, observed, added, evidence, rows, counts, parts, of_groups, strict=True
-    )
+    frames = _frames(states, blocks)
+    described = zip(frames, states, observed, added, evidence, rows, counts, parts, unpadded, of_groups, strict=True)
     return [
         frame(
             num_batches=state.layer.num_calls,
@@ -192,9 +282,10 @@ def describe(
                 state.circumstances, {**own, **more, **of_all}, dict(zip(METRICS, values, strict=True)), shifts
             ),
             numbers=part,
+            unpadded=kept,
             group_moments=moments,
         )
-        for frame, state, own, more, of_all, values, count, part, (shifts, moments) in described
+        for frame, state, own, more, of_all, values, count, part, kept, (shifts, moments) in described
     ]
 
 
@@ -230,9 +321,17 @@ def _seen(shares: Sequence[PooledStatistics], measured: Measurement) -> Seen:
     return Seen(everyone, [{"ranks": float(len(shares)), "rank_error": error} for error in errors.tolist()])
 
 
-def _exchange(layers: Sequence[TrackedLayer], ordered: Sequence[TrackedLayer]) -> Exchange:
+def _exchange(layers: Sequence[TrackedLayer], ordered: Sequence[TrackedLayer], windows: Windows) -> Exchange:
     position = {layer: index for index, layer in enumerate(ordered)}
-    return Exchange(layout_of(ordered), np.array([position[layer] for layer in layers], dtype=np.int64))
+    positions = np.array([position[layer] for layer in layers], dtype=np.int64)
+    return Exchange(layout_of(ordered), positions, has_masks=windows.paddings is not None)
+
+
+def _padded(windows: Windows, layers: Sequence[TrackedLayer], together: bool) -> KnownPadding:
+    """What is known of padding: of this rank, or of all, on rank 0."""
+    if windows.paddings is None:
+        return KnownPadding(ends=windows.ends.share())
+    return KnownPadding(windows.paddings.gathered(layers) if together else windows.paddings.sums())
 
 
 def _rank(all_ranks: bool) -> int | None:

@@ -62,27 +62,31 @@ class Exchange:
     Args:
         layout: The layers in the order of this rank's report.
         positions: Where each layer of the model is in it, ``(L,)``.
+        has_masks: Whether masks tell which values count, on all ranks alike.
     """
 
-    def __init__(self, layout: ChannelLayout, positions: NDArray[np.int64]) -> None:
+    def __init__(self, layout: ChannelLayout, positions: NDArray[np.int64], has_masks: bool = False) -> None:
         self._layout = layout
         self._in_model = ChannelLayout(layout.widths[positions])
         self._positions = positions
+        self._rows = _ROWS + 2 * has_masks
         self._back = np.argsort(positions)
 
-    def gather(self, own: PooledStatistics, has_groups: bool = False) -> tuple[list[PooledStatistics], bool]:
-        """What each rank has seen, rank 0 first, and whether any was told of groups of batches.
+    def gather(self, own: PooledStatistics) -> list[PooledStatistics]:
+        """What each rank has seen, rank 0 first; an empty list on all ranks but 0. In and out in this rank's order."""
+        shares, _ = self.gather_and_ask(own, has_groups=False)
+        return shares
 
-        An empty list on all ranks but 0. In and out in this rank's order.
-        """
+    def gather_and_ask(self, own: PooledStatistics, has_groups: bool) -> tuple[list[PooledStatistics], bool]:
+        """The same, and, on rank 0, whether any of them was told of groups of batches."""
         flag = torch.tensor([has_groups], dtype=torch.float64, device="cpu")
-        messages = collectives.gather(torch.cat([flag, own.selected(self._positions, self._layout).packed()]))
-        shares = (PooledStatistics.unpacked(message[1:], self._in_model) for message in messages)
-        any_groups = any(bool(message[0]) for message in messages)
+        messages = collectives.gather(torch.cat([own.selected(self._positions, self._layout).packed(), flag]))
+        shares = (PooledStatistics.unpacked(message[:-1], self._in_model) for message in messages)
+        any_groups = any(bool(message[-1]) for message in messages)
         return [share.selected(self._back, self._in_model) for share in shares], any_groups
 
     def gather_groups(self, own: SeenGroups) -> list[SeenGroups]:
-        """The same of what each rank has seen of groups."""
+        """What each rank has seen of groups; as :meth:`gather`."""
         moments = own.moments.selected(self._positions, self._layout)
         messages = collectives.gather(own._replace(moments=moments).packed())
         shares = (SeenGroups.unpacked(message, self._in_model) for message in messages)
@@ -90,7 +94,7 @@ class Exchange:
 
     def answer(self, more: int = 0) -> AbstractContextManager[Answer]:
         """:func:`answer_of_rank_zero`, for reports of these layers, and so many numbers after them."""
-        size = _ROWS * self._layout.num_channels + _COLUMNS * self._layout.num_layers
+        size = self._rows * self._layout.num_channels + _COLUMNS * self._layout.num_layers
         return answer_of_rank_zero(size + more)
 
     def packed(self, reports: Sequence[LayerReport]) -> Tensor:
@@ -107,7 +111,8 @@ class Exchange:
                     *(report.evidence.get(name, math.nan) for name in EVIDENCE),
                 ]
             )
-            numbers.append(report.numbers.flatten())
+            unpadded = report.unpadded if report.unpadded is not None else report.numbers[:2] * math.nan
+            numbers.append(torch.cat([report.numbers, unpadded])[: self._rows].flatten())
         return torch.cat([torch.tensor(table, dtype=torch.float64, device="cpu").flatten(), *numbers])
 
     def unpacked(self, message: Tensor, frames: Sequence[Frame]) -> list[LayerReport]:
@@ -117,11 +122,12 @@ class Exchange:
             message: What it said.
             frames: Of each layer, in this rank's order, a report without what is in the message.
         """
-        sizes = [_ROWS * width for width in self._in_model.widths.tolist()]
+        sizes = [self._rows * width for width in self._in_model.widths.tolist()]
         table, *numbers = torch.split(message, [_COLUMNS * len(frames), *sizes])
         in_model = [frames[position] for position in self._positions.tolist()]
         rows = table.view(-1, _COLUMNS).tolist()
-        reports = [_told(frame, row, values) for frame, row, values in zip(in_model, rows, numbers, strict=True)]
+        values = [part.view(self._rows, -1) for part in numbers]
+        reports = [_told(frame, row, own) for frame, row, own in zip(in_model, rows, values, strict=True)]
         order = sorted(range(len(rows)), key=lambda index: rows[index][0])
         return [reports[index] for index in order]
 
@@ -135,8 +141,10 @@ def _told(frame: Frame, row: Sequence[float], numbers: Tensor) -> LayerReport:
         needs_attention=bool(needs_attention),
         evidence={name: value for name, value in zip(EVIDENCE, evidence, strict=True) if not math.isnan(value)},
     )
+    numbers, unpadded = numbers[:_ROWS], numbers[_ROWS:]
     return frame(
-        numbers=numbers.view(_ROWS, -1),
+        numbers=numbers,
+        unpadded=unpadded if unpadded.isfinite().any() else None,
         num_batches=int(num_batches),
         num_samples=int(num_samples),
         has_running_stats=bool(has_running_stats),

@@ -5,8 +5,9 @@ from __future__ import annotations
 import math
 import warnings
 import weakref
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -14,6 +15,8 @@ from torch import nn
 
 from lightning_bnmonitor.capture.batch_moments import owned
 from lightning_bnmonitor.capture.layer_hook import Gate
+from lightning_bnmonitor.capture.masked_calls import MaskedMoments, MaskHook
+from lightning_bnmonitor.capture.masks import BatchMasks
 from lightning_bnmonitor.capture.model_inputs import inputs_in
 from lightning_bnmonitor.compat import BatchNorm, never_compiled
 from lightning_bnmonitor.diagnosis.circumstances import bad_batch
@@ -38,15 +41,25 @@ class Recorder:
     Args:
         root: Calls count while it is in training mode. It is not kept alive.
         by_pass: Whether moments are taken by a pass over every input, whatever a kernel has saved.
+        at_fixed_weights: Whether calls are kept in the order of time though they update nothing.
+        mask: What tells of a batch which positions count; None: all.
     """
 
-    def __init__(self, root: nn.Module, by_pass: bool) -> None:
+    def __init__(
+        self,
+        root: nn.Module,
+        by_pass: bool,
+        at_fixed_weights: bool = False,
+        mask: Callable[[Any], Any] | None = None,
+    ) -> None:
         self.gate = Gate(root)
         self.layers: list[TrackedLayer] = []  # in the order of the model's modules
-        self.windows = Windows()
+        self.masks = None if mask is None else BatchMasks(mask)
+        self.windows = Windows(has_masks=mask is not None)
         self.places = Places(self.gate)
         self.is_attached = False  # whether a tracker records a model with it
         self._by_pass = by_pass
+        self._at_fixed_weights = at_fixed_weights
         self._is_told_of_inputs = False  # by whoever runs the training steps
         self._was_told_of_steps = False  # before the state that was restored was saved
         self._last_seen_step = -1  # of which the model's arguments were seen
@@ -66,6 +79,19 @@ class Recorder:
         self._begin([layer for layer in self.layers if layer.module not in known])
         self._keep_untrained_weights()
 
+    def mask_hooks(self) -> dict[BatchNorm, MaskHook]:
+        """What has to be called after each layer for masks to be seen; nothing if there are none."""
+        if self.masks is None:
+            return {}
+        return {
+            layer.module: MaskHook(layer.name, self.gate, self.masks, partial(self._take_masked, layer))
+            for layer in self.layers
+        }
+
+    def _take_masked(self, layer: TrackedLayer, moments: MaskedMoments) -> None:
+        if self.windows.paddings is not None:
+            self.windows.paddings.add(layer, moments)
+
     @torch.inference_mode(False)
     def flush(self) -> None:
         """Merge what waits into the windows, all layers at once. This changes no result, whenever it is done."""
@@ -76,8 +102,10 @@ class Recorder:
             self._follow_places()
 
     @never_compiled
-    def see_inputs(self, batch: object, group: str | None) -> None:
+    def see_inputs(self, batch: object, group: str | None = None) -> None:
         """Look at what a training step is given, and take note of the group that it is of, if any."""
+        if self.masks is not None and self._counts:
+            self.masks.see(batch)
         self._is_told_of_inputs = True
         counts = self._see(batch)
         if group is not None and counts:
@@ -99,16 +127,21 @@ class Recorder:
         return self.gate.steps > 0 or self._was_told_of_steps
 
     @property
+    def _counts(self) -> bool:
+        """Whether what is called now would count."""
+        gate, root = self.gate, self.gate.root()
+        return not (root is None or not root.training or gate.paused or gate.is_closed)
+
+    @property
     def _has_seen_step(self) -> bool:
         return self._last_seen_step == self.gate.steps
 
     def _see(self, batch: object) -> bool:
         """Returns whether it counts."""
-        gate, probe = self.gate, self.windows.probe
-        root = gate.root()
-        if root is None or not root.training or gate.paused or gate.is_closed:
+        probe = self.windows.probe
+        if not self._counts:
             return False
-        with gate.lock:
+        with self.gate.lock:
             if probe.is_due:
                 self._look_at(batch)
             else:
@@ -117,9 +150,12 @@ class Recorder:
 
     @never_compiled
     def _look_at(self, batch: object) -> None:
-        probe = self.windows.probe
+        probe, ends = self.windows.probe, self.windows.ends
         try:
-            probe.see(inputs_in(batch))
+            inputs = inputs_in(batch)
+            probe.see(inputs)
+            if self.masks is None and ends.is_due and any(isinstance(it.module, nn.BatchNorm1d) for it in self.layers):
+                ends.see(inputs)
         except Exception as error:  # no reason not to train
             probe.give_up()
             warnings.warn(f"What the model is given cannot be looked at: {error!r}", stacklevel=5)
@@ -127,6 +163,8 @@ class Recorder:
     def step_ended(self) -> None:
         """Count a training step. The first is merged at once if it called a layer twice: where that stands is asked."""
         self.gate.end_step()
+        if self.masks is not None:
+            self.masks.forget()
         if self.gate.steps == 1 and any(len(layer.hook.stash) > 1 for layer in self.layers):
             self.gate.is_full = True
         self.merge_if_full()
@@ -163,6 +201,9 @@ class Recorder:
     def end_window(self, all_ranks: bool) -> Report:
         """Report the window, keep what the next one goes on from, and count no more until that begins."""
         self.flush()
+        if self.masks is not None:
+            was_called = any(layer.num_calls for layer in self.layers)
+            self.masks.check_use(was_called, any(layer.counts.paths["traced"] for layer in self.layers))
         self.look_at_untrained_weights()
         report, endings = assess(self.layers, self.windows, all_ranks=all_ranks)
         for ending in endings:
@@ -246,7 +287,7 @@ class Recorder:
         Returns:
             What does not fit, in words: layers that were left out, and layers that the state does not know.
         """
-        self.windows = Windows()
+        self.windows = Windows(has_masks=self.masks is not None)
         self.places.forget()
         self._affine = None
         self.gate.steps_in_eval_mode = state["steps_in_eval_mode"]
@@ -288,7 +329,7 @@ class Recorder:
         self._untrained = AffineWeights(untrained)
 
     def _new_layer(self, name: str, module: BatchNorm) -> TrackedLayer:
-        layer = TrackedLayer(name, module, self.gate, self.flush)
+        layer = TrackedLayer(name, module, self.gate, self.flush, self._at_fixed_weights)
         layer.hook.by_pass = self._by_pass
         return layer
 

@@ -24,6 +24,7 @@ from lightning_bnmonitor.statistics.window import Batches, Window, Write
 from lightning_bnmonitor.tracking.buffers import FRESH, History, Snapshot
 from lightning_bnmonitor.tracking.call_counts import CallCounts, WaitingCalls
 
+_ANY_WEIGHT = 0.1  # of calls that update nothing, where that plays no part
 _SAVED_OF_HOOK = ("by_pass", "skipped", "checkpointed", "own_forward", "calls_in_eval_mode")
 
 
@@ -39,9 +40,14 @@ class TrackedLayer:
         module: The layer. (The layer alone: a reference to the model would keep that alive.)
         gate: Tells its hook whether a call counts.
         flush: Merges what waits.
+        at_fixed_weights: Whether calls that update nothing are kept in the order of time, as those that do are
+            otherwise.
     """
 
-    def __init__(self, name: str, module: BatchNorm, gate: Gate, flush: Callable[[], None]) -> None:
+    def __init__(
+        self, name: str, module: BatchNorm, gate: Gate, flush: Callable[[], None], at_fixed_weights: bool = False
+    ) -> None:
+        self._at_fixed_weights = at_fixed_weights
         self.name = name
         self.module = module
         self.gate = gate
@@ -209,7 +215,8 @@ class TrackedLayer:
         paths = dict(self.counts.paths)
         for kind in kinds:
             paths[kind.path] += times
-        updating = (call for call in zip(reversed(momentum), reversed(kinds), strict=False) if call[1].updating)
+        kept = self._at_fixed_weights
+        updating = (call for call in zip(reversed(momentum), reversed(kinds), strict=False) if kept or call[1].updating)
         last = next(updating, None)
         counts = CallCounts(
             paths=paths,
@@ -347,6 +354,8 @@ class TrackedLayer:
         It updates them :attr:`assumed_updates` times, or once if others are known to be made again and it is not.
         ``kinds`` are of the calls, or one, so many times, if they are alike.
         """
+        if self._at_fixed_weights:
+            return (_ANY_WEIGHT,) * (len(kinds) * times)
         some_are = self.counts.repeated > 0 or any(kind.updating and kind.intercepted for kind in kinds)
         updates = [
             0 if not kind.updating else self.assumed_updates if kind.intercepted or not some_are else 1

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import warnings
 import weakref
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from typing import Any, get_args
 
 import torch
 from torch import nn
 
-from lightning_bnmonitor.arguments import as_patterns, check_choice
+from lightning_bnmonitor.arguments import as_patterns, check_callable_or_none, check_choice
 from lightning_bnmonitor.capture.attachment import Attachment
 from lightning_bnmonitor.capture.batch_moments import CaptureMode
 from lightning_bnmonitor.report.report import Report
@@ -45,9 +45,14 @@ class BatchNormTracker:
         capture: ``"auto"`` takes the batch moments in the cheapest way that is exact; ``"pass"`` makes a pass of its
             own over every input: slower, and the reference for the others. What ``torch.compile`` has compiled takes
             them in its graph either way.
+        mask: Where inputs are padded: a function of the batch (of what :meth:`see_inputs` is told) that returns which
+            positions count, a bool tensor ``(B, T)``, say: what fits which layer is told at
+            :class:`~lightning_bnmonitor.capture.masks.BatchMasks`. A report then has the statistics without padding,
+            too (``LayerReport.unpadded``), and says where padding does harm (flag ``padded``). That takes passes over
+            each layer's input, and up to 272 bytes a channel. What is compiled is not looked at.
 
     Raises:
-        TypeError: If ``include`` or ``exclude`` is neither None nor strings.
+        TypeError: If ``include`` or ``exclude`` is neither None nor strings, or ``mask`` neither None nor a function.
         ValueError: If ``capture`` is unknown.
 
     Example::
@@ -69,13 +74,16 @@ class BatchNormTracker:
         include: str | Sequence[str] | None = None,
         exclude: str | Sequence[str] | None = None,
         capture: CaptureMode = "auto",
+        mask: Callable[[Any], Any] | None = None,
     ) -> None:
         check_choice("capture", capture, get_args(CaptureMode))
+        check_callable_or_none("mask", mask)
         self._include = as_patterns("include", include)
         self._exclude = as_patterns("exclude", exclude)
         self._capture = capture
+        self._mask = mask
         self._model = weakref.ref(model)
-        self._recorder = Recorder(model, by_pass=capture == "pass")
+        self._recorder = Recorder(model, by_pass=capture == "pass", mask=mask)
         self._attachment: Attachment | None = None
         self._closing: Report | None = None  # the report of a window that has ended, once it was asked for
         self._validated: Report | None = None  # the same, with a validation after it
@@ -92,7 +100,7 @@ class BatchNormTracker:
         model = self._model()
         if model is None:
             raise RuntimeError(_NO_MODEL)
-        twin = BatchNormTracker(memo.get(id(model), model), self._include, self._exclude, self._capture)
+        twin = BatchNormTracker(memo.get(id(model), model), self._include, self._exclude, self._capture, self._mask)
         twin.load_state_dict(self.state_dict())
         return twin
 
@@ -125,6 +133,7 @@ class BatchNormTracker:
             model,
             recorder.gate,
             hooks,
+            recorder.mask_hooks(),
             see=recorder.see_arguments,
             drain=recorder.drain,
             after_step=recorder.merge_if_full,
@@ -157,7 +166,8 @@ class BatchNormTracker:
         """Tell what a training step is given, before it: a batch ``(B, *)``, or any structure with its tensors.
 
         By this a report tells data that come in an order from weights that move. It is needed only where the model
-        itself is not called, but parts of it: what the model is given is seen without. The first 64 samples of a batch
+        itself is not called, but parts of it: what the model is given is seen without. With ``mask`` every batch has
+        to be told: that is asked here, and what it returns holds until :meth:`step`. The first 64 samples of a batch
         are looked at, and 256 values of each, in each of the first 64 steps, a quarter of those up to 128, an eighth of
         those up to 256, and so on.
 
@@ -192,9 +202,10 @@ class BatchNormTracker:
                 the population is that of all their data, running statistics, verdicts and numbers of calls are those
                 of rank 0. Every rank has to call this, and gets the same report, also one whose layers were never
                 called. It takes two collectives: a gather to rank 0 of 56 bytes a channel from each rank, and a
-                broadcast of 80; and if any rank was told of groups of batches, two more, of 288 and 224. One that a
-                rank never joins ends with the timeout of the process group. Without a process group, and for a window
-                that has ended, it is as if False.
+                broadcast of 80; with ``mask`` another gather, of 48, and the broadcast is of 96; if any rank was told
+                of groups of batches, a gather of 288 and a broadcast of 224 more. One that a rank never joins ends
+                with the timeout of the process group. Without a process group, and for a window that has ended, it is
+                as if False.
 
         Raises:
             RuntimeError: If another rank has failed.

@@ -121,7 +121,7 @@ def with_validation(report: Report, layers: Sequence[TrackedLayer], all_ranks: b
         if loader is not None:
             validated = _with_values(validated, comparisons[loader], layout.slices[index[name]], standings[name])
         described.append(validated)
-    return Report(described, rank=report.rank)
+    return Report(described, report.rank, report.remarks)
 
 
 def _with_values(layer: LayerReport, comparison: Comparison, own: slice, standing: Standing) -> LayerReport:

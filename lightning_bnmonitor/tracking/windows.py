@@ -12,12 +12,14 @@ import torch
 from lightning_bnmonitor.capture.layer_hook import STASH_LIMIT
 from lightning_bnmonitor.statistics.blocks import Blocks, concatenated, empty_blocks, selected
 from lightning_bnmonitor.statistics.channel_layout import ChannelLayout, FloatArray
+from lightning_bnmonitor.statistics.constant_ends import ConstantEnds
 from lightning_bnmonitor.statistics.joined_windows import ENOUGH, KeptWindow
 from lightning_bnmonitor.statistics.probe import InputProbe
 from lightning_bnmonitor.statistics.window import Window, Write, commit
 from lightning_bnmonitor.tracking.batch_groups import BatchGroups
 from lightning_bnmonitor.tracking.buffers import device_of
 from lightning_bnmonitor.tracking.call_sites import CallSites
+from lightning_bnmonitor.tracking.paddings import Paddings
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 
 _BUFFER_ROWS = 6  # per channel: the running statistics when the window began, when the last one ended, and since
@@ -26,13 +28,19 @@ _LAYER_BYTES = 850
 
 
 class Windows:
-    """The flat channel space of each device, and which layers have channels there: from their first merge on."""
+    """The flat channel space of each device, and which layers have channels there: from their first merge on.
 
-    def __init__(self) -> None:
+    Args:
+        has_masks: Whether masks tell which values count.
+    """
+
+    def __init__(self, has_masks: bool = False) -> None:
         self.by_device: dict[torch.device, Window] = {}
         self.call_sites = CallSites()
         self.groups = BatchGroups()
         self.probe = InputProbe()
+        self.paddings = Paddings() if has_masks else None  # where a mask tells what counts,
+        self.ends = ConstantEnds()  # and where none does
         self.layers: list[TrackedLayer] = []  # in the order of their first call; the model may have lost them since
 
     def merge(self, layers: Iterable[TrackedLayer]) -> None:
@@ -66,6 +74,9 @@ class Windows:
         self.call_sites.reset()
         self.groups.reset()
         self.probe.reset()
+        self.ends.reset()
+        if self.paddings is not None:
+            self.paddings.reset()
 
     def in_order(self, layers: Collection[TrackedLayer]) -> list[TrackedLayer]:
         """These layers in the order of their first call, then those that were never called."""
@@ -125,6 +136,7 @@ class Windows:
             "call_sites": self.call_sites.state(layers),
             "groups": self.groups.state(layers),
             "probe": self.probe.state(),
+            "paddings": None if self.paddings is None else self.paddings.state(layers),
         }
 
     def restore(self, state: Mapping[str, Any], layers: Mapping[str, TrackedLayer]) -> tuple[set[str], list[str]]:
@@ -158,6 +170,8 @@ class Windows:
         self.call_sites.restore(state["call_sites"], placed)
         self.groups.restore(state["groups"], placed)
         self.probe.restore(state["probe"], device_of(restored[0][0].module) if restored else torch.device("cpu"))
+        if self.paddings is not None and state.get("paddings") is not None:  # states of before have none
+            self.paddings.restore(state["paddings"], {layer.name: layer for layer, *_ in restored})
         known = {layer.name for layer, *_ in restored}
         for saved in state["not_called"]:
             name, width = saved["name"], saved["width"]

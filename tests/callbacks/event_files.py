@@ -52,7 +52,7 @@ def events(folder) -> Events:
                     found.images[value.tag].append((event.step, value.image.encoded_image_string))
                 elif value.metadata.plugin_data.plugin_name == "batchnorm":
                     assert value.metadata.data_class == DATA_CLASS_TENSOR
-                    assert json.loads(value.metadata.plugin_data.content) == {"format": 1}
+                    assert json.loads(value.metadata.plugin_data.content) == {"format": 2}
                     (data,) = value.tensor.string_val
                     found.documents[value.tag].append((event.step, json.loads(zlib.decompress(data))))
                 elif value.metadata.plugin_data.plugin_name == "text":

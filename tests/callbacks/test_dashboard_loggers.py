@@ -27,6 +27,7 @@ from tests.callbacks.dashboard_fits import (
 )
 from tests.callbacks.event_files import events
 from tests.callbacks.expected_warnings import EXPECTED_WARNINGS
+from tests.callbacks.loggers_of_lightning import LoggersOfLightning
 
 pytestmark = EXPECTED_WARNINGS
 
@@ -109,6 +110,25 @@ def test_loggers_that_take_files_get_the_page_at_the_end(tmp_path):
         [(name, page, None, "report")],
         [(name, page)],
     ]
+
+
+def test_lightnings_own_loggers_take_all_of_it_with_the_methods_that_they_have(tmp_path, run, recwarn):
+    with LoggersOfLightning(tmp_path) as loggers:
+        monitor = BatchNormMonitor()
+        fit(loggers, monitor)
+        found = [logger.experiment for logger in loggers]
+    assert [str(each.message) for each in recwarn if "did not log" in str(each.message)] == []
+    page = monitor.history.page()
+    wandb, mlflow, comet = found
+    assert wandb.files == [("batchnorm.html", page, "report")]
+    assert mlflow.files == [("batchnorm.html", page, "the run")]
+    assert comet.files == [("batchnorm.html", page)]
+    for each in found:
+        assert sum("bn/unhealthy_layers" in metrics for metrics in each.logged) == 2
+    tables = [logged["bn/report"] for logged in wandb.logged if "bn/report" in logged]
+    assert [table.data for table in tables] == [[[text]] for _, text in run.events.texts["bn/report"][:2]]
+    pictures = [logged["bn/heatmap"] for logged in wandb.logged if "bn/heatmap" in logged]
+    assert [image.data.dtype for (image,) in pictures] == [np.uint8, np.uint8]
 
 
 @pytest.mark.parametrize(("prefix", "name"), [("mine", "batchnorm-mine.html"), ("a/b c", "batchnorm-a_b_c.html")])

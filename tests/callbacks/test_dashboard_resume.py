@@ -114,9 +114,9 @@ def test_a_history_of_another_format_is_left_out_and_told_of(tmp_path, run):
     checkpoint = torch.load(path, weights_only=True)
     for state in checkpoint["callbacks"].values():
         if "history" in state:
-            state["history"]["rest"] = torch.tensor(list(encode({"format": 2})), dtype=torch.uint8)
+            state["history"]["rest"] = torch.tensor(list(encode({"format": 3})), dtype=torch.uint8)
     torch.save(checkpoint, path)
-    with pytest.warns(UserWarning, match="history in the checkpoint is left out: The data have format 2"):
+    with pytest.warns(UserWarning, match="history in the checkpoint is left out: The data have format 3"):
         fit(logger, BatchNormMonitor(), ckpt_path=path, max_epochs=4)
     found = events(logger.log_dir)
     assert found.scalars["bn/eval_error_max"] == run.events.scalars["bn/eval_error_max"][2:]

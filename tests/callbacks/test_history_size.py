@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,11 +15,11 @@ from torch import nn
 from lightning_bnmonitor import LayerReport, Report
 from lightning_bnmonitor.callbacks import dashboard
 from lightning_bnmonitor.callbacks.dashboard import Dashboard
-from lightning_bnmonitor.callbacks.scalars import log_scalars
+from lightning_bnmonitor.callbacks.scalars import Scalars
 from lightning_bnmonitor.diagnosis.diagnosis import Diagnosis
 from lightning_bnmonitor.page.document import METRICS, cells, decode, encode
 from lightning_bnmonitor.report.history import History
-from lightning_bnmonitor.report.kept_windows import Row
+from lightning_bnmonitor.report.kept_windows import INDEX_OF_CAUSE, Row
 from tests.report.made_reports import tracked
 
 pytestmark = pytest.mark.slow
@@ -43,14 +44,21 @@ class Varied:
         decline = 1 + 20 * math.exp(-number / 5)
         return Report(self.layer(name, level * decline) for name, level in zip(self.names, self.level, strict=True))
 
-    def row(self, number):
-        """What is kept of a window, without the reports that it is taken from; two metrics are not known."""
+    def around_levels(self, number):
+        """Metrics of all layers in a window: about a level of each layer that declines."""
         levels = self.level * (1 + 20 * math.exp(-number / 5))
-        numbers = self.rng.lognormal(0, 0.3, size=(len(self.names), len(METRICS))) * levels[:, None]
-        numbers[:, [METRICS.index("call_shift"), METRICS.index("group_shift")]] = math.nan
+        return self.rng.lognormal(0, 0.3, size=(len(self.names), len(METRICS))) * levels[:, None]
+
+    def of_any_magnitude(self, number):
+        """Metrics of which nothing is known but that they are between a millionth and a thousand."""
+        return 10 ** self.rng.uniform(-6, 3, size=(len(self.names), len(METRICS)))
+
+    def row(self, number, numbers):
+        """What is kept of a window, without the reports that it is taken from: the causes by chance."""
+        causes = self.rng.choice(list(INDEX_OF_CAUSE), size=len(self.names)).tolist()
         cells = {
-            name: ("warming-up" if own[0] > 0.1 else "healthy", bool(own[0] > 0.1), own.tolist())
-            for name, own in zip(self.names, numbers, strict=True)
+            name: (cause, bool(own[0] > 0.1), own.tolist())
+            for name, cause, own in zip(self.names, causes, numbers, strict=True)
         }
         return Row(100 * number, f"window {number}", cells)
 
@@ -66,30 +74,39 @@ class Varied:
         )
 
 
-def test_an_event_of_1000_layers_in_400_windows_is_at_most_three_megabytes():
+@pytest.mark.parametrize(
+    ("metrics", "error"), [(Varied.around_levels, 2**-5), (Varied.of_any_magnitude, 2**-3)], ids=["likely", "any"]
+)
+def test_an_event_of_1000_layers_in_400_windows_is_at_most_three_megabytes_whatever_is_in_it(metrics, error):
     reports, history = Varied(1000, 2), History()
     history.add(reports.window(0), 0)
     for number in range(1, 399):
-        history.windows.append(reports.row(number))
+        history.windows.append(reports.row(number, metrics(reports, number)))
     history.add(reports.window(399), 39900)
-    data = encode(history.document())
-    assert cells(decode(data)).cause.shape == (400, 1000)
-    assert 1e6 < len(data) < 3e6
+    data = history.encoded()
+    assert 2e6 < len(data) < 3e6
+    assert len(encode(history.document())) == len(data)  # the file has what the event has
+    found, kept = cells(decode(data)), history.windows.cells()
+    np.testing.assert_array_equal(found.cause, kept.cause)
+    for name in METRICS:
+        np.testing.assert_allclose(found.metrics[name], kept.metrics[name], rtol=error)
     for number in range(400, 420):  # and no more than that, however long it goes on
-        history.windows.append(reports.row(number))
-    assert len(encode(history.document())) < len(data)
+        history.windows.append(reports.row(number, metrics(reports, number)))
+    assert len(history.encoded()) < len(data)
 
 
 def test_a_run_of_200_layers_in_50_windows_is_at_most_twenty_megabytes_with_everything_else(tmp_path, monkeypatch):
     monkeypatch.setattr(dashboard, "_SHARE", math.inf)
     reports, history = Varied(200, 160), History()  # nearly as many channels as are kept
     logger, shown = TensorBoardLogger(tmp_path), Dashboard("bn", history, validates=True)
+    trainer, scalars = SimpleNamespace(callback_metrics={}, loggers=[logger]), Scalars("bn", per_layer=True)
     for number in range(50):
         report = reports.window(number)
         shown.tell([logger])
-        log_scalars(logger, {f"bn/{name}": value for name, value in report.summary().items()}, number)
+        assert scalars.log_window(trainer, report, number)
         history.add(report, number)
-        shown.show([logger], report, number, per_layer=False)
+        shown.show([logger], report, number, per_layer=True)
+        scalars.log_validation(trainer, report, number, is_of_window=True)
     shown.finish([logger])
     logger.finalize("success")
     (path,) = tmp_path.rglob("*tfevents*")

@@ -82,6 +82,24 @@ def test_no_more_batches_than_asked_for(tmp_path):
     assert precise.recalibration.num_batches == 2
 
 
+def test_as_many_batches_as_it_takes_and_all_if_they_are_too_few(tmp_path):
+    _, model = fit(tmp_path, precise := PreciseBatchNorm("auto"), data=train_data(shuffle=False))
+    assert all(is_exact(state, batch_size=BATCH_SIZE) for state in [*model.validated, model.state_dict()])
+    assert precise.recalibration.num_batches == BATCHES
+    assert "not below 0.01: the data ended." in str(precise.recalibration)
+    data = samples(20 * 8192).tensors[0]
+    loader = [(part, None) for part in data.split(8192)]
+    _, model = fit(tmp_path, precise := PreciseBatchNorm("auto", dataloader=loader))
+    assert precise.recalibration.num_batches == 8
+    assert is_exact(model.state_dict(), data[: 8 * 8192].double().numpy(), 8192)
+
+
+def test_as_many_as_it_takes_with_restore_change_nothing_of_the_training(tmp_path):
+    _, model = fit(tmp_path, PreciseBatchNorm("auto", restore=True))
+    _, plain = fit(tmp_path)
+    assert same(model.state_dict(), plain.state_dict(), STATS) == []
+
+
 @pytest.mark.parametrize("position", [0, 3])  # before and after all others
 @pytest.mark.parametrize("restore", [False, True])
 def test_its_place_in_the_list_of_callbacks_does_not_matter(tmp_path, position, restore):
@@ -193,8 +211,9 @@ def test_however_training_ends_the_model_is_left_exact(tmp_path, how, val):
         assert same(saved(path)["state_dict"], model.state_dict()) == []
 
 
-def test_fast_dev_run(tmp_path):
-    _, model = fit(tmp_path, precise := PreciseBatchNorm(ALL), fast_dev_run=2, data=train_data(shuffle=False))
+@pytest.mark.parametrize("num_batches", [ALL, "auto"])
+def test_fast_dev_run(tmp_path, num_batches):
+    _, model = fit(tmp_path, precise := PreciseBatchNorm(num_batches), fast_dev_run=2, data=train_data(shuffle=False))
     assert precise.recalibration.num_batches == 2
     assert is_exact(model.state_dict(), samples().tensors[0][: 2 * BATCH_SIZE].double().numpy(), BATCH_SIZE)
 
@@ -243,9 +262,10 @@ def test_under_pytorch_lightning(tmp_path):
     assert same(model.state_dict(), plain.state_dict(), STATS) == []
 
 
-def test_from_yaml(tmp_path):
+@pytest.mark.parametrize("num_batches", [4, "auto"])
+def test_from_yaml(tmp_path, num_batches):
     (tmp_path / "config.yaml").write_text(
-        """
+        f"""
 trainer:
   accelerator: cpu
   max_epochs: 1
@@ -256,7 +276,7 @@ trainer:
   callbacks:
     - class_path: lightning_bnmonitor.PreciseBatchNorm
       init_args:
-        num_batches: 4
+        num_batches: {num_batches}
         every_n_epochs: 2
         restore: true
 """
@@ -269,11 +289,11 @@ trainer:
         seed_everything_default=1,
     )
     [precise] = [callback for callback in cli.trainer.callbacks if isinstance(callback, PreciseBatchNorm)]
-    assert (precise._num_batches, precise._every_n_epochs, precise._is_restoring) == (4, 2, True)
+    assert (precise._num_batches, precise._every_n_epochs, precise._is_restoring) == (num_batches, 2, True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         cli.trainer.fit(cli.model, train_data(), val_data())
-    assert precise.recalibration.num_batches == 4
+    assert precise.recalibration.num_batches == (BATCHES if num_batches == "auto" else 4)
 
 
 def test_a_run_that_is_resumed_with_other_settings_finds_the_statistics_of_training():

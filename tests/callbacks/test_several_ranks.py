@@ -73,6 +73,11 @@ def with_dashboard(folder):
         "texts": [text[-1] for text in logger.texts],
         "text": logger.texts[-1][2][0][0] if logger.texts else None,
         "verdicts": verdicts(monitor.report()),
+        "history": {
+            "document": monitor.history.document(),
+            "channels": monitor.history.channels(),
+            "csv": monitor.history.to_csv(),
+        },
     }
 
 
@@ -138,6 +143,23 @@ def test_of_two_ranks_only_the_first_draws_and_writes(ranks):
     assert found.at("bn/report") == steps
     assert found.texts["bn/report"][-1][1] == first["text"]
     assert found.categories() == OURS
+
+
+def without_courses(channels):
+    layers = channels["layers"].items()
+    return {name: {which: its | {"course": None} for which, its in sets.items()} for name, sets in layers}
+
+
+def test_the_history_is_the_same_on_all_ranks_and_what_the_first_writes(ranks):
+    (first, second), folder = [result["dashboard"]["history"] for result in ranks[0]], ranks[1]
+    assert first["document"]["windows"]["step"] == [dashboard_fits.BATCHES // 2 * epoch - 1 for epoch in (1, 2, 3)]
+    assert (first["document"], first["csv"]) == (second["document"], second["csv"])
+    # How the batches went over the window is told of each rank's own.
+    assert without_courses(first["channels"]) == without_courses(second["channels"])
+    assert first["channels"] != second["channels"]
+    found = events(folder / "run" / "version_0").documents
+    assert found["batchnorm/history"][-1][1] == first["document"]
+    assert found["batchnorm/channels"][-1][1] == first["channels"]
 
 
 def test_all_ranks_have_the_exact_statistics_of_all_their_data(ranks):

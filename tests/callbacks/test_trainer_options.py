@@ -147,6 +147,10 @@ class Data(LightningDataModule):
         return val_data()
 
 
+def nothing_is_padded(batch):
+    """A mask, for a file."""
+
+
 @pytest.mark.slow
 def test_lightning_cli_reads_the_monitor_from_a_file(tmp_path):
     pytest.importorskip("jsonargparse")
@@ -169,6 +173,7 @@ trainer:
       init_args:
         every_n_train_batches: 5
         exclude: [net.a]
+        mask: tests.callbacks.test_trainer_options.nothing_is_padded
         per_layer: true
         capture: pass
         on_unhealthy: ignore
@@ -184,6 +189,7 @@ trainer:
     assert {name: layer.num_batches for name, layer in first.report().items()} == {"net.b": 5}
     assert {name: layer.num_batches for name, layer in second.report().items()} == {"net.a": 10}
     assert first.report()["net.b"].evidence["calls_pass"] == 5
+    assert first.report()["net.b"].evidence["padding_share"] == 0
     assert hooks_of(cli.model) == 0
     (saved,) = tmp_path.rglob("version_0/config.yaml")
     assert "on_unhealthy: ignore" in saved.read_text()

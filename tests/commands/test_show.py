@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -38,6 +40,12 @@ def test_it_prints_the_report_of_the_last_window_of_each_run(capsys, logdir):
     assert (status, errors) == (0, "")
     good, sick = (history(windows).document()["latest"]["text"] for windows in (GOOD, SICK))
     assert output == f"run 9, step 20\n\n{good}\n\n\nrun 10, step 30\n\n{sick}\n"
+
+
+@pytest.mark.parametrize("options", [[], ["--window", 20], ["--json"]])
+def test_what_version_0_5_has_written_is_shown_the_same(capsys, logdir, tmp_path, options):
+    write(tmp_path / "older", history(SICK), format=1)
+    assert shown(capsys, tmp_path / "older", *options) == shown(capsys, logdir / "run 10", *options)
 
 
 def test_of_an_earlier_window_it_prints_the_sentence_and_a_table_of_metrics(capsys, logdir):
@@ -134,6 +142,15 @@ def test_names_come_out_as_they_are(capsys, tmp_path):
     assert set(json.loads(output)["<b> & ü"]["layers"]) == set(ODD_NAMES)
 
 
+def test_letters_that_a_terminal_lacks_are_spelled_out(tmp_path):
+    write(tmp_path, history({1: {"größe.层": 0.5}}))
+    command = [sys.executable, "-m", "lightning_bnmonitor", "show", str(tmp_path)]
+    environment = os.environ | {"PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, capture_output=True, env=environment, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
+    assert rb"gr\xf6\xdfe.\u5c42" in done.stdout
+
+
 def test_further_monitors_of_a_run_are_shown_by_themselves(capsys, tmp_path):
     write(tmp_path, history(GOOD), history(SICK, prefix="z"))
     _, output, _ = shown(capsys, tmp_path, "--json")
@@ -166,6 +183,37 @@ def test_a_folder_without_event_files(capsys, tmp_path):
     assert_refused(capsys, tmp_path, "no event files")
 
 
+def test_a_name_that_no_folder_can_have(capsys, tmp_path):
+    assert_refused(capsys, tmp_path / ("a" * 5000), "cannot be read: File name too long")
+
+
+def test_files_and_folders_that_cannot_be_read_are_named_beside_what_can(capsys, logdir, monkeypatch):
+    (logdir / "run 9" / "events.out.tfevents.1").symlink_to("nothing")
+    scandir = os.scandir
+
+    def refuse(path):
+        if str(path).endswith("run 10"):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refuse)
+    status, output, errors = shown(capsys, logdir, "--fail-on", "unhealthy")
+    assert status == 2
+    assert output.startswith("run 9, step 20")
+    assert "run 10 cannot be read: Permission denied." in errors
+    assert "events.out.tfevents.1 cannot be read." in errors
+    assert_refused(capsys, logdir / "run 10", "cannot be read: Permission denied")
+
+
+@pytest.mark.parametrize("part", [{"metrics": []}, {"cause": None}, {"layers": 3}, {"latest": None}, {"windows": {}}])
+def test_data_of_other_types_are_damaged_in_either_format(capsys, tmp_path, part):
+    for name in (1, 2):
+        writer = SummaryWriter(str(tmp_path / str(name)))
+        writer.file_writer.add_summary(summary(HISTORY, encode(history(GOOD).document() | part | {"format": name})), 1)
+        writer.close()
+    assert_refused(capsys, tmp_path, "1: Its data are damaged", "2: Its data are damaged")
+
+
 def test_event_files_without_our_data(capsys, tmp_path):
     writer = SummaryWriter(str(tmp_path))
     writer.add_scalar("batchnorm/loss", 1.0)
@@ -174,8 +222,8 @@ def test_event_files_without_our_data(capsys, tmp_path):
 
 
 def test_data_of_another_version(capsys, tmp_path):
-    write(tmp_path / "newer", history(GOOD), format=2)
-    assert_refused(capsys, tmp_path, "newer: The data have format 2", "install")
+    write(tmp_path / "newer", history(GOOD), format=3)
+    assert_refused(capsys, tmp_path, "newer: The data have format 3", "install")
 
 
 def test_a_run_without_layers(capsys, tmp_path):
@@ -186,17 +234,23 @@ def test_a_run_without_layers(capsys, tmp_path):
 
 
 def test_data_that_lack_what_they_should_have(capsys, tmp_path):
-    for name, document in (("a", {"format": 1}), ("b", {**history(GOOD).document(), "cause": "AAAA"})):
+    for name, document in (("a", {"format": 2}), ("b", {**history(GOOD).document(), "cause": "AAAAA"})):
         writer = SummaryWriter(str(tmp_path / name))
 
         writer.file_writer.add_summary(summary(HISTORY, encode(document)), 1)
         writer.file_writer.add_summary(summary(HISTORY + "/z", b"no data"), 1)
         writer.close()
-    assert_refused(capsys, tmp_path, "a: Its data are damaged", "b: ", "(z): These are no data of lightning_bnmonitor")
+    assert_refused(
+        capsys,
+        tmp_path,
+        "a: Its data are damaged",
+        "b: Its data are damaged",
+        "(z): These are no data of lightning_bnmonitor",
+    )
 
 
 def test_one_run_that_cannot_be_read_hides_no_other_and_is_told_of(capsys, logdir):
-    write(logdir / "newer", history(GOOD), format=2)
+    write(logdir / "newer", history(GOOD), format=3)
     status, output, errors = shown(capsys, logdir, "--fail-on", "unhealthy")
     assert status == 2
     assert "run 10, step 30" in output
@@ -211,6 +265,15 @@ def test_arguments_that_are_none_exit_with_2_as_well(capsys, arguments):
         main(arguments)
     assert stopped.value.code == 2
     assert "usage: bnmonitor" in capsys.readouterr().err
+
+
+def test_it_needs_no_torch(logdir):
+    script = (
+        "import sys; from lightning_bnmonitor.commands import main; status = main(['show', sys.argv[1]]); "
+        "print(status, sorted({'torch', 'lightning', 'pytorch_lightning'} & set(sys.modules)))"
+    )
+    done = subprocess.run([sys.executable, "-c", script, str(logdir)], capture_output=True, text=True, check=True)
+    assert done.stdout.endswith("\n0 []\n")
 
 
 # ---------------------------------------------------------------------------------------------------- files as they are

@@ -82,6 +82,7 @@ SYMPTOMS: dict[str, dict] = {
     "ordered-batches": {"ordering_ratio": 3.0, "ordering_share": 0.3, "smooth_share": 0.2},
     "grouped-batches": {"grouping_ratio": 2.0, "grouping_share": 0.1},
     "warming-up": {"warmup_error": 0.5, "initial_weight": 0.3, "eval_error": 0.45},
+    "misfit": {"one_pass": 1.0, "lag_error": 0.4, "eval_error": 0.35},
     "lagging": {"lag_error": 0.4, "eval_error": 0.35},
     "noisy": {"noise_error": 0.2},
     "drifting": {"drift_error": 0.3},
@@ -136,6 +137,8 @@ def telling_evidence() -> dict[str, float]:
     names = [*OBSERVED, *METRICS, "num_features", "momentum", "effective_momentum", "updates_per_call"]
     names += ["severity", "calls_saved", "calls_not_updating", "compensated_momentum", "recommended_momentum"]
     names += ["recommended_error", "recommended_batch_size", "batches_to_go"]
+    names += ["constant_ends"]
+    names += [f"padding_{of}" for of in ("share", "scatter", "shift", "noise", "offset")]
     return {name: 1.01 + 0.01 * index for index, name in enumerate(names)}
 
 

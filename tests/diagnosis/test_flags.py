@@ -51,6 +51,12 @@ def test_a_layer_as_it_should_be_has_no_flag():
         ({"updates_per_call": 1.0, "assumed_updates": 2}, ()),
         ({"rank_error": beside(0.1, ABOVE), "ranks": 2.0}, ("rank-0-only",)),
         ({"rank_error": 0.1, "ranks": 2.0}, ()),
+        ({"padding_shift": beside(0.05, ABOVE)}, ("padded",)),
+        ({"padding_shift": 0.05}, ()),
+        ({"constant_ends": 0.3, "samples_per_batch": 320.0}, ("maybe-padded",)),
+        ({"constant_ends": 0.3}, ()),  # one position a sample
+        (SYMPTOMS["frozen"] | {"constant_ends": 0.3, "samples_per_batch": 320.0}, ()),
+        (SYMPTOMS["frozen"] | {"padding_shift": 0.5}, ()),
         ({"updates_per_call": 1.001}, ("missed-calls",)),
         ({"updates_per_call": 0.5}, ("not-updating",)),
         ({"updates_per_call": 0.0}, ("not-updating",)),
@@ -83,6 +89,14 @@ def test_a_layer_as_it_should_be_has_no_flag():
 )
 def test_flags(symptoms, flags):
     assert diagnosed(symptoms).flags == flags
+
+
+def test_padding_needs_attention_from_a_tenth_on_and_a_suspicion_none():
+    assert not diagnosed({"padding_shift": 0.1}).needs_attention
+    moved = diagnosed({"padding_shift": beside(0.1, ABOVE)})
+    assert moved.needs_attention
+    assert moved.cause == "padded"
+    assert not diagnosed({"constant_ends": 0.3, "samples_per_batch": 320.0}).needs_attention
 
 
 def test_a_last_batch_of_few_values_needs_attention_whatever_the_noise():

@@ -44,8 +44,10 @@ NUMBERS_OF_FLAGS = {
     "double-update": ["updates_per_call", "effective_momentum"],
     "half-frozen": [],
     "interrupted-batch": [],
+    "maybe-padded": ["constant_ends"],
     "missed-calls": ["updates_per_call"],
     "not-updating": ["calls_not_updating"],
+    "padded": ["padding_share", "padding_scatter", "padding_shift", "padding_noise", "padding_offset"],
     "written-outside": [],
 }
 NUMBERS_OF_REMEDIES = {

@@ -71,6 +71,40 @@ def test_validation_steps_never_wait_for_the_device():
         assert tracker.validation_report()["1"].evidence["val_batches"] == len(batches)
 
 
+def left_half(x: Tensor) -> Tensor:
+    return (torch.arange(x.shape[-1], device=x.device) < x.shape[-1] // 2)[None, None].expand(len(x), 1, -1)
+
+
+@needs_cuda
+def test_masks_never_wait_for_the_device():
+    model = network()
+    batches = [images(step) for step in range(40)]
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.01)
+    with BatchNormTracker(model, mask=left_half) as tracker:
+        for step, x in enumerate(batches):
+            torch.cuda.set_sync_debug_mode("default" if step < 10 else "error")
+            tracker.see_inputs(x)
+            training_step(model, optimizer, x, None)
+            tracker.step()
+        torch.cuda.set_sync_debug_mode("default")
+    assert tracker.report()["1"].evidence["padding_batches"] == len(batches)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, LAST])
+def test_masked_statistics_are_those_of_the_values_that_count(layout):
+    model, kept = nn.Sequential(nn.BatchNorm2d(3)).to(DEVICE, memory_format=layout), []
+    with BatchNormTracker(model, mask=left_half) as tracker:
+        for step in range(10):
+            x = images(step, memory_format=layout)
+            tracker.see_inputs(x)
+            model(x)
+            kept.append(x[..., : x.shape[-1] // 2].double().movedim(1, -1).reshape(-1, 3).cpu())
+        layer = tracker.report()["0"]
+    values = torch.cat(kept)
+    torch.testing.assert_close(layer.unpadded[0], values.mean(0), rtol=1e-6, atol=1e-7)
+    torch.testing.assert_close(layer.unpadded[1], values.var(0), rtol=1e-6, atol=1e-7)
+
+
 @needs_cuda
 def test_a_wait_would_be_noticed():
     x = torch.ones(3, device=DEVICE)

@@ -91,7 +91,8 @@ class OpenedPage:
         self.browser.find_element(By.CSS_SELECTOR, selector).click()
 
     def button(self, text):
-        (button,) = [each for each in self.browser.find_elements(By.TAG_NAME, "button") if each.text == text]
+        found = "return [...document.querySelectorAll('button')].filter(each => each.innerText === arguments[0])"
+        (button,) = self.script(found, text)  # at once: buttons of the panel are drawn anew at any time
         button.click()
 
     def choose(self, label, value):

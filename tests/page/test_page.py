@@ -18,9 +18,8 @@ def with_channels(document):
 
 def values_of(document, metric):
     """A metric's ``(W, L)`` values, decoded by hand."""
-    raw = np.frombuffer(made.base64.b64decode(document["metrics"][metric]), np.uint8).reshape(2, -1).astype(np.uint32)
     shape = len(document["windows"]["step"]), len(document["layers"]["name"])
-    return ((raw[0] << 24) | (raw[1] << 16)).view(np.float32).reshape(shape)
+    return made.words_of(document["metrics"][metric], shape[0] * shape[1]).view(np.float32).reshape(shape)
 
 
 @pytest.fixture
@@ -219,7 +218,7 @@ class TestPanel:
 
     def test_every_channel_is_drawn_and_the_worst_are_named(self, five):
         channels = made.channels_document(made.five_layers())["layers"]["stem.1"]["latest"]
-        error = np.frombuffer(made.base64.b64decode(channels["values"]["eval_error"]), "<f4")
+        error = made.words_of(channels["values"]["eval_error"], 64).view(np.float32)
         section = (
             "[...document.querySelectorAll('.panel .charts')].find(e => e.textContent.startsWith('Running against'))"
         )
@@ -242,7 +241,7 @@ class TestPanel:
             const chart = document.querySelectorAll(".panel .charts")[1]?.querySelector(".chart");
             if (!chart) return null;
             const points = path =>
-                path.getAttribute("d").match(/[ML][^MLh]+/g).map(p => p.slice(1).split(" ").map(Number));
+                path.getAttribute("d").match(/[ML][^MLhV]+/g).map(p => p.slice(1).split(" ").map(Number));
             const [a, b] = points(chart.querySelector(".line")), dots = points(chart.querySelector(".dots"));
             const slope = (b[1] - a[1]) / (b[0] - a[0]);
             return Math.max(...dots.map(([x, y]) => Math.abs(y - (a[1] + slope * (x - a[0])))));
@@ -406,12 +405,12 @@ class TestEmpty:
         assert opened.text(".message h1") == "No BatchNorm data yet"
 
     def test_a_newer_format_names_itself_and_other_runs_can_be_seen(self, opened):
-        opened.open({"new": {"format": 2}, "old": made.five_layers()})
-        assert "format 2; this page reads 1" in opened.text(".message p")
+        opened.open({"new": {"format": 3}, "old": made.five_layers()})
+        assert "format 3; this page reads 2" in opened.text(".message p")
         opened.click('button[data-run="old"]')
         assert opened.labels()[0] == "stem.1"
 
-    @pytest.mark.parametrize("document", [{"format": 1}, {"format": "x"}, None], ids=["without-content", "odd", "none"])
+    @pytest.mark.parametrize("document", [{"format": 2}, {"format": "x"}, None], ids=["without-content", "odd", "none"])
     def test_a_run_that_cannot_be_read(self, opened, document):
         opened.open({"bad": document})
         assert opened.text(".message h1") == "The run “bad” cannot be shown"

@@ -52,7 +52,7 @@ def test_frozen_and_stale_layers_are_measured_in_eval_mode_in_the_pass_that_is_m
     expected = {name: error_in_eval(layers_of(model)[name], recorder[name]) for name in "bc"}
     assert result.misfits == pytest.approx(expected, rel=1e-2)  # the variance is the unbiased one
     assert list(result.misfits) == sorted(expected, key=expected.__getitem__, reverse=True)
-    assert (list(result.before), list(result.after)) == (["a"], ["a"])
+    assert (list(result.before), list(result.after)) == (["a", "b", "c"], ["a"])
     changed = [name for name, value in buffers_of(model).items() if value != before[name]]
     assert changed == ["a.running_mean", "a.running_var"]
     assert len(warned) == 1

@@ -1,12 +1,12 @@
 """The history: what it remembers against all windows kept, its documents, and what it can be saved as."""
 
-import base64
 import copy
 import csv
 import io
 import json
 import math
 import pickle
+import zlib
 from functools import cache
 
 import numpy as np
@@ -21,6 +21,8 @@ from lightning_bnmonitor.page import document
 from lightning_bnmonitor.report.channel_values import MAX_CHANNELS, channel_values, largest_share
 from lightning_bnmonitor.report.history import History
 from lightning_bnmonitor.report.kept_windows import CAUSES, MAX_WINDOWS, KeptWindows, Row
+from tests.page.made_documents import words_of
+from tests.page.older_documents import old_set
 from tests.report.made_reports import NOT_SICK, branches_report, layer, stateless, unused, with_error
 
 NAN, INF = math.nan, math.inf
@@ -189,7 +191,7 @@ def test_the_document_tells_of_real_layers_what_the_report_says():
     report, history = branches_report(), History("mine")
     history.add(report, 7)
     found = decoded(history)
-    assert (found["format"], found["prefix"]) == (1, "mine")
+    assert (found["format"], found["prefix"]) == (2, "mine")
     assert found["windows"] == {"step": [7], "headline": [str(report).splitlines()[0]]}
     assert found["layers"]["name"] == list(report)
     assert found["layers"]["type"] == [its.type for its in report.values()]
@@ -257,8 +259,9 @@ def test_a_history_of_no_layers_is_a_document():
     assert history.channels()["layers"] == {}
 
 
-def numbers(text):
-    return np.frombuffer(base64.b64decode(text), dtype="<f4")
+def numbers(text, count=3):
+    """As float32 of which the bits are six digits of 64 each, all first ones first; what is not there is zero."""
+    return words_of(text, count).view(np.float32)
 
 
 def of_channels(seed, channels, **fields):
@@ -292,7 +295,7 @@ def test_channels_are_those_of_the_last_window_and_of_the_worst_one():
             ("eval_error", its.eval_error, its.eval_error),
         ):
             precision = 1e-2 if "err" in name else 1e-3
-            assert (np.abs(numbers(kept["values"][name]) - value.numpy()) <= precision * scale.numpy()).all(), name
+            assert (np.abs(numbers(kept["values"][name], 5) - value.numpy()) <= precision * scale.numpy()).all(), name
         assert "val_mean" not in kept["values"]
 
 
@@ -433,10 +436,28 @@ def test_a_state_of_another_version_keeps_what_this_one_knows():
     np.testing.assert_array_equal(resumed.windows.causes, expected)
 
 
+def test_the_state_in_a_checkpoint_of_version_0_5_is_gone_on_from():
+    history = History()
+    for step, error in ((1, 0.5), (2, 0.25)):
+        history.add(Report([of_channels(step, 5, evidence={"eval_error": error})]), step)
+    state = history.state_dict()
+    rest = json.loads(zlib.decompress(state["rest"].numpy().tobytes()))
+    kept = rest["worst"]["a"]
+    old = {"format": 1} | rest | {"format": 1, "worst": {"a": kept | {"channels": old_set(kept["channels"])}}}
+    state["rest"] = torch.tensor(list(document.encode(old)), dtype=torch.uint8)
+    resumed = History()
+    resumed.load_state_dict(state)
+    assert resumed.document() == history.document()
+    worst = history.channels()["layers"]["a"]["worst"]
+    for each in (history, resumed):
+        each.add(Report([of_channels(3, 5, evidence={"eval_error": 0.125})]), 3)
+        assert each.channels()["layers"]["a"]["worst"] == worst
+
+
 def test_a_state_of_another_format_is_refused():
     state = small_history().state_dict()
-    other = document.encode({"format": 2})
-    with pytest.raises(ValueError, match="format 2"):
+    other = document.encode({"format": 3})
+    with pytest.raises(ValueError, match="format 3"):
         History().load_state_dict(state | {"rest": torch.tensor(list(other), dtype=torch.uint8)})
 
 

@@ -351,7 +351,7 @@ def test_an_empty_report_has_every_form():
     assert report.summary() == {}
     assert report.worst() == report.worst(3) == report.unhealthy == []
     assert report.layer_summaries() == {}
-    assert report.to_dict() == {"rank": None, "summary": {}, "layers": {}}
+    assert report.to_dict() == {"rank": None, "remarks": [], "summary": {}, "layers": {}}
     assert str(report) == report.brief() == "No BatchNorm layer was monitored."
     assert report.to_markdown() == "**No BatchNorm layer was monitored.**"
     assert Cells(report._repr_html_()).tags == ["p", "strong"]

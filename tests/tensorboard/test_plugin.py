@@ -36,12 +36,13 @@ def logdir(load_fast, tmp_path_factory):
         write(folder / name, history(windows))
     write(folder / "two", history(GOOD), history(SICK, prefix="z"))
     write(folder / "z alone", history(SICK, prefix="z"))
-    write(folder / "newer", history(GOOD), format=2)
+    write(folder / "newer", history(GOOD), format=3)
+    write(folder / "older", history(SICK), format=1)
     write(folder / "without")
     return folder
 
 
-NAMES = ["deep/<er> & ü", "newer", "run 2", "run 10", "two", "two (z)", "z alone"]
+NAMES = ["deep/<er> & ü", "newer", "older", "run 2", "run 10", "two", "two (z)", "z alone"]
 
 
 @pytest.fixture(scope="module")
@@ -108,10 +109,15 @@ def test_a_history_is_the_newest_document_of_its_run(client, run, encoding):
 
 
 def test_a_document_of_a_newer_format_is_handed_on_for_the_page_to_say_so(client):
-    assert asked(client, "history", run="newer").json["format"] == 2
+    assert asked(client, "history", run="newer").json["format"] == 3
     answer = asked(client, "channels", run="newer", layer="stem")
     assert answer.status_code == 404
-    assert "format 2" in answer.json["error"]
+    assert "format 3" in answer.json["error"]
+
+
+def test_what_version_0_5_has_written_is_answered_in_todays_format(client):
+    assert asked(client, "history", run="older").json == history(SICK).document()
+    assert asked(client, "channels", run="older", layer="stem").json == history(SICK).channels()["layers"]["stem"]
 
 
 @pytest.mark.parametrize("layer", ODD_NAMES)

@@ -5,6 +5,7 @@ import { colorOf, css, inkOn } from "./theme.js";
 
 const LETTER = 10; // width in pixels that a letter needs
 const NUMBER = 44; // and a number
+const PAD = 5; // beside them
 const GAP = 14; // between panes
 
 /** Where panes lie: their left edges and the width of a column, in pixels. */
@@ -74,9 +75,9 @@ function drawMarks(context, place, series, middle) {
 		const value = series.values[column];
 		const color = colorOf(value, pane.isDifference) ?? css("--page");
 		context.fillStyle = inkOn(color);
-		if (place.column >= NUMBER && !Number.isNaN(value)) {
+		if (place.column >= NUMBER && !isNaN(value)) {
 			context.textAlign = "right";
-			context.fillText(brief(value, pane.isDifference), columnEdge(place, column + 1) - 7, middle);
+			context.fillText(brief(value, pane.isDifference), columnEdge(place, column + 1) - PAD, middle);
 		}
 		if (pane.isDifference || (column && series.cause[column] === series.cause[column - 1])) continue;
 		const letter = pane.run.causes[series.cause[column]]?.letter;
@@ -85,7 +86,7 @@ function drawMarks(context, place, series, middle) {
 		while (end < series.cause.length && series.cause[end] === series.cause[column]) end++;
 		if (columnEdge(place, end) - left < LETTER) continue;
 		context.textAlign = "left";
-		const x = place.column >= NUMBER ? left + 7 : left + Math.max((place.column - 8) / 2, 1);
+		const x = place.column >= NUMBER ? left + PAD : left + Math.max((place.column - 8) / 2, 1);
 		context.fillText(letter, x, middle);
 		free = left + LETTER;
 	}

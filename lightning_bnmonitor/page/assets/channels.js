@@ -15,7 +15,7 @@ export function drawChannels(encoded, width) {
 	if (!set?.index.length) return [];
 	const { values: v, course, index, of } = set;
 	const half = Math.max(Math.floor((width - 16) / 2), 180);
-	const all = index.length < of ? `the ${whole(index.length)} worst of ${count(of, "channel")}` : count(of, "channel");
+	const all = `${index.length < of ? `the ${whole(index.length)} worst of ` : ""}${count(of, "channel")}`;
 	const stdErrors = v.stderr_var?.map((error, i) => error / Math.sqrt(v.running_var[i])); // two of them: 2·error / (2·std)
 	const pair = (names, means, stds, errors, badness, color) => [
 		scatter(half, index, [`${names[0]} mean`, means[0]], [`${names[1]} mean`, means[1]], errors?.[0], badness, color),
@@ -48,11 +48,11 @@ function scatter(width, index, [xLabel, xs], [yLabel, ys], errors, badness, metr
 		const lows = ys.map((y, i) => Math.max(y - errors[i], log ? range[0] : -Infinity));
 		chart.bars(xs, lows, ys.map((y, i) => y + errors[i]), { color: css("--noise"), width: xs.length > 64 ? 2 : 4 });
 	}
-	const known = [...(badness?.keys() ?? [])].filter((i) => !Number.isNaN(badness[i]) && Number.isFinite(xs[i]) && Number.isFinite(ys[i]));
+	const known = [...(badness?.keys() ?? [])].filter((i) => !isNaN(badness[i]) && isFinite(xs[i]) && isFinite(ys[i]));
 	const worst = known.sort((a, b) => badness[b] - badness[a]).slice(0, NAMED);
 	const pick = (wanted) => [...xs].map((x, i) => (worst.includes(i) === wanted ? x : NaN));
-	chart.dots(pick(false), ys, { color: css("--quiet"), size: xs.length > 512 ? 2.5 : 4 });
-	chart.dots(pick(true), ys, { color: lineColor(metric), size: 5.5 });
+	chart.dots(pick(false), ys, { color: css("--quiet"), width: xs.length > 512 ? 2.5 : 4 });
+	chart.dots(pick(true), ys, { color: lineColor(metric), width: 5.5 });
 	const named = [];
 	for (const i of worst) {
 		const [x, y] = [chart.x(xs[i]), chart.y(ys[i])];
@@ -65,12 +65,11 @@ function scatter(width, index, [xLabel, xs], [yLabel, ys], errors, badness, metr
 
 /** The range of both axes; logarithmic for positive values of several magnitudes. */
 function common(xs, ys) {
-	const finite = [...xs, ...ys].filter(Number.isFinite);
+	const finite = [...xs, ...ys].filter(isFinite);
 	const [low, high] = extent(finite, 0);
 	return low > 0 && high / low > 50 ? { log: true, range: [low / 1.3, high * 1.3] } : { log: false, range: extent(finite) };
 }
 
-/** Batches of the worst channel over the window. */
 function drawCourse(width, { course, index, values }, moment, transform) {
 	const at = index.indexOf(course.channel);
 	const of = (name) => transform(values[`${name}_${moment}`]?.[at] ?? NaN);
@@ -80,20 +79,20 @@ function drawCourse(width, { course, index, values }, moment, transform) {
 	const ys = course[moment].map(transform);
 	const [exact, running, stderr] = [of("exact"), of("running"), values[`stderr_${moment}`]?.[at]];
 	const error = (moment === "mean" ? 2 * stderr : stderr / running) || 0;
+	const both = [0, ends.at(-1)];
 	const chart = new Chart({
 		width,
 		height: HEIGHT,
-		x: (pixels) => linear([0, ends.at(-1)], pixels),
+		x: (pixels) => linear(both, pixels),
 		y: (pixels) => linear(extent([...ys, exact, running - error, running + error]), pixels),
 		xLabel: "batch in the window",
 		yLabel: `batch ${label}`,
 	});
-	const both = [0, ends.at(-1)];
 	chart.band(both, [running - error, running - error], [running + error, running + error]);
 	chart.line(both, [exact, exact], { color: css("--quiet"), width: 1, dash: "2 3" });
 	chart.line(both, [running, running], { color: lineColor("eval_error"), dash: "6 4" });
-	chart.line(middles, ys, { color: css("--quiet"), width: 1 }).dots(middles, ys, { color: css("--quiet"), size: 5 });
-	for (const [value, word] of [[exact, "exact"], [running, "running"]]) if (Number.isFinite(value)) chart.name(both[1], value, word);
+	chart.line(middles, ys, { color: css("--quiet"), width: 1 }).dots(middles, ys, { color: css("--quiet"), width: 5 });
+	for (const [value, word] of [[exact, "exact"], [running, "running"]]) if (isFinite(value)) chart.name(both[1], value, word);
 	return chart.element;
 }
 

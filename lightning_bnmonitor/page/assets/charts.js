@@ -5,7 +5,6 @@ import { general, ticks, whole } from "./numbers.js";
 
 const [LEFT, RIGHT, TOP, BOTTOM] = [44, 10, 8, 30]; // margins
 
-/** A linear scale from values to pixels. */
 export function linear([low, high], [from, to]) {
 	const scale = (value) => from + ((value - low) / (high - low || 1)) * (to - from);
 	scale.ticks = (about) => ticks(low, high, about).map((value) => [value, general(value)]);
@@ -16,10 +15,8 @@ export function linear([low, high], [from, to]) {
 export function logarithmic([low, high], [from, to]) {
 	const scale = (value) => from + (Math.log(Math.min(Math.max(value, low), high) / low) / Math.log(high / low)) * (to - from);
 	scale.ticks = () => {
-		const first = Math.ceil(Math.log10(low) - 1e-9);
-		const decades = Array.from({ length: Math.floor(Math.log10(high) + 1e-9) - first + 1 }, (_, i) => 10 ** (first + i));
-		const every = Math.ceil(decades.length / 5);
-		return (decades.length > 1 ? decades.filter((_, i) => !(i % every)) : [low, high]).map((value) => [value, general(Number(value.toPrecision(2)))]);
+		const decades = ticks(Math.log10(low), Math.log10(high), 5).filter(Number.isInteger).map((exponent) => 10 ** exponent);
+		return (decades.length > 1 ? decades : [low, high]).map((value) => [value, general(Number(value.toPrecision(2)))]);
 	};
 	return scale;
 }
@@ -38,9 +35,9 @@ export function windows(steps, [from, to]) {
 
 /** From the least to the largest of the values that are finite, with some room. */
 export function extent(values, room = 0.06) {
-	const finite = values.filter(Number.isFinite);
+	const finite = values.filter(isFinite).sort((a, b) => a - b);
 	if (!finite.length) return [0, 1];
-	const [low, high] = [finite.reduce((a, b) => Math.min(a, b)), finite.reduce((a, b) => Math.max(a, b))];
+	const [low, high] = [finite[0], finite.at(-1)];
 	const more = (high - low) * room || (high === low ? Math.abs(high) * 0.1 || 1 : 0);
 	return [low - more, high + more];
 }
@@ -64,15 +61,15 @@ export class Chart {
 	}
 
 	/** A line through points, interrupted where a value is not known. */
-	line(xs, ys, { color, width = 1.5, dash, name }) {
+	line(xs, ys, style) {
 		let path = "";
 		ys.forEach((y, i) => {
-			if (Number.isNaN(y)) return;
-			const isAlone = !(i + 1 in ys) || Number.isNaN(ys[i + 1]);
-			const joins = i > 0 && !Number.isNaN(ys[i - 1]);
+			if (isNaN(y)) return;
+			const isAlone = !(i + 1 in ys) || isNaN(ys[i + 1]);
+			const joins = i > 0 && !isNaN(ys[i - 1]);
 			path += `${joins ? "L" : "M"}${this.#point(xs[i], y)}${isAlone && !joins ? "h0" : ""}`;
 		});
-		return this.#path("line", path, { stroke: color, "stroke-width": `${width}px` }, { "data-name": name, "stroke-dasharray": dash });
+		return this.#stroke("line", path, style);
 	}
 
 	/** The area between two lines; of a single point four pixels to both sides. */
@@ -80,42 +77,36 @@ export class Chart {
 		let path = "";
 		for (let i = 0; i < xs.length; i++) {
 			const start = i;
-			while (Number.isFinite(lows[i]) && Number.isFinite(highs[i])) i++;
+			while (isFinite(lows[i]) && isFinite(highs[i])) i++;
 			const its = [...xs.keys()].slice(start, i);
 			const upper = its.map((k) => this.#point(xs[k], highs[k]));
 			const lower = its.map((k) => this.#point(xs[k], lows[k])).reverse();
 			if (its.length === 1) path += `M${upper}m-4 0h8V${this.y(lows[start])}h-8z`;
 			else if (its.length) path += `M${[...upper, ...lower].join("L")}z`;
 		}
-		return this.#path("band", path, {});
+		this.element.append(svg("path.band", { d: path }));
+		return this;
 	}
 
-	/** Dots, as one path. */
-	dots(xs, ys, { color, size }) {
-		const known = [...xs.keys()].filter((i) => Number.isFinite(xs[i]) && Number.isFinite(ys[i]));
-		const path = known.map((i) => `M${this.#point(xs[i], ys[i])}h0`).join("");
-		return this.#path("dots", path, { stroke: color, "stroke-width": `${size}px` });
+	dots(xs, ys, style) {
+		return this.bars(xs, ys, ys, style, "dots");
 	}
 
 	/** Vertical bars from low to high, as one path. */
-	bars(xs, lows, highs, { color, width }) {
-		const known = [...xs.keys()].filter((i) => Number.isFinite(xs[i]) && Number.isFinite(lows[i]) && Number.isFinite(highs[i]));
-		const path = known.map((i) => `M${this.#point(xs[i], lows[i])}V${this.y(highs[i]).toFixed(1)}`).join("");
-		return this.#path("bars", path, { stroke: color, "stroke-width": `${width}px` });
+	bars(xs, lows, highs, style, kind = "bars") {
+		const known = [...xs.keys()].filter((i) => [xs[i], lows[i], highs[i]].every(isFinite));
+		return this.#stroke(kind, known.map((i) => `M${this.#point(xs[i], lows[i])}V${this.y(highs[i]).toFixed(1)}`).join(""), style);
 	}
 
-	/** A horizontal line with a word at its right end. */
 	level(value, text) {
 		const at = this.y(value);
-		return this.#line("level", this.left, at, this.right, at).#text("tick", this.right, at - 3, text, "end");
+		return this.#line("level", this.left, at, this.right, at).#text("tick", this.right - 4, at - 3, text, "end");
 	}
 
-	/** A vertical line. */
 	cursor(value) {
 		return this.#line("cursor", this.x(value), this.top, this.x(value), this.bottom);
 	}
 
-	/** A word beside a point. */
 	name(x, y, text) {
 		const [left, top] = [this.x(x), Math.max(this.y(y) - 4, this.top + 8)];
 		const isAtRight = left > this.right - 30;
@@ -126,8 +117,9 @@ export class Chart {
 		return `${this.x(x).toFixed(1)} ${this.y(y).toFixed(1)}`;
 	}
 
-	#path(kind, d, style, more = {}) {
-		this.element.append(svg(`path.${kind}`, { d, style, ...more }));
+	#stroke(kind, d, { color, width = 1.5, dash, name }) {
+		const style = { stroke: color, "stroke-width": `${width}px` };
+		this.element.append(svg(`path.${kind}`, { d, style, "data-name": name, "stroke-dasharray": dash }));
 		return this;
 	}
 

@@ -1,6 +1,6 @@
 /** The documents of a run as typed arrays, and questions to them. */
 
-const FORMAT = 1;
+const FORMAT = 2;
 /** Metrics in the order of their buttons, and what each compares. */
 export const METRICS = new Map([
 	["eval_error", "Running statistics against training"],
@@ -12,11 +12,12 @@ export const METRICS = new Map([
 	["noise", "The part of eval_error that is chance"],
 ]);
 const [ABSENT, ATTENTION] = [255, 128];
+const CODES = new Uint8Array(128);
+[..."ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/"].forEach((each, code) => (CODES[each.charCodeAt(0)] = code));
 
 /** What cannot be shown, in words for the reader. */
 export class Unreadable extends Error {}
 
-/** All that is remembered of a run's windows. */
 export class Run {
 	#metrics = new Map();
 	#causes = new Map();
@@ -29,12 +30,12 @@ export class Run {
 		this.metrics = [...METRICS.keys()].filter((metric) => metric in document.metrics);
 		this.last = document.latest.window;
 		this.indexOf = new Map(this.names.map((each, index) => [each, index]));
-		this.cells = bytesOf(document.cause);
+		this.cells = wordsOf(document.cause, this.steps.length * this.names.length).map((word) => word >>> 24);
 	}
 
 	/** A metric of all layers, window after window; nothing if nobody has it. */
 	values(metric) {
-		if (!this.#metrics.has(metric)) this.#metrics.set(metric, floatsOfPlanes(this.document.metrics[metric] ?? ""));
+		if (!this.#metrics.has(metric)) this.#metrics.set(metric, floatsOf(this.document.metrics[metric] ?? "", this.cells.length));
 		return this.#metrics.get(metric);
 	}
 
@@ -43,7 +44,6 @@ export class Run {
 		return this.values(metric)[window * this.names.length + layer] ?? NaN;
 	}
 
-	/** A metric of a layer over all windows. */
 	course(metric, layer) {
 		return this.steps.map((_, window) => this.value(metric, window, layer));
 	}
@@ -64,7 +64,6 @@ export class Run {
 		return this.#causes.get(layer);
 	}
 
-	/** Whether a layer needs attention in a window. */
 	needsAttention(window, layer) {
 		const cell = this.cells[window * this.names.length + layer];
 		return cell !== ABSENT && cell >= ATTENTION;
@@ -105,20 +104,20 @@ export class Run {
 }
 
 /** The larger of two numbers, where NaN is none. */
-export const larger = (a, b) => (a >= b || Number.isNaN(b) ? a : b);
+export const larger = (a, b) => (a >= b || isNaN(b) ? a : b);
 
 /** A number to sort by: NaN below all others. */
-export const orBelow = (value) => (Number.isNaN(value) ? -Infinity : value);
+export const orBelow = (value) => (isNaN(value) ? -Infinity : value);
 
 /** One of a layer's sets of channels, as arrays; null if there is none. */
 export function channelsOf(set) {
 	if (!set) return null;
-	const values = Object.fromEntries(Object.entries(set.values).map(([name, text]) => [name, floatsOf(text)]));
+	const index = set.index ?? [...Array(set.of).keys()];
+	const values = Object.fromEntries(Object.entries(set.values).map(([name, text]) => [name, floatsOf(text, index.length)]));
 	const course = set.course && { ...set.course, mean: set.course.mean.map(Number), var: set.course.var.map(Number) };
-	return { ...set, index: set.index ?? [...(values.exact_mean ?? []).keys()], values, course };
+	return { ...set, index, values, course };
 }
 
-/** Refuse what a later version has written. */
 function checkFormat(document) {
 	if (document?.format > FORMAT) {
 		throw new Unreadable(
@@ -129,25 +128,11 @@ function checkFormat(document) {
 	if (document?.format !== FORMAT) throw new Unreadable("This is no document of a run, or one of an unknown format.");
 }
 
-function bytesOf(text) {
-	if (Uint8Array.fromBase64) return Uint8Array.fromBase64(text);
-	const binary = atob(text);
-	const bytes = new Uint8Array(binary.length);
-	for (let i = 0; i < bytes.length; i++) bytes[i] = binary.charCodeAt(i);
-	return bytes;
+/** So many numbers of 32 bits: a character for every six bits of each, the highest of all first; the others are zero. */
+function wordsOf(text, count) {
+	const words = new Uint32Array(count);
+	for (let at = 0; at < text.length; at++) words[at % count] |= (CODES[text.charCodeAt(at)] << 26) >>> (6 * Math.floor(at / count));
+	return words;
 }
 
-/** Values of two planes of bfloat16: all high bytes, then all low bytes. */
-function floatsOfPlanes(text) {
-	const bytes = bytesOf(text);
-	const count = bytes.length / 2;
-	const bits = new Uint32Array(count);
-	for (let i = 0; i < count; i++) bits[i] = (bytes[i] << 24) | (bytes[count + i] << 16);
-	return new Float32Array(bits.buffer);
-}
-
-/** Values of float32, little endian. */
-function floatsOf(text) {
-	const view = new DataView(bytesOf(text).buffer);
-	return Float32Array.from({ length: view.byteLength / 4 }, (_, i) => view.getFloat32(4 * i, true));
-}
+const floatsOf = (text, count) => new Float32Array(wordsOf(text, count).buffer);

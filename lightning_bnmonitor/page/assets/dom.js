@@ -3,7 +3,6 @@
 /** An HTML element: "tag.class", properties ("on…": listeners, "style": CSS) or none, children. */
 export const el = (tag, ...rest) => filled(document.createElement(tag.split(".")[0]), tag, rest);
 
-/** An SVG element; see `el`. */
 export const svg = (tag, ...rest) => filled(document.createElementNS("http://www.w3.org/2000/svg", tag.split(".")[0]), tag, rest);
 
 /** A row of a table: names of cells' classes, or "", and what is in them. */
@@ -26,10 +25,8 @@ export const prose = (text) => text.split("`").map((part, i) => (i % 2 ? el("cod
 /** What stands between backticks in a text. */
 export const codeOf = (text) => text.split("`").filter((_, i) => i % 2);
 
-/** The end of a name that does not fit. */
 export const shortened = (name, length) => (name.length <= length ? name : `…${name.slice(1 - length)}`);
 
-/** A dot of a colour. */
 export const dot = (color) => el("span.dot", { style: { background: color } });
 
 function filled(node, tag, rest) {
@@ -37,12 +34,12 @@ function filled(node, tag, rest) {
 	const hasProperties = first && Object.getPrototypeOf(first) === Object.prototype;
 	node.classList.add(...tag.split(".").slice(1));
 	for (const [name, value] of Object.entries(hasProperties ? first : {})) {
-		if (value === undefined || value === null || value === false) continue;
+		if ((value ?? false) === false) continue;
 		if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
 		else if (name === "style") for (const [key, css] of Object.entries(value)) node.style.setProperty(key, css);
 		else node.setAttribute(name, value === true ? "" : value);
 	}
 	const children = rest.slice(hasProperties ? 1 : 0).flat(Infinity);
-	node.append(...children.filter((child) => child !== undefined && child !== null && child !== false));
+	node.append(...children.filter((child) => (child ?? false) !== false));
 	return node;
 }

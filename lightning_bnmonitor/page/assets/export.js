@@ -18,7 +18,7 @@ export function tableOf(rows, panes) {
 		const layer = run?.indexOf.get(row.names[0]);
 		const cause = series && !pane.isDifference ? series.cause[pane.lastColumn] : -1;
 		const values = panes.flatMap((each) => [...(each.series(row)?.values ?? each.steps.map(() => NaN))]);
-		return [row.label, run?.types[layer], row.isModule ? "" : run?.channels[layer], run?.causes[cause]?.name, ...values.map((value) => (Number.isNaN(value) ? "" : Number(value.toPrecision(4))))];
+		return [row.label, run?.types[layer], row.isModule ? "" : run?.channels[layer], run?.causes[cause]?.name, ...values.map((value) => (isNaN(value) ? "" : Number(value.toPrecision(4))))];
 	});
 	const quoted = (value) => (/[",\r\n]/.test(value) ? `"${value.replaceAll('"', '""')}"` : (value ?? ""));
 	const table = [["layer", "type", "channels", "cause", ...titles], ...lines];
@@ -66,7 +66,6 @@ class Recorder {
 	}
 }
 
-/** Hand a file to the reader. */
 export function download(name, type, text) {
 	const address = URL.createObjectURL(new Blob([text], { type }));
 	el("a", { href: address, download: name }).click();

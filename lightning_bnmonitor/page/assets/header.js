@@ -30,10 +30,10 @@ function sentence(run, actions, withHeadline) {
 		const name = el("button.link", { onclick: () => actions.show(run.names[layer]) }, run.names[layer]);
 		const error = run.error(run.last, layer);
 		const since = run.steps[run.since(run.last, layer)];
-		return el("span.one", name, `${Number.isNaN(error) ? "" : ` by ${distance(error)}`} since step ${whole(since)}`);
+		return el("span.one", name, `${isNaN(error) ? "" : ` by ${distance(error)}`} since step ${whole(since)}`);
 	});
 	const more = sick.length > NAMED && el("span.one", `${whole(sick.length - NAMED)} more`);
-	const errors = run.names.map((_, layer) => run.error(run.last, layer)).filter((error) => !Number.isNaN(error));
+	const errors = run.names.map((_, layer) => run.error(run.last, layer)).filter((error) => !isNaN(error));
 	const calm = errors.length ? `Errors in eval() up to ${distance(Math.max(...errors))}.` : "";
 	return el(
 		"div.sentence",

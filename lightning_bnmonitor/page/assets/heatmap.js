@@ -10,7 +10,6 @@ import { describeCell } from "./tooltip.js";
 const WIDEST = 88; // pixels of a column
 const HEIGHTS = [32, 28, 22, 18]; // of a row
 const NAME_SHARE = 0.36; // of the width at most
-const HEAD = 22; // pixels of the panes' titles
 const HELP = "Heatmap: arrow keys select, Enter folds modules, Escape takes back";
 
 /** Shows what `update` is given; actions: `select(row, step)`, `fold(row, outer)`, `unselect()`. */
@@ -28,24 +27,22 @@ export class Heatmap {
 		[this.heads, this.labels, this.mark, this.axis] = ["heads", "labels", "mark", "axis"].map((name) => el(`div.${name}`));
 		this.canvas = el("canvas");
 		this.cross = [el("div.cross", { hidden: true }), el("div.cross", { hidden: true })];
-		this.plot = el("div.plot", this.canvas, this.mark, this.cross);
+		const onclick = (event) => {
+			const at = this.#at(event);
+			if (at) this.#select(at.row, at.place.pane.steps[at.column]);
+		};
+		const pointing = { onclick, onpointermove: (event) => this.#hover(event), onpointerleave: () => this.#leave() };
+		this.plot = el("div.plot", pointing, this.canvas, this.mark, this.cross);
 		this.window = el("div.window", this.labels, this.plot);
 		this.spacer = el("div.spacer", this.window);
-		this.scroller = el("div.scroller", { tabindex: 0, role: "application", "aria-label": HELP }, this.spacer);
+		const scrolling = { onscroll: () => this.#later(), onkeydown: (event) => this.#press(event) };
+		this.scroller = el("div.scroller", { tabindex: 0, role: "application", "aria-label": HELP, ...scrolling }, this.spacer);
 		this.overview = new Overview(this.scroller);
 		this.body = el("div.body", this.scroller, this.overview.element);
 		this.spoken = el("div.spoken", { "aria-live": "polite" });
 		this.tooltip = el("div.tooltip", { hidden: true });
 		this.empty = el("p.quiet", { hidden: true }, "No layer matches the filter.");
 		this.element = el("div.heatmap", this.heads, this.body, this.axis, this.empty, this.spoken, this.tooltip);
-		this.scroller.addEventListener("scroll", () => this.#later());
-		this.scroller.addEventListener("keydown", (event) => this.#press(event));
-		this.plot.addEventListener("pointermove", (event) => this.#hover(event));
-		this.plot.addEventListener("pointerleave", () => this.#leave());
-		this.plot.addEventListener("click", (event) => {
-			const at = this.#at(event);
-			if (at) this.#select(at.row, at.place.pane.steps[at.column]);
-		});
 		new ResizeObserver(() => {
 			if (this.#size !== this.#measured) this.#layOut();
 		}).observe(this.element);
@@ -54,11 +51,9 @@ export class Heatmap {
 	/** Show rows in panes; `selected` is the key of a row, and a step. */
 	update(rows, panes, selected) {
 		[this.#rows, this.#panes, this.#selected] = [rows, panes, selected];
-		this.#leave();
 		this.#layOut();
 	}
 
-	/** Bring the selected row into sight. */
 	reveal() {
 		const index = this.#index;
 		const { scrollTop, clientHeight } = this.scroller;
@@ -82,13 +77,14 @@ export class Heatmap {
 
 	#layOut() {
 		const rows = this.#rows;
+		this.#leave();
 		this.empty.hidden = rows.length > 0;
 		this.axis.hidden = this.body.hidden = !rows.length;
 		this.heads.hidden = !rows.length || !this.#panes.some((pane) => pane.title);
 		const width = this.scroller.clientWidth;
 		if (!rows.length) this.labels.replaceChildren();
 		if (!width) return;
-		const room = this.element.clientHeight - this.axis.offsetHeight - (this.heads.hidden ? 0 : HEAD);
+		const room = this.element.clientHeight - this.axis.offsetHeight - this.heads.offsetHeight;
 		this.rowHeight = HEIGHTS.find((each) => rows.length * each <= room) ?? HEIGHTS.at(-1);
 		this.body.style.height = this.spacer.style.height = `${rows.length * this.rowHeight}px`;
 		this.#measured = this.#size;
@@ -127,7 +123,6 @@ export class Heatmap {
 		const scale = window.devicePixelRatio || 1;
 		this.window.style.height = `${height}px`;
 		[this.canvas.width, this.canvas.height] = [Math.round(this.plotWidth * scale), Math.round(height * scale)];
-		[this.canvas.style.width, this.canvas.style.height] = [`${this.plotWidth}px`, `${height}px`];
 		const context = this.canvas.getContext("2d");
 		context.scale(scale, scale);
 		drawCells(context, this.#places, visible, first * unit - top, unit);
@@ -206,24 +201,21 @@ export class Heatmap {
 
 	#hover(event) {
 		const at = this.#at(event);
-		if (!at) {
-			this.#leave();
-			return;
-		}
+		if (!at) return this.#leave();
 		const { place, column, index, row, top } = at;
 		const left = columnEdge(place, column);
 		setBox(this.cross[0], 0, index * this.rowHeight - top, this.plotWidth, this.rowHeight - 1);
 		setBox(this.cross[1], left, 0, Math.max(columnEdge(place, column + 1) - left, 1), this.window.clientHeight);
 		this.tooltip.replaceChildren(...describeCell(row, place.pane, column));
-		this.cross[0].hidden = this.cross[1].hidden = this.tooltip.hidden = false;
+		this.#leave(false);
 		const { offsetWidth: width, offsetHeight: height } = this.tooltip;
 		const x = event.clientX + 16 + width > window.innerWidth ? event.clientX - 12 - width : event.clientX + 16;
 		const y = Math.min(event.clientY + 16, window.innerHeight - height - 6);
 		this.tooltip.style.transform = `translate(${Math.max(x, 4)}px, ${Math.max(y, 4)}px)`;
 	}
 
-	#leave() {
-		this.cross[0].hidden = this.cross[1].hidden = this.tooltip.hidden = true;
+	#leave(isHidden = true) {
+		for (const each of [...this.cross, this.tooltip]) each.hidden = isHidden;
 	}
 
 	#select(row, step) {

@@ -16,7 +16,6 @@ export function outerWindow() {
 export class Host {
 	#port = null;
 	#answer = () => {};
-	/** Called whenever TensorBoard has reloaded its data. */
 	onReload = () => {};
 
 	constructor() {
@@ -30,7 +29,7 @@ export class Host {
 	/** Names of all runs in the order of their colours; empty if TensorBoard does not tell. */
 	runs() {
 		if (!this.#port) return [];
-		this.#send({ type: "experimental.GetRuns", id: 0, payload: null, error: null, isReply: false });
+		this.#send({ type: "experimental.GetRuns", id: 0, isReply: false });
 		return new Promise((resolve) => {
 			this.#answer = (names) => resolve(names ?? []);
 			setTimeout(resolve, PATIENCE, []);
@@ -38,16 +37,13 @@ export class Host {
 	}
 
 	#receive({ type, id, payload, isReply }) {
-		if (isReply) {
-			this.#answer(payload);
-			return;
-		}
+		if (isReply) return this.#answer(payload);
 		if (type === "experimental.DataReloaded") this.onReload();
-		this.#send({ type, id, payload: null, error: null, isReply: true });
+		this.#send({ type, id, isReply: true });
 	}
 
 	#send(message) {
-		this.#port.postMessage(JSON.stringify(message));
+		this.#port.postMessage(JSON.stringify({ payload: null, error: null, ...message }));
 	}
 }
 
@@ -58,7 +54,6 @@ export class Address {
 		this.window = this.outer ?? window;
 	}
 
-	/** The text that was kept. */
 	read() {
 		const hash = this.window.location.hash.slice(1);
 		if (!this.outer) return hash;
@@ -81,7 +76,6 @@ export class Address {
 		}
 	}
 
-	/** Call back when the reader changes the address. */
 	onChange(callback) {
 		this.window.addEventListener("hashchange", callback);
 	}

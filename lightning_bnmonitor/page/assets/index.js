@@ -7,7 +7,6 @@ import { findSource, ServerSource } from "./source.js";
 import { State } from "./state.js";
 import { followMode } from "./theme.js";
 
-/** Show the page in the document's body. */
 export async function render() {
 	const source = findSource();
 	document.documentElement.lang = "en";

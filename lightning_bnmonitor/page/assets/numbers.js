@@ -2,14 +2,13 @@
 
 /** A distance: three digits after the point below 0.1, two up to 10. */
 export function distance(value) {
-	if (Number.isNaN(value)) return "–";
-	if (!Number.isFinite(value)) return value > 0 ? "∞" : "−∞";
+	if (isNaN(value)) return "–";
+	if (!isFinite(value)) return value > 0 ? "∞" : "−∞";
 	const size = Math.abs(value);
 	if (size >= 1e4) return signed(value.toExponential(1));
 	return signed(value.toFixed(size >= 100 ? 0 : size >= 10 ? 1 : size >= 0.095 ? 2 : size >= 0.00095 || !size ? 3 : 4));
 }
 
-/** A difference, with its sign. */
 export const difference = (value) => (value > 0 ? "+" : "") + distance(value);
 
 /** A distance, or a difference, in few characters, for a cell of the heatmap. */
@@ -20,14 +19,13 @@ export function brief(value, isDifference) {
 
 /** Any number to four digits. */
 export function general(value) {
-	if (!Number.isFinite(value)) return distance(value);
+	if (!isFinite(value)) return distance(value);
 	return Number.isInteger(value) && Math.abs(value) < 1e7 ? whole(value) : signed(String(Number(value.toPrecision(4))));
 }
 
 /** A whole number with thin spaces between thousands. */
 export const whole = (value) => signed(String(value).replace(/\B(?=(\d{3})+$)/g, "\u2009"));
 
-/** How many of something, in words. */
 export const count = (number, noun) => `${whole(number)} ${noun}${number === 1 ? "" : "s"}`;
 
 /** About so many round values from low to high. */

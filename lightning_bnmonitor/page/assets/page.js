@@ -18,7 +18,6 @@ const EMPTY = [
 ];
 const WITHOUT_LAYERS = ["No BatchNorm layer was monitored", "The model has none of PyTorch’s, or `BatchNormMonitor` was told to leave them out."];
 
-/** The page of a source of runs. */
 export class Page {
 	#entries = []; // of the runs: {name, place among the colours, run, error}
 	#channels = new Map();
@@ -74,7 +73,6 @@ export class Page {
 		}
 	}
 
-	/** Draw everything. */
 	draw() {
 		this.#drawHead();
 		const [entry, other] = this.#shown();

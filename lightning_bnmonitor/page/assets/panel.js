@@ -53,7 +53,6 @@ function numbersOf(run, layer, window) {
 	return el("dl.numbers", numbers);
 }
 
-/** The metrics of two runs or windows and what changed. */
 function comparison({ run, layer, view, others: [other], title }) {
 	const own = { title, run, layer, window: view.window };
 	const both = other.isEarlier ? [other, own] : [own, other];
@@ -68,11 +67,10 @@ function comparison({ run, layer, view, others: [other], title }) {
 	return table("comparison", [tr(["", "verdict"], ...causes, [""]), ...rows], el("th"), ...heads);
 }
 
-function metricsChart({ run, layer, view, others }, width, actions) {
+function metricsChart({ run, layer, view, others: [other] }, width, actions) {
 	const courses = new Map(run.metrics.map((metric) => [metric, run.course(metric, layer)]));
-	const metrics = run.metrics.filter((metric) => metric !== "noise" && courses.get(metric).some((value) => !Number.isNaN(value)));
-	const compared = others.filter((other) => other.run !== run && other.layer >= 0);
-	const top = Math.max(1, ...[...courses.values()].flat().filter(Number.isFinite)) * 1.4;
+	const metrics = run.metrics.filter((metric) => metric !== "noise" && courses.get(metric).some((value) => !isNaN(value)));
+	const top = Math.max(1, ...[...courses.values()].flat().filter(isFinite)) * 1.4;
 	const chart = new Chart({
 		width,
 		height: HEIGHT,
@@ -90,20 +88,18 @@ function metricsChart({ run, layer, view, others }, width, actions) {
 	chart.level(run.warning, "warning").level(run.alert, "alert");
 	if (view.window >= 0) chart.cursor(view.window);
 	for (const metric of metrics) {
-		const known = xs.filter((x) => !Number.isNaN(courses.get(metric)[x]));
+		const known = xs.filter((x) => !isNaN(courses.get(metric)[x]));
 		const its = metric.startsWith("val") ? known : xs; // not every window is validated: its points are joined
 		const ys = its.map((x) => courses.get(metric)[x]);
 		chart.line(its, ys, { color: lineColor(metric), width: metric === "eval_error" ? 2 : 1.3, name: metric });
-		if (known.length <= 24) chart.dots(its, ys, { color: lineColor(metric), size: 5 });
+		if (known.length <= 24) chart.dots(its, ys, { color: lineColor(metric), width: 5 });
 	}
-	for (const { title, run: theirs, layer: its, partners } of compared) {
-		const ys = partners.map((partner) => theirs.value("eval_error", partner, its));
+	if (other?.partners && other.layer >= 0) {
+		const ys = other.partners.map((partner) => other.run.value("eval_error", partner, other.layer));
 		chart.line(xs, ys, { color: lineColor("eval_error"), width: 2, dash: "5 4", name: "other" });
-		keys.push([el("i.dashed"), `eval_error of ${title}`]);
+		keys.push([el("i.dashed"), `eval_error of ${other.title}`]);
 	}
-	chart.element.addEventListener("click", (event) => {
-		actions.step(run.steps[chart.x.index(event.clientX - chart.element.getBoundingClientRect().left)]);
-	});
+	chart.element.onclick = ({ clientX }) => actions.step(run.steps[chart.x.index(clientX - chart.element.getBoundingClientRect().left)]);
 	return el("section.charts", el("h3", "Over the windows"), el("div.keys", keys.map((key) => el("span.key", key))), chart.element);
 }
 

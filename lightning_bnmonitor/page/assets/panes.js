@@ -14,7 +14,6 @@ class Pane {
 	}
 }
 
-/** Some windows of a run. */
 class RunPane extends Pane {
 	isDifference = false;
 
@@ -40,7 +39,7 @@ class RunPane extends Pane {
 				if (cause < 0) continue;
 				const value = known[window * run.names.length + layer] ?? NaN;
 				const its = Number(run.needsAttention(window, layer));
-				if (!(series.values[column] >= value || Number.isNaN(value))) series.values[column] = value;
+				if (!(series.values[column] >= value || isNaN(value))) series.values[column] = value;
 				if (its < attention || (its === attention && !(value > worst))) continue;
 				[attention, worst] = [its, orBelow(value)];
 				[series.cause[column], series.attention[column], series.member[column]] = [cause, its, layer];

@@ -12,7 +12,6 @@ export function modulesOf(name) {
 	return parts.slice(1).map((_, depth) => parts.slice(0, depth + 1).join("."));
 }
 
-/** How many layers each module has. */
 export function countModules(names) {
 	const sizes = new Map();
 	for (const name of names) for (const module of modulesOf(name)) sizes.set(module, (sizes.get(module) ?? 0) + 1);
@@ -62,10 +61,6 @@ export function sorted(rows, sort, pane) {
 		const size = (value) => orBelow(pane.isDifference ? Math.abs(value) : value);
 		return [series.attention[pane.lastColumn], size(series.values[pane.lastColumn]), size(series.values.reduce(larger))];
 	};
-	const ranks = new Map(rows.map((row) => [row, rank(row)]));
-	return [...rows].sort((a, b) => {
-		const [first, second] = [ranks.get(a), ranks.get(b)];
-		const differing = first.findIndex((each, i) => each !== second[i]);
-		return differing < 0 ? 0 : second[differing] - first[differing];
-	});
+	const ranked = rows.map((row) => ({ row, by: rank(row) }));
+	return ranked.sort(({ by: a }, { by: b }) => b[0] - a[0] || b[1] - a[1] || b[2] - a[2] || 0).map(({ row }) => row);
 }

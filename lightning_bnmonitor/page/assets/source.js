@@ -15,7 +15,6 @@ export class ServerSource {
 		return Object.keys((await this.#ask("runs")).runs);
 	}
 
-	/** The document of a run. */
 	history(run) {
 		return this.#ask("history", { run });
 	}
@@ -40,27 +39,24 @@ export class ServerSource {
 	}
 }
 
-/** Reads what stands in an element of the page. */
+/** Answers the same from an element of the page. */
 export class InlineSource {
 	constructor(element) {
-		const data = JSON.parse(element.textContent);
-		this.documents = new Map(Object.entries(data.runs));
-		this.title = data.title;
+		const { runs, title } = JSON.parse(element.textContent);
+		Object.assign(this, { documents: runs, title });
 	}
 
-	/** Names of the runs, in the order of the file. */
 	async runs() {
-		return [...this.documents.keys()];
+		return Object.keys(this.documents);
 	}
 
-	/** The document of a run. */
 	async history(run) {
-		return this.documents.get(run).history;
+		return this.documents[run].history;
 	}
 
-	/** The channels of a layer: of its latest and of its worst window; null if none were kept. */
+	/** Null if none were kept. */
 	async channels(run, layer) {
-		return this.documents.get(run).channels?.layers[layer] ?? null;
+		return this.documents[run].channels?.layers[layer] ?? null;
 	}
 }
 

@@ -13,10 +13,8 @@ const DEFAULTS = {
 	depth: 0, // of modules that are folded
 };
 
-/** What is selected, kept in an address. */
 export class State {
 	#address;
-	/** Called after each change. */
 	onChange = () => {};
 
 	constructor(address) {
@@ -28,9 +26,7 @@ export class State {
 		});
 	}
 
-	/** Select something else. */
 	set(changes) {
-		if (Object.entries(changes).every(([key, value]) => this[key] === value)) return;
 		Object.assign(this, changes);
 		this.#address.write(this.toString());
 		this.onChange();

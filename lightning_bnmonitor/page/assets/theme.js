@@ -47,26 +47,21 @@ export const stepColors = (isDifference) => (isDifference ? DIFFERENCES : STEPS)
 
 /** Colour of a value, or of a difference; null for none. */
 export function colorOf(value, isDifference = false) {
-	if (Number.isNaN(value)) return null;
+	if (isNaN(value)) return null;
 	const levels = isDifference ? DIFFERENCE_LEVELS : STEP_LEVELS;
-	let step = levels.length;
-	while (step > 0 && value < levels[step - 1]) step--;
-	return stepColors(isDifference)[step];
+	return stepColors(isDifference)[levels.findLastIndex((level) => value >= level) + 1];
 }
 
 /** Black or white, whichever is read better on a colour. */
 export const inkOn = (color) => (luminance(color) > 0.3 ? "#1a1a1a" : "#ffffff");
 
-/** Colour of a run by its place among all runs. */
 export const runColor = (index) => (mode === "dark" && index % RUNS.length === 0 ? SLATE : RUNS[index % RUNS.length]);
 
-/** Colour of a metric's line. */
 export const lineColor = (metric) => LINES[mode][metric];
 
 /** Colour of a cause: its own, unless it is too dark to be seen. */
 export const causeColor = (cause) => (mode === "dark" && luminance(cause.color) < 0.06 ? "#b9b2c6" : cause.color);
 
-/** Value of a CSS variable of the page. */
 export const css = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
 /** Luminance of "#rrggbb" as WCAG defines it. */

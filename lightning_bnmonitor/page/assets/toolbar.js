@@ -26,16 +26,15 @@ export class Toolbar {
 			"aria-label": "Filter by a part of the name, a pattern, or a cause",
 			oninput: () => state.set({ filter: this.filter.value }),
 		});
-		const exports = el(
+		this.exports = el(
 			"span.exports",
 			el("button", { title: "The heatmap as a table", onclick: actions.table }, "CSV"),
 			el("button", { title: "The heatmap as a picture", onclick: actions.picture }, "SVG"),
 		);
-		this.element = el("div.toolbar", this.metrics, this.order, this.depth, this.filter, this.versus, this.view, exports);
+		this.element = el("div.toolbar", this.metrics, this.order, this.depth, this.filter, this.versus, this.view);
 		this.legend = el("div.legend");
 	}
 
-	/** Show what there is to choose from. */
 	update(run, others, names, isCompared) {
 		const { state } = this;
 		const choose = (key) => (value) => state.set({ [key]: value });
@@ -50,7 +49,6 @@ export class Toolbar {
 		[this.depth.value, this.versus.value] = [state.depth, state.versus];
 	}
 
-	/** Fill the lists. */
 	#offer(run, others, names) {
 		const option = (value, label) => el("option", { value }, label);
 		const group = (label, options) => (options.length ? [el("optgroup", { label }, options)] : []);
@@ -82,6 +80,6 @@ export class Toolbar {
 			const text = String(levels[i]).replace("-", "−").replace("0.", ".");
 			return el("span.step", { title: names.get(levels[i]) }, el("i", { style: { background: color } }), text);
 		});
-		this.legend.replaceChildren(el("div.scale", steps), el("div.keys", buttons));
+		this.legend.replaceChildren(el("div.scale", steps), el("div.keys", buttons), this.exports);
 	}
 }

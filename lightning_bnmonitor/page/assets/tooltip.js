@@ -4,7 +4,6 @@ import { dot, el, table, tr } from "./dom.js";
 import { difference, distance, whole } from "./numbers.js";
 import { causeColor } from "./theme.js";
 
-/** Elements that describe a row's cell in a column of a pane. */
 export function describeCell(row, pane, column) {
 	const series = pane.series(row);
 	const titled = pane.run && pane.title ? ` · ${pane.title}` : "";

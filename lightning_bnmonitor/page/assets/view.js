@@ -8,7 +8,6 @@ import { runColor } from "./theme.js";
 
 const UNCHANGED = 0.03; // a difference that is too small to be called one
 
-/** All that is derived from what is selected. */
 export class View {
 	/** Of the entries of the run that is shown, and of the one that it is compared with, or null; and the view before. */
 	constructor(entry, other, state, before) {
@@ -37,12 +36,10 @@ export class View {
 		this.row ??= this.rows.find((row) => row.names.includes(this.layer)) ?? null;
 	}
 
-	/** The step that is looked at. */
 	get step() {
 		return this.run.steps[this.window];
 	}
 
-	/** What is shown, in words. */
 	get title() {
 		const { run, other, otherWindow, state } = this;
 		const against = other ? `, ${other.name}` : otherWindow >= 0 ? `, step ${run.steps[otherWindow]} and step ${this.step}` : "";

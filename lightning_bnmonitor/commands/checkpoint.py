@@ -1,0 +1,210 @@
+"""A checkpoint: read, loaded into its model, and written anew with other running statistics."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import shutil
+import tempfile
+from collections.abc import Collection, Iterable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lightning_bnmonitor.commands.messages import CommandError, told
+from lightning_bnmonitor.compat import BatchNorm
+
+_STATS = ("running_mean", "running_var", "num_batches_tracked")
+_AVERAGED, _TRAINED = "state_dict", "current_model_state"  # as WeightAveraging names them
+_MAX_LISTED = 3
+
+
+class Checkpoint:
+    """What a checkpoint of Lightning's Trainer holds, or a file with nothing but a ``state_dict``.
+
+    Args:
+        path: The file.
+        weights_only: Whether nothing but tensors and plain values is to be in it.
+
+    Raises:
+        CommandError: If it cannot be read.
+    """
+
+    def __init__(self, path: Path, weights_only: bool) -> None:
+        self.path = path
+        self.content = _read(path, weights_only)
+        has_weights = isinstance(self.content.get("state_dict"), Mapping)
+        if not has_weights and not all(isinstance(value, Tensor) for value in self.content.values()):
+            raise CommandError(
+                f"{path} has no `state_dict`, but {_listed(map(str, self.content))}: give a checkpoint of Lightning's "
+                "Trainer, or a file of `torch.save(model.state_dict(), path)`."
+            )
+        self._is_bare = not has_weights
+
+    @property
+    def states(self) -> dict[str, dict[str, Any]]:
+        """The weights that it holds, by what they are: of ``WeightAveraging`` the averaged ones, then the others."""
+        if self._is_bare:
+            return {"the weights": self.content}
+        weights = self.content[_AVERAGED]
+        if isinstance(trained := self.content.get(_TRAINED), dict) and "averaging_state" in self.content:
+            return {
+                f"the averaged weights (`{_AVERAGED}`)": weights,
+                f"the weights in training (`{_TRAINED}`)": trained,
+            }
+        return {"the weights": weights}
+
+    def hyper_parameters(self, of: str) -> tuple[dict[str, Any], str | None]:
+        """What ``save_hyperparameters`` has kept of the ``"model"`` or the ``"data"``.
+
+        Returns:
+            Values by name, and the one argument that they were given in; None if each is an argument.
+        """
+        prefix = "" if of == "model" else "datamodule_"
+        kept = self.content.get(f"{prefix}hyper_parameters")
+        name = self.content.get("hparams_name" if of == "model" else "datamodule_hparams_name")
+        return (dict(kept) if isinstance(kept, Mapping) else {}), name
+
+
+def load_weights(model: nn.Module, weights: Mapping[str, Any], path: Path) -> list[str]:
+    """Load weights, and say what is missing of running statistics: those of the model then stay as they are.
+
+    Returns:
+        The names of running statistics that are not among the weights.
+
+    Raises:
+        CommandError: If anything else is missing (unless the model has ``strict_loading=False``), or does not fit.
+    """
+    try:
+        found = model.load_state_dict(weights, strict=False)
+    except RuntimeError as error:
+        _, *troubles = (line.strip().rstrip(".") for line in str(error).splitlines())
+        listed = _listed(troubles) or told(error)
+        raise CommandError(f"The weights in {path} do not fit {type(model).__name__}: {listed}. {_OTHER}") from error
+    stats = {name for layer in stats_names(model).values() for name in layer}
+    missing = [name for name in found.missing_keys if name not in stats]
+    unexpected = list(found.unexpected_keys)
+    if getattr(model, "strict_loading", True) and (missing or unexpected):
+        lacks = f" lacks {_listed(missing)}" if missing else ""
+        has = f" has {_listed(unexpected)}, which the model has not" if unexpected else ""
+        raise CommandError(
+            f"{path} is no checkpoint of this {type(model).__name__}: it{lacks}{',' * bool(missing and unexpected)}"
+            f"{has}. {_OTHER}"
+        )
+    return [name for name in found.missing_keys if name in stats]
+
+
+def stats_names(model: nn.Module) -> dict[nn.Module, list[str]]:
+    """The names that running statistics have in a ``state_dict``, by layer: of a shared layer several of each."""
+    names: dict[nn.Module, list[str]] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, BatchNorm):
+            found = [f"{path}.{name}".lstrip(".") for name in _STATS if getattr(module, name) is not None]
+            names.setdefault(module, []).extend(found)
+    return names
+
+
+def put_stats(weights: dict[str, Any], model: nn.Module, layers: Iterable[nn.Module], missing: Collection[str]) -> None:
+    """Replace the running statistics of layers among weights by those that the model has now, in the same precision.
+
+    The number of updates is added where it is missing, and left as it is where it is not.
+
+    Args:
+        weights: What is changed.
+        model: The model.
+        layers: The layers.
+        missing: Names of running statistics that are not among the weights, and are added.
+
+    Raises:
+        CommandError: If others are not among them.
+    """
+    names = stats_names(model)
+    for layer in layers:
+        for name in names[layer]:
+            new = getattr(layer, name.rpartition(".")[2]).detach().cpu()
+            if name.endswith("num_batches_tracked"):
+                weights.setdefault(name, new.clone())
+                continue
+            if name not in weights and name not in missing:
+                raise CommandError(f"The checkpoint has its weights by other names: no {name} is among them.")
+            old = weights.get(name)
+            weights[name] = new.to(old.dtype if isinstance(old, Tensor) else new.dtype, copy=True)
+
+
+def check_output(output: Path, source: Path, force: bool) -> None:
+    """Raise CommandError if a repaired checkpoint cannot be written to a file."""
+    if not output.parent.is_dir():
+        raise CommandError(f"There is no folder {output.parent} to write {output.name} to.")
+    if output.is_dir():
+        raise CommandError(f"{output} is a folder: give a file.")
+    if output.exists() and output.samefile(source):
+        raise CommandError(f"{output} is the checkpoint itself, which is not repaired in place: give another file.")
+    if output.exists() and not force:
+        raise CommandError(f"{output} is there already: give another file, or --force to replace it.")
+
+
+def write(checkpoint: Checkpoint, output: Path) -> None:
+    """Write a checkpoint as a whole, or nothing.
+
+    Raises:
+        CommandError: If it cannot be written.
+    """
+    temporary = None
+    try:
+        with tempfile.NamedTemporaryFile(dir=output.parent, prefix=f".{output.name}.", delete=False) as file:
+            temporary = Path(file.name)
+            torch.save(checkpoint.content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        shutil.copymode(checkpoint.path, temporary)
+        temporary.replace(output)
+    except (OSError, RuntimeError, pickle.PicklingError) as error:
+        raise CommandError(f"{output} could not be written: {told(error)}.") from error
+    finally:
+        if temporary is not None:
+            temporary.unlink(missing_ok=True)
+
+
+_OTHER = "Is it of another project, or were other arguments given to the model?"
+
+
+def _read(path: Path, weights_only: bool) -> dict[str, Any]:
+    if path.is_dir():
+        raise CommandError(
+            f"{path} is a folder, of a sharded checkpoint perhaps: "
+            f"`python -m lightning.pytorch.utilities.consolidate_checkpoint {path}` makes one file of it."
+        )
+    if not path.exists():
+        raise CommandError(f"There is no checkpoint {path}.")
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=weights_only)
+    except pickle.UnpicklingError as error:
+        if not weights_only:
+            raise CommandError(f"{path} is no checkpoint: {told(error)}.") from error
+        raise CommandError(
+            f"{path} has more in it than tensors and plain values, or is no checkpoint: {_first_line(error)} If you "
+            "trust who made it, add --no-weights-only."
+        ) from error
+    except Exception as error:
+        raise CommandError(f"{path} cannot be read as a checkpoint: {told(error)}.") from error
+    if not isinstance(content, dict):
+        raise CommandError(
+            f"{path} holds a {type(content).__name__}, not a dict with a `state_dict`: write one by "
+            "`torch.save(model.state_dict(), path)`."
+        )
+    return content
+
+
+def _first_line(error: Exception) -> str:
+    """What cannot be loaded, of PyTorch's page of advice."""
+    lines = [line.strip() for line in str(error).splitlines()]
+    return next((line for line in lines if "GLOBAL" in line.upper()), lines[0] if lines else "")
+
+
+def _listed(names: Iterable[str]) -> str:
+    """The first names, and how many more there are."""
+    several = list(names)
+    more = f" and {len(several) - _MAX_LISTED} more" if len(several) > _MAX_LISTED else ""
+    return ", ".join(several[:_MAX_LISTED]) + more
