@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from lightning_bnmonitor import BatchNormTracker
 
-NONE, AGAIN, EMPTY, OURS = "no monitor", "no monitor, again", "empty hook", "ours"
+NONE, AGAIN, EMPTY, OURS, GUARDED = "no monitor", "no monitor, again", "empty hook", "ours", "ours, guard=True"
 
 
 class Hooks:
@@ -135,6 +136,7 @@ VARIANTS: dict[str, Callable[[nn.Module], Any]] = {
     AGAIN: Unhooked,
     EMPTY: Empty,
     OURS: Ours,
+    GUARDED: partial(Ours, guard=True),
     "naive mean and var": Naive,
     "Welford in float64": Welford,
     "stack all inputs": Stack,

@@ -13,7 +13,7 @@ function in Python would cost more than what it hides.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from functools import cache
 from operator import attrgetter
@@ -78,10 +78,25 @@ def is_lazy(tensor: object) -> bool:
     return isinstance(tensor, UninitializedBuffer | UninitializedParameter)
 
 
+def before_state_dict(module: nn.Module, hook: Callable[..., None]) -> Any:
+    """Have a hook called before a module's ``state_dict`` is made. Public; typed here, as torch's own is not."""
+    return module.register_state_dict_pre_hook(hook)  # type: ignore[no-untyped-call]
+
+
 def own_buffers(module: nn.Module) -> dict[str, Tensor | None]:
     """The buffers of a module itself, to be replaced in place: setting an attribute would refuse some tensors."""
     buffers: dict[str, Tensor | None] = getattr(module, "_buffers", vars(module))
     return buffers
+
+
+def _copy_each(targets: Sequence[Tensor], values: Sequence[Tensor]) -> None:
+    """What does in its place."""
+    for target, value in zip(targets, values, strict=True):
+        target.copy_(value)
+
+
+copy_all: Callable[[Sequence[Tensor], Sequence[Tensor]], Any] = getattr(torch, "_foreach_copy_", _copy_each)
+"""Copies tensors into others; torch's own takes few kernels for many of them."""
 
 
 # ----------------------------------------------------------------------------------------------------- torch: autograd
@@ -334,6 +349,16 @@ def prepared_batch(pl_module: Any, batch: Any) -> Any:
     if hasattr(pl_module, "_on_before_batch_transfer"):
         return pl_module._on_before_batch_transfer(batch)
     return pl_module.on_before_batch_transfer(batch, 0)
+
+
+def averaging_callbacks(trainer: Any) -> list[Any]:
+    """Callbacks that average weights, and put them into the model at some time of a ``fit``, if only at its end."""
+    return [callback for callback in trainer.callbacks if getattr(callback, "_average_model", None) is not None]
+
+
+def swapping_callbacks(trainer: Any) -> list[Any]:
+    """Those of them that do so for each validation, as ``WeightAveraging``."""
+    return [callback for callback in averaging_callbacks(trainer) if hasattr(callback, "_swap_models")]
 
 
 def file_writer(experiment: Any) -> Any:

@@ -11,6 +11,7 @@ from typing_extensions import override
 
 from lightning_bnmonitor.arguments import (
     as_patterns,
+    check_bool,
     check_callable_or_none,
     check_choice,
     check_not_negative,
@@ -21,6 +22,7 @@ from lightning_bnmonitor.callbacks.output import Output
 from lightning_bnmonitor.callbacks.schedule import WindowSchedule, is_training_over
 from lightning_bnmonitor.callbacks.unhealthy import OnUnhealthy
 from lightning_bnmonitor.capture.batch_moments import CaptureMode
+from lightning_bnmonitor.compat import swapping_callbacks
 from lightning_bnmonitor.report.history import History
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.tracking import collectives
@@ -57,11 +59,18 @@ class BatchNormMonitor(Callback):
             groups a window, and of all others as one. If it fails, that is warned of, and training goes on without.
         mask: Where inputs are padded: a function of the training batch that returns which positions count, a bool
             tensor ``(B, T)``, say. See :class:`~lightning_bnmonitor.BatchNormTracker`.
+        guard: Whether running statistics are put back as they were before a call whose batch has NaN or Inf, which is
+            counted and warned of (flag ``guarded``): see :class:`~lightning_bnmonitor.BatchNormTracker`. This changes
+            what is trained, and nothing as long as all is finite.
 
     **On several ranks** a report tells of all of them together, and is the same on each: see
     :meth:`BatchNormTracker.close() <lightning_bnmonitor.BatchNormTracker.close>`. That takes two collectives a window
     (four with ``group``), and two a validation, which every rank joins, also one that had no batches. With
     ``every_n_train_batches`` all ranks need as many batches.
+
+    **Averaged weights**, which ``WeightAveraging`` and ``EMAWeightAveraging`` put into the model while it is validated,
+    have layers of their own in the report, ``"<name> (averaged)"``: what their running statistics are off there. Those
+    that are trained then have no ``val_error``.
 
     **Resumed** from a checkpoint, it goes on as if nothing had happened: its state is in Lightning's checkpoints. On
     several ranks that is rank 0's: what the others saw earlier in the window is not in its report.
@@ -87,7 +96,8 @@ class BatchNormMonitor(Callback):
     - ``bn/unhealthy_layers``: the number of layers that need attention (see ``LayerReport.verdict``). Logged again if
       the validation after the window has changed it.
     - ``bn.eval_error/<layer>``, ``bn.act_rmse/<layer>``, ``bn.mean_shift/<layer>``: the same for each layer.
-    - ``bn.val_error/<layer>``, ``bn.val_shift/<layer>``: the same for each layer, after validation.
+    - ``bn.val_error/<layer>``, ``bn.val_shift/<layer>``: the same for each layer, after validation;
+      ``bn.val_error_averaged/<layer>``, ``bn.val_shift_averaged/<layer>`` if that had averaged weights.
     - ``bn.group_shift/<layer>``: the same for each layer, with ``group``.
     - ``bn.log_var_ratio/<layer>``: log of the running variance over the population variance.
 
@@ -95,8 +105,8 @@ class BatchNormMonitor(Callback):
 
     Raises:
         ValueError: If an ``every_n_*`` is not a positive integer or both are given, if ``capture``, ``per_layer``,
-            ``dashboard`` or ``on_unhealthy`` is unknown, or ``log_key_prefix`` empty; when ``fit`` starts, if a pattern
-            matches no BatchNorm layer, or with DeepSpeed.
+            ``dashboard``, ``guard`` or ``on_unhealthy`` is unknown, or ``log_key_prefix`` empty; when ``fit`` starts,
+            if a pattern matches no BatchNorm layer, or with DeepSpeed.
         TypeError: If ``include`` or ``exclude`` is neither None nor strings, or ``group`` or ``mask`` neither None nor
             a function.
         UnhealthyBatchNormError: At the end of a window, of a validation that follows it, or of ``validate`` and
@@ -123,15 +133,18 @@ class BatchNormMonitor(Callback):
         on_unhealthy: OnUnhealthy = "warn",
         group: GroupFunction | None = None,
         mask: Callable[[Any], Any] | None = None,
+        guard: bool = False,
     ) -> None:
         check_choice("capture", capture, get_args(CaptureMode))
         check_not_negative("validation_batches", validation_batches)
         check_callable_or_none("mask", mask)
+        check_bool("guard", guard)
         self._schedule = WindowSchedule(every_n_epochs, every_n_train_batches)
         self._include = as_patterns("include", include)
         self._exclude = as_patterns("exclude", exclude)
         self._capture = capture
         self._mask = mask
+        self._guard = guard
         self._validation_batches = validation_batches
         self._log_key_prefix = log_key_prefix
         self._group = BatchGroup(group)
@@ -196,7 +209,7 @@ class BatchNormMonitor(Callback):
         self._tracker = self._report = None
         self._schedule.begin()
         self._output.begin(trainer, validates=self._validation_batches > 0 and bool(trainer.enable_validation))
-        tracker = BatchNormTracker(pl_module, self._include, self._exclude, self._capture, self._mask)
+        tracker = BatchNormTracker(pl_module, self._include, self._exclude, self._capture, self._mask, self._guard)
         self._tracker = tracker.attach()
         if collectives.num_ranks() > 1:
             collectives.group()  # made now, while no rank is ahead of others
@@ -222,6 +235,11 @@ class BatchNormMonitor(Callback):
         self._tracker.see_inputs(batch, self._group.name_of(batch, batch_idx))
 
     @override
+    def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        assert self._tracker is not None
+        self._tracker.put_back()  # before callbacks average them, also if this step is skipped (AMP)
+
+    @override
     def on_train_batch_end(
         self, trainer: Trainer, pl_module: LightningModule, outputs: Any, batch: Any, batch_idx: int
     ) -> None:
@@ -239,6 +257,8 @@ class BatchNormMonitor(Callback):
         if is_training_over(trainer, epoch_ended=trainer.is_last_batch):
             self._end_window(trainer)
         self._has_validated = False
+        if self._tracker is not None and self._compares(trainer) and swapping_callbacks(trainer):
+            self._tracker.before_averaged()
 
     @override
     def on_validation_batch_start(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+import warnings
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -16,7 +17,7 @@ from typing_extensions import override
 from lightning_bnmonitor.arguments import check_bool, check_positive_or_auto, check_positive_or_none
 from lightning_bnmonitor.callbacks.lightning_package import Callback, LightningModule, Trainer
 from lightning_bnmonitor.callbacks.schedule import is_training_over
-from lightning_bnmonitor.compat import BatchNorm, prepared_batch
+from lightning_bnmonitor.compat import BatchNorm, averaging_callbacks, prepared_batch, swapping_callbacks
 from lightning_bnmonitor.repair.fixed_weights import NumBatches
 from lightning_bnmonitor.repair.passes import Forward, forward_of
 from lightning_bnmonitor.repair.recalibration import Recalibration, recalibrate_layers
@@ -30,8 +31,13 @@ class PreciseBatchNorm(Callback):
 
     So what is validated, and what is saved after validation and after training, has the statistics of the weights it
     has: see :func:`~lightning_bnmonitor.recalibrate`, which this calls. The idea is that of Wu and Johnson, "Rethinking
-    'Batch' in BatchNorm" (2021). It goes with ``ModelCheckpoint``, and with averaged weights
-    (``StochasticWeightAveraging``, ``WeightAveraging``): the statistics are then those of the averaged weights.
+    'Batch' in BatchNorm" (2021). It goes with ``ModelCheckpoint``.
+
+    **Averaged weights** are what it repairs where a callback puts them into the model before validation
+    (``WeightAveraging``, ``EMAWeightAveraging``): these are validated and saved, and the running statistics of those
+    that are trained stay their own. With ``StochasticWeightAveraging``, which puts them there when training ends, it
+    repairs the weights that are trained before validation, and the averaged ones at the end of ``fit``. A warning says
+    which when training starts.
 
     It acts after all other callbacks but checkpoints, wherever it stands in the list: after
     :class:`~lightning_bnmonitor.BatchNormMonitor` has ended its window, and after averaged weights are in place. A
@@ -144,6 +150,7 @@ class PreciseBatchNorm(Callback):
         self._has_trained = self._has_looked = self._has_warned = False
         self._frozen = {layer for layer in self._layers if not layer.training}
         if self._layers:
+            _warn_of_averages(trainer)
             self._recalibrate(trainer, pl_module, num_batches=1).restore()
 
     @override
@@ -270,6 +277,24 @@ class _Restorer(Callback):
     @override
     def on_train_batch_start(self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int) -> None:
         self.owner.put_back(pl_module)
+
+
+def _warn_of_averages(trainer: Trainer) -> None:
+    """Tell which weights are repaired, if some are averaged."""
+    swapping, at_end = swapping_callbacks(trainer), averaging_callbacks(trainer)
+    if not trainer.is_global_zero or not (swapping or at_end):
+        return
+    if swapping:
+        repaired = (
+            f"the averaged weights of {type(swapping[0]).__name__}, while they are in the model: before validation, "
+            "and at the end of `fit`. The running statistics of the weights that are trained stay their own."
+        )
+    else:
+        repaired = (
+            "the weights that are trained, before validation, and the averaged weights of "
+            f"{type(at_end[0]).__name__} at the end of `fit` alone."
+        )
+    warnings.warn(f"PreciseBatchNorm repairs {repaired}", stacklevel=4)
 
 
 def _first(loader: Iterable[Any], num_batches: int) -> Iterator[Any]:

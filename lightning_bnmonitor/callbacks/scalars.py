@@ -69,12 +69,17 @@ class Scalars:
             return
         self.summary |= largest
         of_layers = {
-            f"{self._prefix}.{metric}/{name}": layer.evidence[metric]
-            for name, layer in (report.items() if self._logs_layers(report) else ())
+            self._tag(metric, layer): layer.evidence[metric]
+            for layer in (report.values() if self._logs_layers(report) else ())
             for metric in ("val_error", "val_shift")
             if metric in layer.evidence
         }
         self._log(trainer, largest | of_layers, step)
+
+    def _tag(self, metric: str, layer: LayerReport) -> str:
+        if layer.averaged_of is None:
+            return f"{self._prefix}.{metric}/{layer.name}"
+        return f"{self._prefix}.{metric}_averaged/{layer.averaged_of}"
 
     def _log(self, trainer: Trainer, metrics: Mapping[str, float], step: int) -> None:
         self.publish(trainer)
@@ -82,7 +87,8 @@ class Scalars:
             log_scalars(logger, metrics, step)
 
     def _logs_layers(self, report: Report) -> bool:
-        return self._per_layer is True or (self._per_layer == "auto" and len(report) <= _MAX_LAYERS_LOGGED)
+        trained = sum(layer.averaged_of is None for layer in report.values())
+        return self._per_layer is True or (self._per_layer == "auto" and trained <= _MAX_LAYERS_LOGGED)
 
 
 def _of_groups(layer: LayerReport) -> dict[str, float]:

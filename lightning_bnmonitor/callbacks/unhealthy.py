@@ -51,7 +51,10 @@ class Alarm:
         self._warned_of = {(name, verdict) for name, verdict in state}
 
     def react(self, report: Report, may_warn: bool) -> None:
-        """Warn of the layers that need attention (if this rank may), or raise UnhealthyBatchNormError."""
+        """Warn of the layers that need attention (if this rank may), or raise UnhealthyBatchNormError.
+
+        And warn of those whose running statistics a guard has put back.
+        """
         if self._on_unhealthy == "raise" and report.unhealthy:
             raise UnhealthyBatchNormError(report)
         if self._on_unhealthy == "warn" and may_warn:
@@ -59,6 +62,12 @@ class Alarm:
             self._warned_of.update((layer.name, layer.diagnosis.cause) for layer in news)
             if news:
                 warnings.warn(_warning(news), stacklevel=6)
+        if self._on_unhealthy != "ignore" and may_warn:
+            guarded = [layer for layer in report.values() if "guarded" in layer.flags]
+            news = [layer for layer in guarded if (layer.name, "guarded") not in self._warned_of]
+            self._warned_of.update((layer.name, "guarded") for layer in news)
+            if news:
+                warnings.warn(_warning_of_guarded(news), stacklevel=6)
 
 
 def _warning(layers: Sequence[LayerReport]) -> str:
@@ -67,6 +76,19 @@ def _warning(layers: Sequence[LayerReport]) -> str:
     if len(layers) > _MAX_LAYERS_WARNED_OF:
         listed += f" and {len(layers) - _MAX_LAYERS_WARNED_OF} more"
     return f"BatchNorm layers need attention: {listed}. `BatchNormMonitor.report()` says why, and what to do."
+
+
+def _warning_of_guarded(layers: Sequence[LayerReport]) -> str:
+    """The warning of batches that are not finite, in the order of the layers' first calls: it begins at the first."""
+    first, evidence = layers[0].name, layers[0].diagnosis.evidence
+    count = round(evidence["guarded_calls"])
+    times = "once" if count == 1 else f"{count} times"
+    more = f" (and {len(layers) - 1} more)" if len(layers) > 1 else ""
+    batch = f"first in batch {evidence['first_bad_batch']:.0f} of the window"
+    return (
+        f"BatchNorm layer {first}{more} was given NaN or Inf {times}, {batch}: the running statistics were put back as "
+        "they were before. `BatchNormMonitor.report()` says what to do."
+    )
 
 
 def _matter(layer: LayerReport) -> str:

@@ -14,13 +14,16 @@ import torch
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
-from lightning_bnmonitor.capture.layer_hook import Gate, Hook, LayerHook
+from lightning_bnmonitor.capture.guard import BeforeCall, BeforeState, Guard
+from lightning_bnmonitor.capture.hooks import Hook
+from lightning_bnmonitor.capture.layer_hook import Gate, LayerHook
 from lightning_bnmonitor.capture.masked_calls import MaskHook
 from lightning_bnmonitor.capture.model_inputs import InputHook
 from lightning_bnmonitor.compat import (
     COMPILER_SETTINGS,
     COMPILES_CHECKPOINTS,
     BatchNorm,
+    before_state_dict,
     change_compiler_settings,
     compiled_call,
     forget_compiled_code,
@@ -28,6 +31,7 @@ from lightning_bnmonitor.compat import (
     is_capturing,
     is_dynamo_compiling,
     set_compiled_call,
+    uncompiled,
     uses_checkpointing,
     what_is_missing,
 )
@@ -44,6 +48,7 @@ class Attachment:
         see: Told of what ``model`` is given, before each call.
         drain: Called after each call of a compiled module in ``model``.
         after_step: Called after a step of one of the model's optimizers if there is more to do than to count it.
+        guard: What keeps running statistics free of NaN and Inf; None if nothing does.
 
     Raises:
         RuntimeError: If hooks would change what this model is trained to, which they do before torch 2.10 where it is
@@ -59,6 +64,7 @@ class Attachment:
         see: Callable[[object], None],
         drain: Callable[[], None],
         after_step: Callable[[], None],
+        guard: Guard | None = None,
     ) -> None:
         _check_version(model)
         self._handles: list[Any] = []
@@ -67,15 +73,21 @@ class Attachment:
         forget_compiled_code()  # of this model or another of the same class, as it does not look for our hooks
         for layer, hook in hooks.items():
             self._handles.append(layer.register_forward_hook(hook, with_kwargs=True))
+            if guard is not None:
+                self._handles.append(layer.register_forward_pre_hook(BeforeCall(guard, layer), with_kwargs=True))
+                self._handles.append(before_state_dict(layer, BeforeState(guard)))
         for layer, mask_hook in mask_hooks.items():
             self._handles.append(layer.register_forward_hook(mask_hook, with_kwargs=True))
         if compiled_call(model) is None:
             self._handles.append(model.register_forward_pre_hook(InputHook(see), with_kwargs=True))
         for module in model.modules():
+            before = None if guard is None else BeforeCall(guard, uncompiled(module))
             if has_compiled_forward(module):
                 self._handles.append(module.register_forward_hook(_DrainHook(drain)))
+                if before is not None:
+                    self._handles.append(module.register_forward_pre_hook(before, with_kwargs=True))
             if (compiled := compiled_call(module)) is not None:
-                call = _DrainedCall(compiled, see if module is model else None, drain)
+                call = _DrainedCall(compiled, see if module is model else None, drain, before)
                 set_compiled_call(module, call)
                 self._drained.append((weakref.ref(module), call))
         # These are not the model's, and would outlive it and a tracker that is dropped while attached.
@@ -129,13 +141,20 @@ class _DrainedCall:
     """The same for ``module.compile()``, which compiles the module's hooks too."""
 
     def __init__(
-        self, compiled: Callable[..., Any], see: Callable[[object], None] | None, drain: Callable[[], None]
+        self,
+        compiled: Callable[..., Any],
+        see: Callable[[object], None] | None,
+        drain: Callable[[], None],
+        before: BeforeCall | None,
     ) -> None:
         self.compiled = compiled
         self.see = see
         self.drain = drain
+        self.before = before
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if self.before is not None:
+            self.before(self.before.module, args, kwargs)
         if self.see is not None and not is_dynamo_compiling():
             self.see((args, kwargs))
         try:
@@ -156,7 +175,7 @@ def _after_step(gate: Gate, merge: Callable[[], None]) -> Callable[..., None]:
         root = gate.root()
         if root is not None and not root.training and _updates(optimizer, root):
             gate.steps_in_eval_mode += 1
-        is_due = (gate.is_full or gate.is_traced) and not is_capturing()
+        is_due = (gate.is_full or gate.is_traced or gate.is_guarded) and not is_capturing()
         if is_due and (alive := reference()) is not None:
             alive()
 

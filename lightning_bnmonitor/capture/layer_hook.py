@@ -14,6 +14,8 @@ from torch import Tensor, nn
 
 from lightning_bnmonitor.capture.batch_moments import BatchMoments, pass_moments, traced_moments
 from lightning_bnmonitor.capture.calls import Call, RepeatableCall, call_of, repeatable
+from lightning_bnmonitor.capture.hooks import Hook
+from lightning_bnmonitor.capture.hooks import InertHook as InertHook  # of modules that were pickled with it here
 from lightning_bnmonitor.capture.saved import (
     at_end_of,
     is_intercepted,
@@ -61,6 +63,7 @@ class Gate:
         self.has_groups = False  # whether batches were ever said to be of groups
         self.steps_in_eval_mode = 0  # of the root's optimizers in this window while the root was in eval mode
         self.is_full = False  # whether as many calls of a layer wait as may
+        self.is_guarded = False  # whether running statistics are to be checked after each part of a step
         self.has_warned_of_graph = False  # that is captured
         self.is_traced = False  # whether compiled graphs may have left anything behind
         # Replicas of a model may be called in several threads. They need no lock to append to a list.
@@ -94,23 +97,6 @@ def parts_of(mark: int) -> int:
 def group_of(mark: int) -> int:
     """Of what a call is kept with, the number of its batch's group; 0: of none."""
     return mark % _PART
-
-
-class Hook:
-    """A hook whose copies do nothing: a copied model is not monitored, and a pickled one does not carry the tracker."""
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> InertHook:
-        return InertHook()
-
-    def __reduce__(self) -> tuple[type[InertHook], tuple[()]]:
-        return InertHook, ()
-
-
-class InertHook:
-    """What copies of a monitored model carry in the place of our hooks."""
-
-    def __call__(self, *_: Any) -> None:
-        """Do nothing."""
 
 
 class LayerHook(Hook):
@@ -228,7 +214,14 @@ class LayerHook(Hook):
                 and top_saved_tensor_hooks(True) is None
                 and not functorch_is_active()
                 and (
-                    (module.__class__ is plain and "forward" not in attributes and not attributes[FORWARD_PRE_HOOKS])
+                    (
+                        module.__class__ is plain
+                        and "forward" not in attributes
+                        and (
+                            not attributes[FORWARD_PRE_HOOKS]
+                            or (gate.is_guarded and len(attributes[FORWARD_PRE_HOOKS]) == 1)  # the guard's
+                        )
+                    )
                     or (
                         (node := at_end_of(way, node, module, getattr(x, "grad_fn", None))) is not None
                         and unpack_hook_of_mean(node) is None

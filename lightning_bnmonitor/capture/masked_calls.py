@@ -9,7 +9,8 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from lightning_bnmonitor.capture.layer_hook import Gate, Hook, by_keyword, has_channels
+from lightning_bnmonitor.capture.hooks import Hook
+from lightning_bnmonitor.capture.layer_hook import Gate, by_keyword, has_channels
 from lightning_bnmonitor.capture.masks import BatchMasks
 from lightning_bnmonitor.capture.reduction import masked_moments_of, moments_of
 from lightning_bnmonitor.compat import (

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lightning_bnmonitor.capture.layer_hook import Hook
+from lightning_bnmonitor.capture.hooks import Hook
 from lightning_bnmonitor.compat import is_abstract, is_dynamo_compiling, is_stream_capturing
 
 _MOST = 4  # inputs of a batch that are looked at

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.autograd.function import BackwardCFunction
 
 from lightning_bnmonitor.capture.batch_moments import FULL_PRECISION, BatchMoments
+from lightning_bnmonitor.capture.hooks import Hook
 from lightning_bnmonitor.compat import (
     FORWARD_PRE_HOOKS,
     HAS_PRE_HOOKS,
@@ -149,8 +150,13 @@ def has_own_forward(module: BatchNorm) -> bool:
 
 
 def enters_no_context(module: BatchNorm) -> bool:
-    """Whether a layer has PyTorch's own ``forward`` and nothing before it, so that it saves as its surroundings do."""
-    return not has_own_forward(module) and HAS_PRE_HOOKS and not vars(module)[FORWARD_PRE_HOOKS]
+    """Whether a layer has PyTorch's own ``forward`` and nothing before it, so that it saves as its surroundings do.
+
+    (Hooks of ours enter none.)
+    """
+    if has_own_forward(module) or not HAS_PRE_HOOKS:
+        return False
+    return all(isinstance(hook, Hook) for hook in vars(module)[FORWARD_PRE_HOOKS].values())
 
 
 def saved_moments(module: BatchNorm, x: Tensor, kernel: Kernel | None) -> BatchMoments | None:

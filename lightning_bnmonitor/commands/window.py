@@ -9,7 +9,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from lightning_bnmonitor.page.document import ABSENT, METRICS, cells
+from lightning_bnmonitor.page.document import ABSENT, AVERAGED, METRICS, cells
 
 
 class Window(NamedTuple):
@@ -25,8 +25,8 @@ class Window(NamedTuple):
 
     @property
     def num_unhealthy(self) -> int:
-        """Layers that need attention."""
-        return sum(layer["needs_attention"] for layer in self.layers)
+        """Layers that need attention, be it with their averaged weights."""
+        return len({layer["name"].removesuffix(AVERAGED) for layer in self.layers if layer["needs_attention"]})
 
     def to_dict(self) -> dict[str, Any]:
         """In JSON's types, the layers by name."""

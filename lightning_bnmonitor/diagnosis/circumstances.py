@@ -69,6 +69,8 @@ class Circumstances(NamedTuple):
     """Calls with gradients while the whole model was in eval mode."""
     steps_in_eval_mode: int = 0
     """Steps of its optimizers meanwhile."""
+    left_out: int = 0
+    """Calls that the guard has undone, as a value in them was not finite."""
     has_initial_stats: bool = False
     """Whether the module's buffers are the initial zeros and ones."""
     updates_nothing: bool = False

@@ -164,6 +164,8 @@ def _of_calls(layer: Circumstances, evidence: Evidence) -> dict[str, float]:
     bad = layer.bad_before
     if bad is not None and bad.windows_ago and evidence.get("non_finite_running_stats"):
         numbers |= {"first_bad_batch": bad.number, "first_bad_channel": bad.channel, "bad_windows_ago": bad.windows_ago}
+    if layer.left_out and "guarded_calls" not in evidence:
+        numbers["guarded_calls"] = float(layer.left_out)
     if not layer.weights_known:
         numbers["assumed_updates_per_call"] = float(layer.assumed_updates)
     return numbers

@@ -109,6 +109,8 @@ EVIDENCE: Mapping[str, str] = {
     "non_finite_running_stats": "channels with a running statistic that is not finite",
     "first_bad_batch": "the first call in the window with a value that is not finite, counted from 1",
     "bad_windows_ago": "how many windows ago that was, if it is what the running statistics are still not finite of",
+    "guarded_calls": "calls with a value that is not finite, of all ranks, that the guard has undone: nothing counts "
+    "them",
     "first_bad_channel": "the first channel with such a value in it, counted from 0",
     "padding_batches": "calls whose mask tells what padding does, of all ranks",
     "padding_share": "share of the values in them that are padding",
@@ -142,6 +144,7 @@ EVIDENCE: Mapping[str, str] = {
     "val_alone": "1 if no layer was called in training: there was an evaluation alone",
     "val_spoiled_before": "layers before it that training normalises by what evaluation does not have: few samples, "
     "groups, parts of an order, the calls of a step",
+    "averaged": "1 if it is of the averaged weights that validation had, which were not trained",
     "val_loader": "the validation loader that val_shift is of, counted from 0, if there are several",
 }
 """Every number that a verdict, an explanation or a remedy may rest on, and what it is.
@@ -225,6 +228,8 @@ def observations(
         eps: Of each channel's layer, ``(C,)``.
     """
     layout = analysis.layout
+    # A guard leaves bad batches out: the population is that of the others then, if there are any.
+    bad_values = np.isfinite(analysis.first_bad) & ~torch.isfinite(population).all(dim=0).numpy()
     with np.errstate(all="ignore"):
         bad_running = ~torch.isfinite(running).all(dim=0).numpy() & (layout.spread(has_running_stats) > 0)
         columns = {
@@ -252,7 +257,7 @@ def observations(
             "noise_without_last_batch": analysis.last_batch.without,
             **analysis.batching._asdict(),
             "dead_channels": layout.count(divergence.is_dead(population[1], eps).numpy()),
-            "non_finite_channels": layout.count(np.isfinite(analysis.first_bad) | bad_running),
+            "non_finite_channels": layout.count(bad_values | bad_running),
             "non_finite_running_stats": layout.count(bad_running),
         }
         first, channel = layout.first(analysis.first_bad)

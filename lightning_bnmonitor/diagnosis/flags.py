@@ -76,6 +76,8 @@ def _cure_shift(evidence: Evidence) -> list[str]:
 def _explain_other_weights(evidence: Evidence) -> list[str]:
     error = "its running statistics are {val_error} off what it receives in validation (chance explains "
     error += "{val_error_noise})"
+    if evidence.get("averaged"):
+        return [f"{error[0].upper()}{error[1:]}: averaged weights need statistics of their own."]
     if rules.was_called(evidence):
         return [
             "Validation ran with other weights or running statistics than training ended with (averaged or swapped "
@@ -85,7 +87,7 @@ def _explain_other_weights(evidence: Evidence) -> list[str]:
 
 
 def _cure_other_weights(evidence: Evidence) -> list[str]:
-    if rules.was_called(evidence):
+    if rules.was_called(evidence) or evidence.get("averaged"):
         return [
             "Add `PreciseBatchNorm(restore=True)` to the Trainer's callbacks; or, with those weights in the model, "
             f"{RECALIBRATE}."
@@ -184,6 +186,15 @@ def cure_calls(evidence: Evidence) -> list[str]:
     ]
 
 
+def _cure_guarded(evidence: Evidence) -> list[str]:
+    if evidence.get("non_finite_channels"):
+        return []  # the verdict says it
+    return [
+        "Find what made the values (`torch.autograd.detect_anomaly`; often the learning rate, half precision without "
+        "loss scaling, or the data): the guard keeps them out of the running statistics, not out of the weights."
+    ]
+
+
 _TABLE = (
     Flag(
         name="calls-differ",
@@ -209,6 +220,17 @@ _TABLE = (
         rule=lambda layer, _: layer.updates_twice,
         explanation=_explain_repeats,
         remedy=_compensate,
+    ),
+    Flag(
+        name="guarded",
+        rule=lambda _, evidence: "guarded_calls" in evidence,
+        attention=rules.is_often_guarded,
+        explanation=(
+            "{guarded_calls} of its calls had NaN or Inf in them, or values whose variance overflows, first in batch "
+            "{first_bad_batch} of this window, channel {first_bad_channel}: the guard has put the running statistics "
+            "back as they were before, and nothing that is said here counts these calls.",
+        ),
+        remedy=_cure_guarded,
     ),
     Flag(
         name="half-frozen",

@@ -28,6 +28,7 @@ _WORTH_DROPPING = 0.08  # of the noise that a small last batch adds
 _CALL_SHIFT = 0.05  # from which on it is said
 _PADDING_SHIFT = 0.05  # likewise
 _SEVERAL = 1.25  # calls of a layer for each of its model's
+_OFTEN = 0.1  # share of calls that are not finite from which on it needs attention though they are undone
 _SHARE = 0.02  # of a channel's variance, that the order or the making of batches must explain to count
 _SMOOTH = 0.6  # share of a movement from which on it may be that of the weights
 
@@ -320,6 +321,13 @@ def is_noisy_by_calls(evidence: Evidence) -> bool:
     of_calls = evidence["call_shift"] ** 2 / max(evidence["calls_per_step"] - 1, 1)
     rest = max(1 - of_calls / evidence["jitter"] ** 2, 0.0)
     return evidence.get("noise_error", 0.0) * math.sqrt(rest) <= WARNING
+
+
+def is_often_guarded(evidence: Evidence) -> bool:
+    """Whether the guard has undone more than a tenth of the calls: something is wrong beyond a batch now and then."""
+    undone = evidence.get("guarded_calls", 0.0) / evidence.get("ranks", 1.0)
+    counted = sum(evidence.get(f"calls_{path}", 0.0) for path in ("saved", "traced", "pass"))
+    return undone > _OFTEN * (undone + counted)
 
 
 def has_unlike_calls(layer: Circumstances, evidence: Evidence) -> bool:

@@ -62,6 +62,15 @@ _TABLE = (
         remedy=wording.cure_trained_in_eval,
     ),
     Verdict(
+        name="averaged",
+        letter="A",
+        color="#999999",
+        attention="never",
+        is_judged=False,
+        rule=lambda _, evidence: "averaged" in evidence,
+        explanation=wording.explain_averaged,
+    ),
+    Verdict(
         name="unused",
         letter="U",
         color="#999999",

@@ -11,6 +11,7 @@ from lightning_bnmonitor.diagnosis.rules import (
     is_of_few_samples,
     is_outrun,
     moves_with_weights,
+    net_error,
 )
 from lightning_bnmonitor.diagnosis.sentences import RECALIBRATE
 
@@ -79,6 +80,17 @@ def cure_insufficient(evidence: Evidence) -> list[str]:
     if "assumed_updates_per_call" in evidence:
         return []
     return ["Train on: short windows are judged together, as soon as they have enough batches."]
+
+
+def explain_averaged(evidence: Evidence) -> list[str]:
+    """Explain ``averaged``."""
+    sentences = ["These are the averaged weights: those that validation has, and that are saved."]
+    if net_error(evidence) <= WARNING:
+        sentences.append(
+            "The running statistics beside them are {val_error} off what the layer received there, where chance "
+            "explains {val_error_noise}."
+        )
+    return sentences
 
 
 def explain_unused(evidence: Evidence) -> list[str]:

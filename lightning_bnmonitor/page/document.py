@@ -31,6 +31,10 @@ ATTENTION = 128
 """What is added to the cause of a layer that needs attention."""
 
 
+AVERAGED = " (averaged)"
+"""What the names of layers end with that are told of with averaged weights, beside those that are trained."""
+
+
 class Cells(NamedTuple):
     """What is known of each layer in each window, ``(W, L)`` each."""
 

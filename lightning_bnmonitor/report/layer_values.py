@@ -79,6 +79,10 @@ class LayerValues:
     """Running mean and variance as that validation began, ``(2, C)``; None if they had no part in it."""
     group_moments: Tensor | None = None
     """Mean and unbiased variance of each group of batches that it received, ``(G, 2, C)``; None without groups."""
+    averaged_of: str | None = None
+    """Of averaged weights, the name of the layer that is trained; None for that itself."""
+    trained: Tensor | None = None
+    """Of averaged weights, :attr:`now_mean` and :attr:`now_var` of that layer, ``(2, C)``."""
 
     unpadded: Tensor | None = None
     """Mean and unbiased variance of the values that the mask lets count, ``(2, C)``; None if no mask told of them."""
@@ -185,12 +189,12 @@ class LayerValues:
         """RMS error that the present statistics of training make on what was received in validation; NaN if none was.
 
         In units of the normalised activation. That is :attr:`now_mean` and :attr:`now_var` in the place of the running
-        statistics, which have no part in it.
+        statistics, which have no part in it; of averaged weights, those of the layer that is trained.
         """
         if self.validation is None:
             return torch.full_like(self.now_mean, torch.nan)
-        mean, var = self.validation
-        return divergence.act_rmse(mean, var, self.now_mean, self.now_var, self.eps)
+        (mean, var), (now_mean, now_var) = self.validation, self.numbers[4:6] if self.trained is None else self.trained
+        return divergence.act_rmse(mean, var, now_mean, now_var, self.eps)
 
     @property
     def val_error(self) -> Tensor:

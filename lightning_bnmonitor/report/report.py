@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lightning_bnmonitor.diagnosis.evidence import METRICS
+from lightning_bnmonitor.report.averaged_rows import one_of_each
 from lightning_bnmonitor.report.figures import plot_layers
 from lightning_bnmonitor.report.history import History
 from lightning_bnmonitor.report.layer_report import LayerReport, jsonable
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 class Report(Mapping[str, LayerReport]):
     """All monitored layers in one window, by name: in the order of their first call, then those never called.
 
+    After a validation with averaged weights, each layer that was called there stands in it once more, at the end, as
+    ``"<name> (averaged)"``: with ``val_error`` and ``val_shift``, and nothing of training.
     (Compiled code does not tell the order of its calls: layers first called by it come in the order of the modules.)
     Empty if the model has no BatchNorm.
 
@@ -69,7 +72,7 @@ class Report(Mapping[str, LayerReport]):
 
     @property
     def unhealthy(self) -> list[LayerReport]:
-        """The layers that need attention, the worst first."""
+        """The layers that need attention, the worst first; with averaged weights, too, if there are any."""
         return [layer for layer in self.worst() if layer.needs_attention]
 
     def summary(self) -> dict[str, float]:
@@ -95,7 +98,7 @@ class Report(Mapping[str, LayerReport]):
             if values[metric]:
                 summary[f"{metric}_max"] = max(values[metric])
         if self._layers:
-            summary["unhealthy_layers"] = float(len(self.unhealthy))
+            summary["unhealthy_layers"] = float(sum(layer.needs_attention for layer in one_of_each(self.values())))
         return summary
 
     def layer_summaries(self) -> dict[str, dict[str, float]]:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import NamedTuple
 
 from lightning_bnmonitor.diagnosis.diagnosis import Diagnosis
+from lightning_bnmonitor.report.averaged_rows import one_of_each
 from lightning_bnmonitor.report.layer_report import LayerReport
 
 _CAUSES = 3  # that a printed report explains, and as many that need no attention
@@ -42,6 +43,7 @@ def headline(layers: Sequence[LayerReport], rank: int | None) -> str:
     alone = "" if rank is None else f" (rank {rank} alone)"
     shifted = [layer.name for layer in layers if "domain-shift" in layer.flags]
     more = f" Validation differs from training in {len(shifted)} of them, first in {shifted[0]}." if shifted else ""
+    layers = one_of_each(layers)
     unhealthy = [layer for layer in layers if layer.needs_attention]
     unknown = [layer for layer in layers if not layer.diagnosis.is_judged]
     causes, reasons = (

@@ -17,7 +17,7 @@ from lightning_bnmonitor.statistics.moments import merge_moments
 from lightning_bnmonitor.statistics.noise import ROUNDING
 from lightning_bnmonitor.statistics.scores import MEAN, VAR, exceeds_chance, squared_score
 
-_OF_LAYERS = 4  # fields that have a value for each layer; the others have one for each channel
+_OF_LAYERS = 5  # fields that have a value for each layer; the others have one for each channel
 
 
 class PooledStatistics(NamedTuple):
@@ -35,6 +35,8 @@ class PooledStatistics(NamedTuple):
     """Samples in the batches, ``(L,)``: their sum."""
     weight: FloatArray
     """Of the batches, the sum of n (mean) and of n - 1 (variance), ``(2, L)``."""
+    left_out: FloatArray
+    """Calls that were left out as a value in them was not finite, ``(L,)``."""
     mean: FloatArray
     """Mean of all values, ``(C,)``; 0 if there are none."""
     squares: FloatArray
@@ -47,11 +49,13 @@ class PooledStatistics(NamedTuple):
     """The first call with a value that is not finite, ``(C,)``; inf if none."""
 
     @classmethod
-    def of_window(cls, analysis: Analysis, num_ranks: NDArray[np.int64]) -> PooledStatistics:
+    def of_window(
+        cls, analysis: Analysis, num_ranks: NDArray[np.int64], left_out: NDArray[np.int64]
+    ) -> PooledStatistics:
         """What one rank's window holds.
 
         Of layers whose moments were taken over several ranks (SyncBatchNorm), ``(L,)``, each of these has the same in
-        its window: it contributes its own part of them.
+        its window: it contributes its own part of them. ``left_out`` are calls that are in none of it, ``(L,)``.
         """
         layout = analysis.layout
         count, part = layout.spread(analysis.num_samples), layout.spread(1 / num_ranks)
@@ -64,6 +68,7 @@ class PooledStatistics(NamedTuple):
             dof=analysis.dof / num_ranks,
             batch_size=np.where(updated, analysis.batch_size * analysis.num_batches, 0) / num_ranks,
             weight=weight / num_ranks,
+            left_out=left_out / num_ranks,
             mean=np.where(count > 0, mean, 0),
             squares=np.where(count > 1, var * (count - 1), 0) * part,
             value=np.where(layout.spread(weight) > 0, analysis.reference, 0),
@@ -80,6 +85,7 @@ class PooledStatistics(NamedTuple):
             dof=np.maximum(batches.num_batches - 1, 0),
             batch_size=batches.batch_size,
             weight=weight,
+            left_out=np.zeros_like(batches.num_samples),
             mean=batches.value[MEAN],
             squares=layout.spread(weight[VAR]) * batches.value[VAR] + batches.m2[MEAN],
             value=batches.value,
@@ -121,7 +127,8 @@ class PooledStatistics(NamedTuple):
     def _shapes(layout: ChannelLayout) -> list[tuple[int, ...]]:
         of_layers, of_channels = (layout.num_layers,), (layout.num_channels,)
         both = (2, *of_channels)
-        return [of_layers, of_layers, of_layers, (2, *of_layers), of_channels, of_channels, both, both, of_channels]
+        rows = [of_layers, of_layers, of_layers, (2, *of_layers), of_layers]
+        return [*rows, of_channels, of_channels, both, both, of_channels]
 
     def population(self, layout: ChannelLayout) -> FloatArray:
         """Mean and unbiased variance of all values, ``(2, C)``; NaN where there are none, or just one."""
@@ -148,6 +155,7 @@ def pool(ranks: Sequence[PooledStatistics], layout: ChannelLayout) -> PooledStat
         dof=stacked.dof.sum(axis=0),
         batch_size=stacked.batch_size.sum(axis=0),
         weight=stacked.weight.sum(axis=0),
+        left_out=stacked.left_out.sum(axis=0),
         mean=mean,
         squares=squares,
         value=value,

@@ -137,6 +137,10 @@ class Window:
         """Where a layer lies in the flat channel space."""
         return slice(self._starts[layer], self._starts[layer + 1])
 
+    def first_bad(self, layer: int) -> Tensor:
+        """The first call of a layer that was not finite, by channel: a view, to be written to; inf if none was."""
+        return self._first_bad[self.channels(layer)]
+
     def reset(self) -> None:
         """Forget all batches, keep the layers."""
         self._channels = torch.zeros_like(self._channels)

@@ -85,7 +85,8 @@ def assess(
     if together:
         exchange = _exchange(layers, ordered, windows)
         num_ranks = np.array([layer.counts.num_ranks for layer in ordered])
-        own = PooledStatistics.of_window(measured.analysis, num_ranks)
+        left_out = np.array([layer.counts.left_out for layer in ordered])
+        own = PooledStatistics.of_window(measured.analysis, num_ranks, left_out)
         shares, has_groups = exchange.gather_and_ask(own, has_groups=groups is not None)
         with exchange.answer() as answer:
             if shares and has_groups:
@@ -318,7 +319,10 @@ def _seen(shares: Sequence[PooledStatistics], measured: Measurement) -> Seen:
     layout = measured.analysis.layout
     everyone = pool(shares, layout)
     errors = error_of_one_rank(shares[0], everyone, layout, measured.eps)
-    return Seen(everyone, [{"ranks": float(len(shares)), "rank_error": error} for error in errors.tolist()])
+    evidence = [{"ranks": float(len(shares)), "rank_error": error} for error in errors.tolist()]
+    for its, left_out in zip(evidence, everyone.left_out.tolist(), strict=True):
+        its |= {"guarded_calls": left_out} if left_out else {}
+    return Seen(everyone, evidence)
 
 
 def _exchange(layers: Sequence[TrackedLayer], ordered: Sequence[TrackedLayer], windows: Windows) -> Exchange:

@@ -28,6 +28,8 @@ class CallCounts(NamedTuple):
     """Parts of training steps that had ended before the last call (``Gate.parts``)."""
     num_ranks: int = 1
     """Over how many ranks SyncBatchNorm takes the moments."""
+    left_out: int = 0
+    """Calls that a guard has undone, as their moments were not finite: none of the above counts them."""
     serial: bool = False
     """Whether moments came from a kernel that sums value by value."""
 
@@ -38,7 +40,9 @@ class CallCounts(NamedTuple):
 
     def restarted(self) -> CallCounts:
         """Counts of a window that begins."""
-        return self._replace(paths=dict.fromkeys(PATHS, 0), training=0, updating=0, repeated=0, last_num_samples=0)
+        return self._replace(
+            paths=dict.fromkeys(PATHS, 0), training=0, updating=0, repeated=0, last_num_samples=0, left_out=0
+        )
 
 
 class WaitingCalls(NamedTuple):

@@ -266,6 +266,7 @@ def _circumstances(layer: TrackedLayer, now: Snapshot) -> Circumstances:
         calls_per_model_call=layer.calls_per_model_call,
         calls_in_eval_mode=layer.hook.calls_in_eval_mode,
         steps_in_eval_mode=layer.gate.steps_in_eval_mode,
+        left_out=counts.left_out,
         has_initial_stats=now.buffers is not None and now.is_initial,
     )
 

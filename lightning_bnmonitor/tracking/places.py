@@ -12,7 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from lightning_bnmonitor.capture.layer_hook import Gate, Hook
+from lightning_bnmonitor.capture.hooks import Hook
+from lightning_bnmonitor.capture.layer_hook import Gate
 from lightning_bnmonitor.compat import current_backward
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 

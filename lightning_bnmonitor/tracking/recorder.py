@@ -14,12 +14,14 @@ import torch
 from torch import nn
 
 from lightning_bnmonitor.capture.batch_moments import owned
+from lightning_bnmonitor.capture.guard import Guard
 from lightning_bnmonitor.capture.layer_hook import Gate
 from lightning_bnmonitor.capture.masked_calls import MaskedMoments, MaskHook
 from lightning_bnmonitor.capture.masks import BatchMasks
 from lightning_bnmonitor.capture.model_inputs import inputs_in
 from lightning_bnmonitor.compat import BatchNorm, never_compiled
 from lightning_bnmonitor.diagnosis.circumstances import bad_batch
+from lightning_bnmonitor.diagnosis.validation import Standing
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.tracking import collectives
 from lightning_bnmonitor.tracking.affine import AffineWeights, has_frozen_weights
@@ -43,6 +45,7 @@ class Recorder:
         by_pass: Whether moments are taken by a pass over every input, whatever a kernel has saved.
         at_fixed_weights: Whether calls are kept in the order of time though they update nothing.
         mask: What tells of a batch which positions count; None: all.
+        is_guarded: Whether calls whose moments are not finite are to leave nothing behind.
     """
 
     def __init__(
@@ -51,8 +54,11 @@ class Recorder:
         by_pass: bool,
         at_fixed_weights: bool = False,
         mask: Callable[[Any], Any] | None = None,
+        is_guarded: bool = False,
     ) -> None:
         self.gate = Gate(root)
+        self.gate.is_guarded = is_guarded
+        self.guard: Guard | None = None  # of the layers that are followed
         self.layers: list[TrackedLayer] = []  # in the order of the model's modules
         self.masks = None if mask is None else BatchMasks(mask)
         self.windows = Windows(has_masks=mask is not None)
@@ -76,6 +82,7 @@ class Recorder:
         """Record these layers, by name. Those that were recorded before go on, the others begin a window."""
         known = {layer.module: layer for layer in self.layers}
         self.layers = [known.get(module) or self._new_layer(name, module) for name, module in modules.items()]
+        self.guard = Guard(modules.values(), self.gate.lock) if self.gate.is_guarded else None
         self._begin([layer for layer in self.layers if layer.module not in known])
         self._keep_untrained_weights()
 
@@ -98,8 +105,13 @@ class Recorder:
         with self.gate.lock:
             self.drain()
             self.gate.is_full = False
-            self.windows.merge(self.layers)
+            self.windows.merge(self.layers, self.gate.is_guarded)
             self._follow_places()
+
+    def put_back(self) -> None:
+        """Put back running statistics that are not finite, if they are guarded."""
+        if self.guard is not None:
+            self.guard.put_back()
 
     @never_compiled
     def see_inputs(self, batch: object, group: str | None = None) -> None:
@@ -172,7 +184,8 @@ class Recorder:
     # Where a graph breaks, what runs eagerly is compiled, too, function by function.
     @never_compiled
     def merge_if_full(self) -> None:
-        """Merge what waits if there is enough of it."""
+        """Merge what waits if there is enough of it, after a part of a step."""
+        self.put_back()
         if self.gate.is_traced:
             self.drain()
         if self.gate.is_full:
@@ -200,6 +213,7 @@ class Recorder:
 
     def end_window(self, all_ranks: bool) -> Report:
         """Report the window, keep what the next one goes on from, and count no more until that begins."""
+        self.put_back()
         self.flush()
         if self.masks is not None:
             was_called = any(layer.num_calls for layer in self.layers)
@@ -239,14 +253,17 @@ class Recorder:
         self._reopen()
 
     @torch.inference_mode(False)
-    def start_validation(self, loader: int) -> None:
-        """Look at what is called in eval mode from now on, as batches of that loader."""
+    def start_validation(self, loader: int, are_averaged: bool = False) -> None:
+        """Look at what is called in eval mode from now on, as batches of that loader, perhaps with averaged weights."""
+        self.put_back()
         seen = {loader for layer in self.layers for loader in layer.validation}
         if not seen or loader in seen:  # it is the first one
             changed = self._affine.changed() if self._affine is not None else set()
             is_known = self._affine is not None and self._affine.is_known
             for layer, now in _with_snapshots(self.layers):
                 layer.keep_for_validation(now, layer.module in changed, is_known and not changed)
+                if are_averaged and layer.val_standing in (Standing.TRAINED, Standing.REWRITTEN):
+                    layer.val_standing = Standing.OTHER
         for layer in self.layers:
             layer.start_validation(loader)
         self._forget_last_calls()  # what goes the short way does not ask whether it is within validation
@@ -266,6 +283,7 @@ class Recorder:
 
     def state(self) -> dict[str, Any]:
         """The window so far, as one CPU tensor and primitives."""
+        self.put_back()
         self.flush()
         rows = self.windows.state(self.layers)
         return {

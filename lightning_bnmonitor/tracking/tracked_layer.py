@@ -227,6 +227,7 @@ class TrackedLayer:
             last_num_samples=self.counts.last_num_samples if last is None else last[1].num_samples,
             last_part=parts[-1],
             num_ranks=kinds[-1].num_ranks,
+            left_out=self.counts.left_out,
             serial=self.counts.serial or any(kind.serial for kind in kinds),
         )
         return WaitingCalls(batches, counts, 0, num_calls, parts, groups)
@@ -293,6 +294,7 @@ class TrackedLayer:
             "momentum": self.counts.momentum,
             "last_num_samples": self.counts.last_num_samples,
             "serial": self.counts.serial,
+            "left_out": self.counts.left_out,
             "num_ranks": self.counts.num_ranks,
             "within_step": self.is_within_step,
             "interrupted": self.interrupted,
@@ -326,6 +328,7 @@ class TrackedLayer:
             last_num_samples=state["last_num_samples"],
             num_ranks=state["num_ranks"],
             serial=state["serial"],
+            left_out=state.get("left_out", 0),  # the first states had none
         )
         self.steps_before = self.gate.steps
         self.interrupted = state["interrupted"] or state["within_step"]

@@ -11,7 +11,7 @@ from typing import Any, get_args
 import torch
 from torch import nn
 
-from lightning_bnmonitor.arguments import as_patterns, check_callable_or_none, check_choice
+from lightning_bnmonitor.arguments import as_patterns, check_bool, check_callable_or_none, check_choice
 from lightning_bnmonitor.capture.attachment import Attachment
 from lightning_bnmonitor.capture.batch_moments import CaptureMode
 from lightning_bnmonitor.report.report import Report
@@ -50,10 +50,16 @@ class BatchNormTracker:
             :class:`~lightning_bnmonitor.capture.masks.BatchMasks`. A report then has the statistics without padding,
             too (``LayerReport.unpadded``), and says where padding does harm (flag ``padded``). That takes passes over
             each layer's input, and up to 272 bytes a channel. What is compiled is not looked at.
+        guard: Whether a call whose batch has NaN or Inf is to leave the layer's running statistics and
+            ``num_batches_tracked`` as they were: they are put back before its next call, and before anything here or
+            :meth:`step`, :meth:`put_back` or an optimizer's step ends, without waiting for the device. Such calls are
+            in no statistics, and counted (flag ``guarded``). Nothing else changes, by a bit. What ``torch.compile`` has
+            compiled is put back as it was before the compiled module was called. It takes 8 bytes a channel more, and
+            the device is waited for once in 36 to 72 steps.
 
     Raises:
         TypeError: If ``include`` or ``exclude`` is neither None nor strings, or ``mask`` neither None nor a function.
-        ValueError: If ``capture`` is unknown.
+        ValueError: If ``capture`` is unknown, or ``guard`` no bool.
 
     Example::
 
@@ -75,18 +81,22 @@ class BatchNormTracker:
         exclude: str | Sequence[str] | None = None,
         capture: CaptureMode = "auto",
         mask: Callable[[Any], Any] | None = None,
+        guard: bool = False,
     ) -> None:
         check_choice("capture", capture, get_args(CaptureMode))
         check_callable_or_none("mask", mask)
+        check_bool("guard", guard)
         self._include = as_patterns("include", include)
         self._exclude = as_patterns("exclude", exclude)
         self._capture = capture
         self._mask = mask
+        self._guard = guard
         self._model = weakref.ref(model)
-        self._recorder = Recorder(model, by_pass=capture == "pass", mask=mask)
+        self._recorder = Recorder(model, by_pass=capture == "pass", mask=mask, is_guarded=guard)
         self._attachment: Attachment | None = None
         self._closing: Report | None = None  # the report of a window that has ended, once it was asked for
         self._validated: Report | None = None  # the same, with a validation after it
+        self._before_averaged: Report | None = None  # if a validation with averaged weights follows
         self._pending: Mapping[str, Any] | None = None  # a state that waits for `attach`
 
     def __enter__(self) -> BatchNormTracker:
@@ -100,7 +110,8 @@ class BatchNormTracker:
         model = self._model()
         if model is None:
             raise RuntimeError(_NO_MODEL)
-        twin = BatchNormTracker(memo.get(id(model), model), self._include, self._exclude, self._capture, self._mask)
+        kept = memo.get(id(model), model)
+        twin = BatchNormTracker(kept, self._include, self._exclude, self._capture, self._mask, self._guard)
         twin.load_state_dict(self.state_dict())
         return twin
 
@@ -137,6 +148,7 @@ class BatchNormTracker:
             see=recorder.see_arguments,
             drain=recorder.drain,
             after_step=recorder.merge_if_full,
+            guard=recorder.guard,
         )
         self._recorder.is_attached = True
         if self._pending is not None:
@@ -146,6 +158,7 @@ class BatchNormTracker:
     def detach(self) -> None:
         """Remove every hook and keep the statistics. Harmless when detached."""
         if self._attachment is not None:
+            self._recorder.put_back()
             self._recorder.drain()
             self._attachment.remove()
             self._attachment = None
@@ -161,6 +174,15 @@ class BatchNormTracker:
         these, which are noticed without it.
         """
         self._recorder.step_ended()
+
+    def put_back(self) -> None:
+        """With ``guard=True``: put back now what calls with NaN or Inf have made of running statistics.
+
+        A loop needs it where no optimizer's step, :meth:`step` or call of the model comes before something else reads
+        the running statistics: a step that ``torch.amp.GradScaler`` skips, and then an average of the weights.
+        Harmless at any time but within a backward pass.
+        """
+        self._recorder.put_back()
 
     def see_inputs(self, batch: object, group: object = None) -> None:
         """Tell what a training step is given, before it: a batch ``(B, *)``, or any structure with its tensors.
@@ -225,7 +247,15 @@ class BatchNormTracker:
         """
         self.close()
         self._recorder.begin_window()
-        self._closing = self._validated = None
+        self._closing = self._validated = self._before_averaged = None
+
+    @torch.inference_mode(False)
+    def before_averaged(self) -> None:
+        """Tell that averaged weights are about to be put into the model, for the validation that follows.
+
+        :meth:`validation_report` then tells what comes in it of layers of their own, ``"<name> (averaged)"``.
+        """
+        self._before_averaged = self._of_window()
 
     def start_validation(self, loader: int = 0) -> None:
         """Look at what is called in eval mode from now on, by a pass over each input.
@@ -240,7 +270,7 @@ class BatchNormTracker:
                 and what was seen of others is kept.
         """
         self.stop_validation()
-        self._recorder.start_validation(loader)
+        self._recorder.start_validation(loader, self._before_averaged is not None)
 
     def stop_validation(self) -> None:
         """Look at no more of it. Harmless when repeated."""
@@ -264,7 +294,9 @@ class BatchNormTracker:
         self.stop_validation()
         layers, together = self._recorder.layers, all_ranks and collectives.num_ranks() > 1
         seen = max((loader + 1 for layer in layers for loader in layer.validation), default=0)
-        report = with_validation(self._of_window(), layers, together, num_loaders or max(seen, 1))
+        before, self._before_averaged = self._before_averaged, None
+        report = self._of_window() if before is None else before
+        report = with_validation(report, layers, together, num_loaders or max(seen, 1), before is not None)
         if self._recorder.is_closed:
             self._validated = report
         for layer in layers:
@@ -282,6 +314,7 @@ class BatchNormTracker:
     def _of_window(self) -> Report:
         if self._closing is not None:
             return self._closing
+        self.put_back()
         self.flush()
         recorder = self._recorder
         if not recorder.is_closed:

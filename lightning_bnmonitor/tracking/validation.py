@@ -20,6 +20,7 @@ from torch import Tensor
 from lightning_bnmonitor.diagnosis.evidence import Evidence
 from lightning_bnmonitor.diagnosis.rules import net_error, net_shift
 from lightning_bnmonitor.diagnosis.validation import Standing, Validated, diagnose_validation
+from lightning_bnmonitor.report.averaged_rows import averaged_row
 from lightning_bnmonitor.report.layer_report import LayerReport
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.statistics.blocks import PooledBatches
@@ -77,7 +78,9 @@ class Comparison(NamedTuple):
         return cls(*of_layers.reshape(_OF_LAYERS, -1), *of_channels.reshape(2, 2, -1))
 
 
-def with_validation(report: Report, layers: Sequence[TrackedLayer], all_ranks: bool, num_loaders: int) -> Report:
+def with_validation(
+    report: Report, layers: Sequence[TrackedLayer], all_ranks: bool, num_loaders: int, are_averaged: bool = False
+) -> Report:
     """A report with how far validation was from training, by what the layers have received in it.
 
     Of several loaders, a layer is told of the one whose data differ most.
@@ -87,6 +90,7 @@ def with_validation(report: Report, layers: Sequence[TrackedLayer], all_ranks: b
         layers: Those of the report.
         all_ranks: Whether all ranks call this, each with its own part of the validation data.
         num_loaders: Validation loaders, as many on all ranks.
+        are_averaged: Whether validation had averaged weights: it is then told of layers of their own, after the others.
     """
     layout = layout_of(layers)
     if not layout.num_channels or not num_loaders:
@@ -97,31 +101,41 @@ def with_validation(report: Report, layers: Sequence[TrackedLayer], all_ranks: b
     else:
         comparisons = [_compared(report, layers, statistics, layout) for statistics in received]
     index = {layer.name: position for position, layer in enumerate(layers)}
-    worst = {
-        name: _worst(index[name], layout.slices[index[name]], comparisons) if name in index else (None, {})
-        for name in report
-    }
-    standings = {name: Standing(int(comparisons[0].standing[position])) for name, position in index.items()}
-    misfits = {name: float(comparisons[0].misfit[position]) for name, position in index.items()}
-    updated = {name for name, position in index.items() if comparisons[0].is_updated[position]}
-    diagnoses = diagnose_validation(
-        Validated(
-            layer.diagnosis,
-            worst[name][1],
-            standings.get(name, Standing.ABSENT),
-            misfits.get(name, math.nan),
-            name in updated,
-        )
-        for name, layer in report.items()
-    )
-    described = []
-    for (name, layer), diagnosis in zip(report.items(), diagnoses, strict=True):
-        loader, _ = worst[name]
-        validated = replace(layer, diagnosis=diagnosis)
-        if loader is not None:
-            validated = _with_values(validated, comparisons[loader], layout.slices[index[name]], standings[name])
-        described.append(validated)
+    rows: list[LayerReport] = []
+    validated: list[Validated] = []
+    for name, layer in report.items():
+        row, its = layer, Validated(layer.diagnosis, {}, Standing.ABSENT, math.nan)
+        if name in index:
+            row, its = _validated(layer, index[name], layout.slices[index[name]], comparisons)
+        if are_averaged:
+            rows.append(layer)
+            validated.append(Validated(layer.diagnosis, {}, Standing.REPAIRED))  # nothing is known of it there
+            if row.validation is None:
+                continue
+            row = averaged_row(row)
+            its = its._replace(diagnosis=row.diagnosis)
+        rows.append(row)
+        validated.append(its)
+    diagnoses = diagnose_validation(validated)
+    described = [replace(row, diagnosis=diagnosis) for row, diagnosis in zip(rows, diagnoses, strict=True)]
+    described.sort(key=lambda row: row.averaged_of is not None)
     return Report(described, report.rank, report.remarks)
+
+
+def _validated(
+    layer: LayerReport, position: int, own: slice, comparisons: Sequence[Comparison]
+) -> tuple[LayerReport, Validated]:
+    """A layer's report with what came in validation, if anything did, and what a diagnosis needs.
+
+    ``position`` is the layer's in the comparisons, ``own`` are its channels.
+    """
+    loader, evidence = _worst(position, own, comparisons)
+    any_loader = comparisons[0]
+    standing = Standing(int(any_loader.standing[position]))
+    if loader is not None:
+        layer = _with_values(layer, comparisons[loader], own, standing)
+    misfit, is_updated = float(any_loader.misfit[position]), bool(any_loader.is_updated[position])
+    return layer, Validated(layer.diagnosis, evidence, standing, misfit, is_updated)
 
 
 def _with_values(layer: LayerReport, comparison: Comparison, own: slice, standing: Standing) -> LayerReport:

@@ -15,11 +15,12 @@ from lightning_bnmonitor.statistics.channel_layout import ChannelLayout, FloatAr
 from lightning_bnmonitor.statistics.constant_ends import ConstantEnds
 from lightning_bnmonitor.statistics.joined_windows import ENOUGH, KeptWindow
 from lightning_bnmonitor.statistics.probe import InputProbe
-from lightning_bnmonitor.statistics.window import Window, Write, commit
+from lightning_bnmonitor.statistics.window import Window, commit
 from lightning_bnmonitor.tracking.batch_groups import BatchGroups
 from lightning_bnmonitor.tracking.buffers import device_of
 from lightning_bnmonitor.tracking.call_sites import CallSites
 from lightning_bnmonitor.tracking.paddings import Paddings
+from lightning_bnmonitor.tracking.screening import not_finite, noted, without
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 
 _BUFFER_ROWS = 6  # per channel: the running statistics when the window began, when the last one ended, and since
@@ -43,15 +44,23 @@ class Windows:
         self.ends = ConstantEnds()  # and where none does
         self.layers: list[TrackedLayer] = []  # in the order of their first call; the model may have lost them since
 
-    def merge(self, layers: Iterable[TrackedLayer]) -> None:
+    def merge(self, layers: Iterable[TrackedLayer], is_guarded: bool = False) -> None:
         """Merge what waits of these layers into the windows, all layers of a window at once, and all in one step.
 
         An interrupt comes before all of it or after: no call is lost, and none counts twice.
+
+        Args:
+            layers: Those of the model.
+            is_guarded: Whether calls that are not finite are left out, as what they have updated is put back.
         """
         stashed = {layer: layer.hook.stash[:] for layer in layers if layer.hook.stash}  # other threads may add to it
         self._place_called([layer for layer in stashed if layer.window is None])
-        waiting = {layer: layer.waiting(calls) for layer, calls in stashed.items()}
-        writes: list[Write] = []
+        bad = not_finite(stashed) if is_guarded else {}
+        waiting = {
+            layer: without(layer, calls, bad[layer]) if layer in bad else layer.waiting(calls)
+            for layer, calls in stashed.items()
+        }
+        writes = noted(bad)
         for window in self.by_device.values():
             batches = {
                 layer.index: calls.batches

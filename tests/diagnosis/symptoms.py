@@ -72,6 +72,7 @@ SYMPTOMS: dict[str, dict] = {
         **{"calls": NEVER_CALLED, "training_calls": 0, "batches": 0.0, "effective_momentum": None},
         **{"calls_in_eval_mode": 20, "steps_in_eval_mode": 10},
     },
+    "averaged": {"averaged": 1.0, "val_error": 0.06, "val_error_noise": 0.05},
     "unused": {"calls": NEVER_CALLED, "training_calls": 0, "batches": 0.0, "effective_momentum": None},
     "no-running-stats": {"has_running_stats": False, "batches": 0.0, "effective_momentum": None},
     "own-forward": {"own_forward": True},

@@ -343,5 +343,5 @@ def test_who_needs_attention_is_told_what_to_do(verdict):
     if diagnosis.needs_attention:
         assert diagnosis.remedy
     assert (diagnosis.remedy == "") == (
-        verdict in ("healthy", "unused", "own-forward")
+        verdict in ("healthy", "averaged", "unused", "own-forward")
     )  # some of the others may want to know, too

@@ -28,6 +28,7 @@ def nothing():
         dof=np.zeros(len(WIDTHS)),
         batch_size=np.zeros(len(WIDTHS)),
         weight=np.zeros((2, len(WIDTHS))),
+        left_out=np.zeros(len(WIDTHS)),
         mean=np.zeros(sum(WIDTHS)),
         squares=np.zeros(sum(WIDTHS)),
         value=np.zeros((2, sum(WIDTHS))),
