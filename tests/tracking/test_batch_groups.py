@@ -235,6 +235,14 @@ def test_a_value_that_is_not_finite_spoils_one_channel() -> None:
         assert math.isfinite(group.shift)
 
 
+def test_a_guarded_call_is_in_no_group() -> None:
+    batches, model = grouped(drawn(40), {"b": 0.5}), layer()
+    batches[7][1][3, 2] = math.nan
+    with BatchNormTracker(model, guard=True) as tracker:
+        report = feed(tracker, model, batches)
+    assert_groups(report, [*batches[:7], *batches[8:]])
+
+
 def test_from_the_ninth_on_groups_are_counted_together_and_that_is_said_once() -> None:
     names = [f"group {index}" for index in range(12)] * 4
     batches, model = grouped(names), layer()
