@@ -5,10 +5,10 @@ lets every variant make some steps, in random order, and divides each one's CPU 
 same round: what is shown is the median over the rounds and its 95 % interval by order statistics (the range, of fewer
 than 6 rounds). "no monitor, again" is the same as none: what it shows is the noise of the measurement.
 
-Direct share: the time inside our hooks and updates over the time of the steps, in a training of its own, for as
-many steps at a time as have one update. The hooks are wrapped where they sit; what the wrapper takes is measured and
-subtracted. What PyTorch takes to call a hook at all is not in it (see "empty hook"). In a compiled network the hooks
-are part of the graph: there, only what is done between graphs counts.
+Direct share: the time inside our hooks and updates (and in what tells of groups) over the time of the steps, in a
+training of its own, for as many steps at a time as have one update. The hooks are wrapped where they sit; what the
+wrapper takes is measured and subtracted. What PyTorch takes to call a hook at all is not in it (see "empty hook"). In a
+compiled network the hooks are part of the graph: there, only what is done between graphs counts.
 
 Memory: bytes of all tensors and arrays that a variant keeps, the model's own left out.
 
@@ -64,6 +64,7 @@ MAX_SHARE = {
     "ResNet-18, checkpointing": 0.03,
     "ResNet-18, pass": 0.03,
     "ResNet-18, bfloat16": 0.03,
+    "ResNet-18, 4 groups": 0.015,
     "sequences, mask": 0.2,
 }
 MAX_OPERATIONS = dict.fromkeys(("ResNet-18", "120 layers", "narrow MLP", "EfficientNet-B0"), 5.0)  # a step
@@ -109,6 +110,7 @@ class Network:
     device: str = "cpu"
     layout: torch.memory_format = torch.preserve_format
     is_mixed: bool = False  # whether under autocast, in bfloat16
+    groups: int = 0  # that the batches are said to be of, in turn
     mask: Callable[[Tensor], Tensor] | None = None  # of what it is given, which positions count
 
     @property
@@ -159,6 +161,7 @@ def networks(quick: bool) -> list[Network]:
             Network("ResNet-18, checkpointing", lambda: checkpointed(small(), Residual), shape, 1, 1, compared=few),
             Network("ResNet-18, pass", small, shape, 1, 1, compared=few, capture="pass"),
             Network("ResNet-18, bfloat16", small, shape, 1, 1, compared=few, dtype=torch.bfloat16),
+            Network("ResNet-18, 4 groups", small, shape, 1, 1, compared=few, groups=4),
             Network("sequences, mask", partial(of_sequences, 4), (4, 3, 8), 1, 1, compared=few, mask=all_lengths),
         ]
     shape = (16, 3, 32, 32)
@@ -172,6 +175,7 @@ def networks(quick: bool) -> list[Network]:
         Network("ResNet-18, pass", resnet18, shape, 1, compared=few, capture="pass"),
         # So little, as a CPU without instructions for bfloat16 takes 60 times as long for its convolutions.
         Network("ResNet-18, bfloat16", resnet18, (2, 3, 8, 8), 1, 1, compared=few, dtype=torch.bfloat16),
+        Network("ResNet-18, 4 groups", resnet18, shape, 1, 3, compared=few, groups=4),
         Network("sequences, mask", of_sequences, (16, 3, 400), 2, compared=few, mask=all_lengths),
     ]
 
@@ -191,14 +195,16 @@ class Training:
             self.mixed = partial(torch.autocast, network.device, torch.bfloat16)
         options = {"capture": network.capture, "mask": network.mask} if variant == OURS else {}
         self.monitor = VARIANTS[variant](self.model, **options)
-        self.is_told = bool(options) and network.mask is not None
+        self.is_told = bool(options) and (network.mask is not None or network.groups > 0)
+        self.groups = itertools.cycle([f"group {index}" for index in range(network.groups)] or [None])
+        self.tell: Callable[..., None] = getattr(self.monitor.kept, "see_inputs", lambda batch, group: None)
 
     def steps(self, num: int) -> None:
         """Some training steps."""
         for _ in range(num):
             self.optimizer.zero_grad()
             if self.is_told:
-                self.monitor.kept.see_inputs(self.x)
+                self.tell(self.x, next(self.groups))
             with self.mixed():
                 loss = self.model(self.x).square().mean()
             loss.backward()
@@ -301,6 +307,7 @@ def shares_of(training: Training, is_compiled: bool, chunks: int, steps: int | N
     with stopwatch.on_our_hooks(training.model, is_compiled):
         update = training.prepare_update()
         own = stopwatch.own_seconds()
+        training.tell = stopwatch.wrapped(training.tell)
         for _ in range(chunks):
             stopwatch.seconds, stopwatch.calls = 0.0, 0
             began = stopwatch.clock()  # the same clock: what interrupts us, interrupts both in proportion

@@ -16,6 +16,7 @@ from lightning_bnmonitor.arguments import (
     check_choice,
     check_not_negative,
 )
+from lightning_bnmonitor.callbacks.batch_group import BatchGroup, GroupFunction
 from lightning_bnmonitor.callbacks.lightning_package import Callback, LightningModule, Trainer
 from lightning_bnmonitor.callbacks.output import Output
 from lightning_bnmonitor.callbacks.schedule import WindowSchedule, is_training_over
@@ -53,6 +54,9 @@ class BatchNormMonitor(Callback):
         on_unhealthy: What to do at a window's end, after a validation that follows it, and after ``validate`` or
             ``test`` alone, if layers need attention: ``"warn"`` of each layer and cause once, ``"ignore"``, or
             ``"raise"`` :class:`UnhealthyBatchNormError` with the report on every rank.
+        group: ``group(batch, batch_idx)`` names what a whole training batch is of, such as its source, domain or
+            augmentation (a string or a number; None: nothing). Reports then tell how far each group is from all, of 8
+            groups a window, and of all others as one. If it fails, that is warned of, and training goes on without.
         mask: Where inputs are padded: a function of the training batch that returns which positions count, a bool
             tensor ``(B, T)``, say. See :class:`~lightning_bnmonitor.BatchNormTracker`.
         guard: Whether running statistics are put back as they were before a call whose batch has NaN or Inf, which is
@@ -60,9 +64,9 @@ class BatchNormMonitor(Callback):
             what is trained, and nothing as long as all is finite.
 
     **On several ranks** a report tells of all of them together, and is the same on each: see
-    :meth:`BatchNormTracker.close() <lightning_bnmonitor.BatchNormTracker.close>`. That takes two collectives a window,
-    and two a validation, which every rank joins, also one that had no batches. With ``every_n_train_batches`` all ranks
-    need as many batches.
+    :meth:`BatchNormTracker.close() <lightning_bnmonitor.BatchNormTracker.close>`. That takes two collectives a window
+    (four with ``group``), and two a validation, which every rank joins, also one that had no batches. With
+    ``every_n_train_batches`` all ranks need as many batches.
 
     **Averaged weights**, which ``WeightAveraging`` and ``EMAWeightAveraging`` put into the model while it is validated,
     have layers of their own in the report, ``"<name> (averaged)"``: what their running statistics are off there. Those
@@ -84,6 +88,8 @@ class BatchNormMonitor(Callback):
       when validation began, made on what a layer received there, whatever the reason. Logged when validation ends.
     - ``bn/call_shift_max``: how far the calls of a layer within a training step are apart at most, where there are
       several (real and fake, left and right), in the same unit.
+    - ``bn/group_shift_max``: how far the batches of a group are from all at most, with ``group``: the RMS error of the
+      normalised activation that the statistics of all batches make on them.
     - ``bn/val_shift_max``: the largest distance of what a layer receives in validation from what it receives in
       training: the RMS error of the normalised activation that the present statistics of training make there. Logged
       when validation ends.
@@ -92,6 +98,7 @@ class BatchNormMonitor(Callback):
     - ``bn.eval_error/<layer>``, ``bn.act_rmse/<layer>``, ``bn.mean_shift/<layer>``: the same for each layer.
     - ``bn.val_error/<layer>``, ``bn.val_shift/<layer>``: the same for each layer, after validation;
       ``bn.val_error_averaged/<layer>``, ``bn.val_shift_averaged/<layer>`` if that had averaged weights.
+    - ``bn.group_shift/<layer>``: the same for each layer, with ``group``.
     - ``bn.log_var_ratio/<layer>``: log of the running variance over the population variance.
 
     Layers that were not called in a window or have no running statistics enter no metric.
@@ -100,7 +107,8 @@ class BatchNormMonitor(Callback):
         ValueError: If an ``every_n_*`` is not a positive integer or both are given, if ``capture``, ``per_layer``,
             ``dashboard``, ``guard`` or ``on_unhealthy`` is unknown, or ``log_key_prefix`` empty; when ``fit`` starts,
             if a pattern matches no BatchNorm layer, or with DeepSpeed.
-        TypeError: If ``include`` or ``exclude`` is neither None nor strings, or ``mask`` neither None nor a function.
+        TypeError: If ``include`` or ``exclude`` is neither None nor strings, or ``group`` or ``mask`` neither None nor
+            a function.
         UnhealthyBatchNormError: At the end of a window, of a validation that follows it, or of ``validate`` and
             ``test`` alone, with ``on_unhealthy="raise"``, if a layer needs attention.
 
@@ -123,6 +131,7 @@ class BatchNormMonitor(Callback):
         validation_batches: int = 16,
         log_key_prefix: str = "bn",
         on_unhealthy: OnUnhealthy = "warn",
+        group: GroupFunction | None = None,
         mask: Callable[[Any], Any] | None = None,
         guard: bool = False,
     ) -> None:
@@ -138,6 +147,7 @@ class BatchNormMonitor(Callback):
         self._guard = guard
         self._validation_batches = validation_batches
         self._log_key_prefix = log_key_prefix
+        self._group = BatchGroup(group)
         self._output = Output(log_key_prefix, per_layer, dashboard, on_unhealthy)
         self._tracker: BatchNormTracker | None = None
         self._report: Report | None = None
@@ -222,7 +232,7 @@ class BatchNormMonitor(Callback):
         if self._schedule.is_due:
             self._tracker.reset()
             self._schedule.window_begins()
-        self._tracker.see_inputs(batch)
+        self._tracker.see_inputs(batch, self._group.name_of(batch, batch_idx))
 
     @override
     def on_after_backward(self, trainer: Trainer, pl_module: LightningModule) -> None:

@@ -47,8 +47,8 @@ class Scalars:
         self.summary = {f"{self._prefix}/{name}": value for name, value in report.summary().items()}
         of_layers = {
             f"{self._prefix}.{metric}/{name}": value
-            for name, summary in (report.layer_summaries() if self._logs_layers(report) else {}).items()
-            for metric, value in summary.items()
+            for name, layer in (report.items() if self._logs_layers(report) else ())
+            for metric, value in {**layer.summary(), **_of_groups(layer)}.items()
             if not math.isnan(value)
         }
         self._log(trainer, self.summary | of_layers, step)
@@ -89,6 +89,11 @@ class Scalars:
     def _logs_layers(self, report: Report) -> bool:
         trained = sum(layer.averaged_of is None for layer in report.values())
         return self._per_layer is True or (self._per_layer == "auto" and trained <= _MAX_LAYERS_LOGGED)
+
+
+def _of_groups(layer: LayerReport) -> dict[str, float]:
+    evidence = layer.diagnosis.evidence
+    return {"group_shift": evidence["group_shift"]} if "group_shift" in evidence else {}
 
 
 def log_scalars(logger: Logger, metrics: Mapping[str, float], step: int) -> None:

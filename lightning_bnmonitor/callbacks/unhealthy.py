@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from typing import Literal, get_args
 
 from lightning_bnmonitor.arguments import check_choice
+from lightning_bnmonitor.diagnosis.rules import has_unlike_groups
 from lightning_bnmonitor.report.layer_report import LayerReport
 from lightning_bnmonitor.report.report import Report
 
@@ -93,6 +94,8 @@ def _warning_of_guarded(layers: Sequence[LayerReport]) -> str:
 def _matter(layer: LayerReport) -> str:
     """What is the matter, and by how much."""
     evidence, cause = layer.diagnosis.evidence, layer.diagnosis.cause
+    if cause == "grouped-batches" and has_unlike_groups(evidence):
+        return f"{cause}, group_shift {evidence['group_shift']:.2g}"
     names = ("eval_error", "val_error") if cause == layer.verdict else ("val_error", "call_shift", "eval_error")
     numbers = (f", {name} {evidence[name]:.2g}" for name in names if name in evidence)
     return cause + next(numbers, "")

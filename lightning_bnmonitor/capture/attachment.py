@@ -171,7 +171,7 @@ def _after_step(gate: Gate, merge: Callable[[], None]) -> Callable[..., None]:
     def after_step(optimizer: torch.optim.Optimizer, *_: Any) -> None:
         if is_dynamo_compiling():
             return
-        gate.parts += 1
+        gate.end_part()
         root = gate.root()
         if root is not None and not root.training and _updates(optimizer, root):
             gate.steps_in_eval_mode += 1

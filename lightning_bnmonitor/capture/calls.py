@@ -60,7 +60,7 @@ class RepeatableCall(NamedTuple):
 
 Call = tuple[Tensor, Tensor, int, RepeatableCall]
 """One call of a layer that waits to be merged: the batch's mean, ``(C,)``, its variance or (var + eps)^-1/2, ``(C,)``,
-training steps that had ended before, and all else."""
+where in training it was made (``Gate.mark``), and all else."""
 
 
 def call_of(

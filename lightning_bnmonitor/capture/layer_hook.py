@@ -46,6 +46,7 @@ from lightning_bnmonitor.compat import (
 STASH_LIMIT = 72
 """Most calls of a layer that may wait for the next update."""
 _call_counter = itertools.count()
+_PART = 16  # a mark has the number of a group, of at most 9, below this
 
 
 class Gate:
@@ -57,8 +58,9 @@ class Gate:
         self.paused = 0  # pauses that are in force
         self.is_closed = False  # whether the window has ended
         self.steps = 0  # training steps that have ended
-        self.parts = 0  # parts of training steps that have ended: at a step of an optimizer the weights change
+        self.mark = 0  # what a call is kept with: see `parts`, and the number of its batch's group
         self.parts_before = 0  # those of the steps that have ended
+        self.has_groups = False  # whether batches were ever said to be of groups
         self.steps_in_eval_mode = 0  # of the root's optimizers in this window while the root was in eval mode
         self.is_full = False  # whether as many calls of a layer wait as may
         self.is_guarded = False  # whether running statistics are to be checked after each part of a step
@@ -67,11 +69,34 @@ class Gate:
         # Replicas of a model may be called in several threads. They need no lock to append to a list.
         self.lock = threading.RLock()
 
+    @property
+    def parts(self) -> int:
+        """Parts of training steps that have ended, times 16: at a step of an optimizer the weights change."""
+        return parts_of(self.mark)
+
+    def begin_group(self, number: int) -> None:
+        """What is called until the step ends is of a batch of this group; 0: of none."""
+        self.has_groups |= number > 0
+        self.mark = self.parts + number
+
+    def end_part(self) -> None:
+        """A part of a training step has ended."""
+        self.mark += _PART
+
     def end_step(self) -> None:
         """A training step has ended."""
         self.steps += 1
-        self.parts += 1
-        self.parts_before = self.parts
+        self.parts_before = self.mark = self.parts + _PART
+
+
+def parts_of(mark: int) -> int:
+    """Of what a call is kept with, the parts of training steps that had ended, times 16."""
+    return mark & -_PART
+
+
+def group_of(mark: int) -> int:
+    """Of what a call is kept with, the number of its batch's group; 0: of none."""
+    return mark % _PART
 
 
 class LayerHook(Hook):
@@ -205,7 +230,7 @@ class LayerHook(Hook):
             ):
                 mean, spread = getattr(node, SAVED_MEAN), getattr(node, SAVED_INVSTD)
                 if mean.nbytes == nbytes and not mean.is_meta and not (mean.is_cuda and is_stream_capturing()):
-                    stash.append((mean, spread, gate.parts, last))
+                    stash.append((mean, spread, gate.mark, last))
                     if len(stash) >= limit:
                         gate.is_full = True
                     return
@@ -309,7 +334,7 @@ class LayerHook(Hook):
             self.is_wide = True
         if len(self.stash) >= self.limit:
             self.flush()
-        self.stash.append((moments.mean, moments.spread, self.gate.parts, call))
+        self.stash.append((moments.mean, moments.spread, self.gate.mark, call))
         if len(self.stash) >= self.limit:
             self.gate.is_full = True
 

@@ -10,6 +10,7 @@ from lightning_bnmonitor.diagnosis.advice import advice
 from lightning_bnmonitor.diagnosis.circumstances import Circumstances
 from lightning_bnmonitor.diagnosis.evidence import Evidence
 from lightning_bnmonitor.diagnosis.flags import FLAGS
+from lightning_bnmonitor.diagnosis.groups import GroupShift, evidence_of, sentence_on
 from lightning_bnmonitor.diagnosis.one_pass import in_words
 from lightning_bnmonitor.diagnosis.rules import is_noisy_by_calls, moves_with_weights, updates_nothing
 from lightning_bnmonitor.diagnosis.sentences import RECALIBRATE_CALL, RECALIBRATE_FROZEN_CALL, Statement
@@ -46,6 +47,8 @@ class Diagnosis:
     """Whether something should be done."""
     evidence: Mapping[str, float]
     """The numbers it rests on, by their names in :data:`~lightning_bnmonitor.diagnosis.evidence.EVIDENCE`."""
+    groups: tuple[GroupShift, ...] = ()
+    """The groups of batches that the layer received, in the order in which they were first told of."""
 
     @property
     def cause(self) -> str:
@@ -74,7 +77,10 @@ class Diagnosis:
         added = [_UNSEEN] if self.evidence.get("calls_skipped") else []
         added += [_WITH_WEIGHTS] if moves_with_weights(self.evidence) else []
         statements = [VERDICTS[self.verdict], *added, *(FLAGS[flag] for flag in self.flags)]
-        text = _joined(in_words(statement, self.evidence).explain(self.evidence) for statement in statements)
+        texts = [in_words(statement, self.evidence).explain(self.evidence) for statement in statements]
+        if self.verdict in ("grouped-batches", "ordered-batches"):
+            texts.insert(1, sentence_on(self.groups))
+        text = _joined(texts)
         windows = self.evidence.get("windows", 1)
         return f"Over the last {windows:.0f} windows: {text[0].lower()}{text[1:]}" if windows > 1 else text
 
@@ -95,7 +101,9 @@ class Diagnosis:
         return remedy.replace(RECALIBRATE_CALL, RECALIBRATE_FROZEN_CALL) if is_left_alone else remedy
 
 
-def diagnose(layer: Circumstances, observed: Evidence, metrics: Evidence) -> Diagnosis:
+def diagnose(
+    layer: Circumstances, observed: Evidence, metrics: Evidence, groups: tuple[GroupShift, ...] = ()
+) -> Diagnosis:
     """The verdict on one layer.
 
     Args:
@@ -103,9 +111,11 @@ def diagnose(layer: Circumstances, observed: Evidence, metrics: Evidence) -> Dia
         observed: What :func:`~lightning_bnmonitor.diagnosis.evidence.observations` says of it; for a layer that was
             never called, what is known of that.
         metrics: Its :data:`~lightning_bnmonitor.diagnosis.evidence.METRICS`.
+        groups: The groups of batches that it received.
     """
     evidence = {name: value for name, value in metrics.items() if value == value}
     evidence |= observed
+    evidence |= evidence_of(groups)
     evidence |= _of_calls(layer, evidence)
     if math.isfinite(metrics["eval_error"]) and evidence.get("jitter"):
         evidence["severity"] = (metrics["eval_error"] / evidence["jitter"]) ** 2
@@ -113,7 +123,7 @@ def diagnose(layer: Circumstances, observed: Evidence, metrics: Evidence) -> Dia
     flags = [flag for flag in FLAGS.values() if flag.rule is not None and flag.rule(layer, evidence)]
     evidence |= advice(verdict.name, layer, evidence)
     needs_attention = verdict.needs_attention(metrics["eval_error"]) or any(flag.attention(evidence) for flag in flags)
-    return Diagnosis(verdict.name, tuple(flag.name for flag in flags), needs_attention, evidence)
+    return Diagnosis(verdict.name, tuple(flag.name for flag in flags), needs_attention, evidence, groups)
 
 
 def _of_calls(layer: Circumstances, evidence: Evidence) -> dict[str, float]:

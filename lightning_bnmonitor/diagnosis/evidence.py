@@ -99,6 +99,11 @@ EVIDENCE: Mapping[str, str] = {
     "order_score": "by how much parts of the window differ in random projections of what the model was given, on the "
     "scale of a standard normal variable: chance explains up to 2",
     "group_score": "by how much batches differ in them more than batches of independent samples do, on that scale",
+    "groups": "groups of batches that it received, as they were named: at most 8, and all others as one",
+    "group_shift": "RMS error of the normalised activation that the statistics of all batches make on those of the "
+    "group that differs most",
+    "group_noise": "the part of group_shift that is chance; absent where groups came one after another, or with few "
+    "batches: weights that move may be the reason then",
     "dead_channels": "channels whose variance is at most a thousandth of eps",
     "non_finite_channels": "channels with a value or a running statistic that is not finite",
     "non_finite_running_stats": "channels with a running statistic that is not finite",

@@ -109,12 +109,12 @@ def is_spoiled_by_padding(evidence: Evidence) -> bool:
 
 def net_error(evidence: Evidence) -> float:
     """``val_error`` with its noise taken off; 0 up to three times that."""
-    return _beyond_chance(evidence.get("val_error", 0.0), evidence.get("val_error_noise", math.inf))
+    return beyond_chance(evidence.get("val_error", 0.0), evidence.get("val_error_noise", math.inf))
 
 
 def net_shift(evidence: Evidence) -> float:
     """``val_shift`` with its noise taken off; 0 up to three times that."""
-    return _beyond_chance(evidence.get("val_shift", 0.0), evidence.get("val_noise", math.inf))
+    return beyond_chance(evidence.get("val_shift", 0.0), evidence.get("val_noise", math.inf))
 
 
 def is_ordered(_: Circumstances, evidence: Evidence) -> bool:
@@ -129,9 +129,16 @@ def is_ordered(_: Circumstances, evidence: Evidence) -> bool:
 
 def is_grouped(_: Circumstances, evidence: Evidence) -> bool:
     """Whether the samples of a batch resemble each other, because that is how batches are made."""
+    if has_unlike_groups(evidence):
+        return True
     if "group_score" in evidence:
         return _batches_vary(evidence) and evidence["group_score"] > LIMIT
     return _batches_differ(evidence)
+
+
+def has_unlike_groups(evidence: Evidence) -> bool:
+    """Whether the groups that batches are of differ by so much that it is worth a warning."""
+    return beyond_chance(evidence.get("group_shift", 0.0), evidence.get("group_noise", math.inf)) >= WARNING
 
 
 def was_called(evidence: Evidence) -> bool:
@@ -160,7 +167,7 @@ def is_off(evidence: Evidence) -> bool:
 
     Of one pass, at the end of which they are what they are, whatever noise they were to have.
     """
-    return _beyond_chance(evidence.get("eval_error", 0.0), evidence.get("now_error", math.inf)) > WARNING
+    return beyond_chance(evidence.get("eval_error", 0.0), evidence.get("now_error", math.inf)) > WARNING
 
 
 def is_never_updated(layer: Circumstances, evidence: Evidence) -> bool:
@@ -343,5 +350,6 @@ def is_at_several_places(evidence: Evidence) -> bool:
     return evidence.get("calls_per_model_call", 1.0) > _SEVERAL
 
 
-def _beyond_chance(distance: float, noise: float) -> float:
+def beyond_chance(distance: float, noise: float) -> float:
+    """A distance with its noise taken off; 0 up to three times that."""
     return math.sqrt(distance**2 - noise**2) if distance > _CHANCE * noise else 0.0

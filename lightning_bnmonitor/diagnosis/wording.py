@@ -5,6 +5,7 @@ from __future__ import annotations
 from lightning_bnmonitor.diagnosis.evidence import WARNING, Evidence
 from lightning_bnmonitor.diagnosis.rules import (
     differs_by_calls,
+    has_unlike_groups,
     is_noisy_at_last,
     is_noisy_by_calls,
     is_of_few_samples,
@@ -187,6 +188,14 @@ def explain_grouped(evidence: Evidence) -> list[str]:
         "its batch means vary {grouping_ratio} times as much as those of {batch_size} independent samples would "
         "(chance explains up to {grouping_limit}), by {grouping_share} of the variance"
     )
+    if has_unlike_groups(evidence):
+        who = "Each batch is of one of {groups} groups, and these differ"
+        if evidence["groups"] < 2:
+            who = "Batches of a group differ from the others"
+        return [
+            f"{who}: training normalises each batch by itself, and eval() all of them alike. That is an error of "
+            "{group_shift} on the group that differs most, with perfect running statistics, too."
+        ]
     removed = "Normalising by the batch removes what they have in common, which eval() does not."
     if "group_score" in evidence:
         return [
@@ -203,6 +212,13 @@ def explain_grouped(evidence: Evidence) -> list[str]:
 
 def cure_order(evidence: Evidence) -> list[str]:
     """What to do about batches that are no random samples of the data."""
+    if has_unlike_groups(evidence):
+        return [
+            "Mix the groups within each batch: one loader that draws from all of them, "
+            "`DataLoader(ConcatDataset(datasets), batch_size, shuffle=True)`; an augmentation is drawn for each "
+            "sample. If a batch must be of one group: BatchNorm layers of its own for each group, or `nn.GroupNorm`. "
+            f"If one group alone will be evaluated, {RECALIBRATE} from a loader of that group."
+        ]
     return [
         "Shuffle, so that each batch is a random sample of all data: `DataLoader(dataset, shuffle=True)`, samples "
         "rather than groups; for iterable data sets a buffer that spans the sources; random augmentations per sample. "

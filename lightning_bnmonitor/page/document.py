@@ -20,7 +20,7 @@ from lightning_bnmonitor.page.planes import unpacked
 
 FORMAT = 2
 """The version of the format. Format 1 is read, too; another one is refused."""
-METRICS = ("eval_error", "noise", "val_error", "val_shift", "call_shift", "batch_jitter")
+METRICS = ("eval_error", "noise", "val_error", "val_shift", "call_shift", "group_shift", "batch_jitter")
 """What may be known of a layer in a window; what is known of none is absent."""
 ABSENT = 255
 """In the place of a cause: the layer was not in that window."""

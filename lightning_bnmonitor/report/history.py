@@ -18,6 +18,7 @@ import torch
 from lightning_bnmonitor.diagnosis.diagnosis import Diagnosis
 from lightning_bnmonitor.diagnosis.evidence import ALERT, EVIDENCE, WARNING
 from lightning_bnmonitor.diagnosis.flags import FLAGS
+from lightning_bnmonitor.diagnosis.groups import GroupShift
 from lightning_bnmonitor.diagnosis.verdicts import VERDICTS
 from lightning_bnmonitor.page.document import (
     ABSENT,
@@ -340,7 +341,8 @@ def _as_json(seen: _Seen, channels: dict[str, Any] | None) -> dict[str, Any]:
     diagnosis = seen.diagnosis
     said = {"verdict": diagnosis.verdict, "flags": diagnosis.flags, "needs_attention": bool(diagnosis.needs_attention)}
     evidence = {name: jsonable(value) for name, value in diagnosis.evidence.items()}
-    return {"step": seen.step, "diagnosis": {**said, "evidence": evidence}, "channels": channels}
+    groups = [[jsonable(value) for value in group] for group in diagnosis.groups]
+    return {"step": seen.step, "diagnosis": {**said, "evidence": evidence, "groups": groups}, "channels": channels}
 
 
 def _from_json(kept: Mapping[str, Any]) -> _Seen | None:
@@ -349,6 +351,10 @@ def _from_json(kept: Mapping[str, Any]) -> _Seen | None:
     if said["verdict"] not in VERDICTS or not FLAGS.keys() >= set(said["flags"]):
         return None
     evidence = {name: float(value) for name, value in said["evidence"].items()}
-    diagnosis = Diagnosis(said["verdict"], tuple(said["flags"]), said["needs_attention"], evidence)
+    groups = [
+        GroupShift(name, batches, samples, float(shift), float(noise))
+        for name, batches, samples, shift, noise in said.get("groups", ())  # versions before had none
+    ]
+    diagnosis = Diagnosis(said["verdict"], tuple(said["flags"]), said["needs_attention"], evidence, tuple(groups))
     channels = kept["channels"] and ChannelValues.from_dict(kept["channels"])
     return _Seen(kept["step"], diagnosis, channels)

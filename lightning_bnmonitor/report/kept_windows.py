@@ -117,7 +117,8 @@ class KeptWindows:
         self.causes = index[state["causes"].numpy()]
         self.bits = np.empty((len(METRICS), *self.causes.shape), dtype=np.uint16)
         for row, name in enumerate(METRICS):
-            self.bits[row] = state["metrics"][name].view(torch.int16).numpy().view(np.uint16)
+            bits = state["metrics"].get(name)  # of an earlier version, some may be missing
+            self.bits[row] = bfloat16([np.nan]) if bits is None else bits.view(torch.int16).numpy().view(np.uint16)
 
     def _put(self, window: Row, start: int) -> None:
         before = {name: index for index, name in enumerate(self.layers)}

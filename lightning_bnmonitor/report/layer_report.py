@@ -98,6 +98,7 @@ class LayerReport(LayerValues):
             "flags": list(self.flags),
             "summary": jsonable(self.summary()),
             "evidence": jsonable(self.evidence),
+            "groups": {name: jsonable(values._asdict()) for name, values in self.groups.items()},
         }
 
     def __repr__(self) -> str:

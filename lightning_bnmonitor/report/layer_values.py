@@ -27,6 +27,24 @@ class Course(NamedTuple):
     """Mean of the unbiased batch variances of a run, weighted by the values per channel less one."""
 
 
+class GroupValues(NamedTuple):
+    """Batches of one group (a source, a domain), as a layer received them in one window, on all ranks."""
+
+    num_batches: int
+    """Calls of the layer in them."""
+    num_samples: int
+    """Values per channel in them."""
+    mean: Tensor
+    """Exact mean of these values, ``(C,)`` float64 on the CPU."""
+    var: Tensor
+    """Exact unbiased variance of them, ``(C,)``; NaN if there was but one."""
+    shift: float
+    """RMS error of the normalised activation that mean and variance of all batches make on them; NaN without others."""
+    noise: float
+    """What chance makes of it; NaN if that cannot be told, as their batches were few, or came at other times than the
+    others': weights that have moved meanwhile may then be the reason for the shift."""
+
+
 @dataclass(frozen=True, eq=False)
 class LayerValues:
     """The numbers of one BatchNorm layer in one window.
@@ -59,6 +77,8 @@ class LayerValues:
     """Mean and unbiased variance of what it received in validation after this window, ``(2, C)``; None if none was."""
     val_running: Tensor | None = None
     """Running mean and variance as that validation began, ``(2, C)``; None if they had no part in it."""
+    group_moments: Tensor | None = None
+    """Mean and unbiased variance of each group of batches that it received, ``(G, 2, C)``; None without groups."""
     averaged_of: str | None = None
     """Of averaged weights, the name of the layer that is trained; None for that itself."""
     trained: Tensor | None = None
@@ -188,6 +208,17 @@ class LayerValues:
         (mean, var), (running_mean, running_var) = self.validation, self.val_running
         error = divergence.act_rmse(mean, var, running_mean, running_var, self.eps)
         return torch.where(torch.isfinite(self.val_running).all(dim=0), error, torch.inf)
+
+    @property
+    def groups(self) -> dict[str, GroupValues]:
+        """The groups of batches that it received, by name, as they were told of; empty if none was."""
+        if self.group_moments is None:
+            return {}
+        groups = zip(self.diagnosis.groups, self.group_moments, strict=True)
+        return {
+            its.name: GroupValues(its.num_batches, its.num_samples, moments[0], moments[1], its.shift, its.noise)
+            for its, moments in groups
+        }
 
     def __getstate__(self) -> dict[str, Any]:
         # They may be views of all layers' numbers, which would be saved with them.

@@ -83,10 +83,11 @@ class Report(Mapping[str, LayerReport]):
         layers that need attention; absent if there is no layer at all. ``val_error_max``: the largest error of the
         running statistics in validation, ``val_shift_max``: the largest distance of validation from training; absent
         before validation. ``call_shift_max``: how far the calls of a step differ at most; absent if there is one.
+        ``group_shift_max``: how far a group of batches is from all at most; absent without groups.
         """
         # How a `forward` of its own uses running statistics is not known, nor what they should be.
         evidence = [layer.diagnosis.evidence for layer in self._layers.values() if layer.verdict != "own-forward"]
-        more = ("val_error", "val_shift", "call_shift")
+        more = ("val_error", "val_shift", "call_shift", "group_shift")
         values = {name: [its[name] for its in evidence if name in its] for name in (*METRICS, *more)}
         summary = {}
         if errors := values["eval_error"]:
@@ -142,7 +143,9 @@ class Report(Mapping[str, LayerReport]):
         """
         worst = self.worst(n)
         said = paragraphs(self.worst()) if worst else []
-        items = [f"- **{each.listed(escaped)}**: {each.cause}. {each.text}" for each in said]
+        # The names of groups may be anything; all else that is said has no such letter.
+        texts = [each.text.replace("<", "&lt;") for each in said]
+        items = [f"- **{each.listed(escaped)}**: {each.cause}. {text}" for each, text in zip(said, texts, strict=True)]
         table = layer_table(worst, "github", escaped, brief=True)
         news = changes(self.worst(), since or {})
         parts = (f"**{self._headline}**", news, table, "\n".join(items), *(self.remarks if worst else ()))

@@ -5,8 +5,9 @@ Out: a :class:`~lightning_bnmonitor.report.report.Report`, and a state for check
 
 The ways of the data:
 
-- **A batch**: hook → ``stash`` → (enough wait, and a step ends) ``Recorder.flush`` → ``Windows.merge``: what waits of
-  all layers becomes rows of blocks, in one step → (the window ends) numbers → ``LayerReport`` → the callback's loggers.
+- **A batch**: hook → ``stash`` (with the number of its group, if it was told of one) → (enough wait, and a step ends)
+  ``Recorder.flush`` → ``Windows.merge``: what waits of all layers becomes rows of blocks, in one step → (the window
+  ends) numbers → ``LayerReport`` → the callback's loggers.
 - **A window's end**: the callback's schedule → ``BatchNormTracker.close`` → ``Recorder.end_window`` → ``assess``: each
   rank measures (:mod:`measurement`) → what all have seen goes to rank 0, which describes it (:mod:`assessment`) → its
   reports go to all (:mod:`exchange`). On one rank the same, without the way there and back.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
@@ -25,6 +26,7 @@ from lightning_bnmonitor.statistics.batching import Batching
 from lightning_bnmonitor.statistics.blocks import Blocks, at_fixed_weights, pooled
 from lightning_bnmonitor.statistics.borders import has_jump
 from lightning_bnmonitor.statistics.channel_layout import ChannelLayout, FloatArray
+from lightning_bnmonitor.statistics.group_moments import SeenGroups, no_groups, seen_together
 from lightning_bnmonitor.statistics.pooling import PooledStatistics, error_of_one_rank, error_of_sampling, pool
 from lightning_bnmonitor.tracking import collectives
 from lightning_bnmonitor.tracking.exchange import Exchange, Frame, answer_of_rank_zero
@@ -37,8 +39,11 @@ from lightning_bnmonitor.tracking.measurement import (
     states_of,
 )
 from lightning_bnmonitor.tracking.paddings import KnownPadding, of_layers
+from lightning_bnmonitor.tracking.told_groups import ToldGroups, with_groups
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 from lightning_bnmonitor.tracking.windows import Windows, layout_of
+
+_WITH_GROUPS = math.inf  # rank 0's answer if any rank has been told of groups of batches
 
 
 class Seen(NamedTuple):
@@ -76,19 +81,47 @@ def assess(
     contrasts, inputs = windows.call_sites.contrasts(ordered), windows.probe.scores()
     measured = measure(states_of(ordered, ended), windows.blocks(ordered), contrasts, inputs)
     together = all_ranks and measured.analysis.layout.num_channels > 0
-    padded = _padded(windows, layers, together)
+    padded, groups = _padded(windows, layers, together), windows.groups.seen(ordered, measured.analysis.layout)
     if together:
         exchange = _exchange(layers, ordered, windows)
         num_ranks = np.array([layer.counts.num_ranks for layer in ordered])
         left_out = np.array([layer.counts.left_out for layer in ordered])
-        shares = exchange.gather(PooledStatistics.of_window(measured.analysis, num_ranks, left_out))
+        own = PooledStatistics.of_window(measured.analysis, num_ranks, left_out)
+        shares, has_groups = exchange.gather_and_ask(own, has_groups=groups is not None)
         with exchange.answer() as answer:
-            if shares:
+            if shares and has_groups:
+                answer.message = torch.full_like(answer.message, _WITH_GROUPS)
+            elif shares:
                 answer.message = exchange.packed(describe(measured, _seen(shares, measured), padded))
-        reports = exchange.unpacked(answer.message, _frames(measured.states, measured.blocks))
+        if answer.message[0] == _WITH_GROUPS:
+            reports = _with_groups(exchange, measured, shares, padded, groups)
+        else:
+            reports = exchange.unpacked(answer.message, _frames(measured.states, measured.blocks))
     else:
-        reports = describe(measured, padded=padded)
+        reports = describe(measured, padded=padded, groups=groups)
     return Report(reports, rank=_rank(all_ranks)), list(endings_of(measured))
+
+
+def _with_groups(
+    exchange: Exchange,
+    measured: Measurement,
+    shares: Sequence[PooledStatistics],
+    padded: KnownPadding,
+    own: SeenGroups | None,
+) -> list[LayerReport]:
+    """What rank 0 says if any rank has been told of groups of batches: all tell it of theirs first."""
+    layout = measured.analysis.layout
+    groups = exchange.gather_groups(own or no_groups(layout))
+    size = ToldGroups.packed_size(layout)
+    with exchange.answer(more=size) as answer:
+        if shares:
+            seen, together = _seen(shares, measured), seen_together(groups, layout)
+            told = _told(together, measured, seen.everyone.population(layout), seen.everyone.num_samples)
+            reports = describe(measured, seen, padded, groups=together)
+            answer.message = torch.cat([exchange.packed(reports), told.packed()])
+    message, of_groups = answer.message[:-size], answer.message[-size:]
+    reports = exchange.unpacked(message, _frames(measured.states, measured.blocks))
+    return with_groups(reports, ToldGroups.unpacked(of_groups, layout.num_layers))
 
 
 def compare(
@@ -200,6 +233,7 @@ def describe(
     seen: Seen | None = None,
     padded: KnownPadding | None = None,
     at_fixed_weights: bool = False,
+    groups: SeenGroups | None = None,
 ) -> list[LayerReport]:
     """The reports of layers.
 
@@ -208,6 +242,7 @@ def describe(
         seen: What all ranks have seen, if that is to be the population.
         padded: What is known of padding, of all ranks likewise.
         at_fixed_weights: Whether the weights stayed as they were: the population then is what the layers receive now.
+        groups: What was seen of groups of batches, of all ranks likewise.
     """
     states, blocks, analysis, judged, windows, running, eps, contrasts, *_ = measured
     layout, population, num_samples = analysis.layout, analysis.population, analysis.num_samples
@@ -235,19 +270,28 @@ def describe(
         for more, calls, order, padding in zip(together, apart, orders, paddings, strict=True)
     ]
     unpadded = [padding.unpadded for padding in paddings]
+    told = None if groups is None else _told(groups, measured, population, num_samples)
+    of_groups = [((), None)] * len(states) if told is None else list(told.of_layers(layout))
     frames = _frames(states, blocks)
-    described = zip(frames, states, observed, added, evidence, rows, counts, parts, unpadded, strict=True)
+    described = zip(frames, states, observed, added, evidence, rows, counts, parts, unpadded, of_groups, strict=True)
     return [
         frame(
             num_batches=state.layer.num_calls,
             num_samples=int(count),
             has_running_stats=state.now.buffers is not None,
-            diagnosis=diagnose(state.circumstances, {**own, **more, **of_all}, dict(zip(METRICS, values, strict=True))),
+            diagnosis=diagnose(
+                state.circumstances, {**own, **more, **of_all}, dict(zip(METRICS, values, strict=True)), shifts
+            ),
             numbers=part,
             unpadded=kept,
+            group_moments=moments,
         )
-        for frame, state, own, more, of_all, values, count, part, kept in described
+        for frame, state, own, more, of_all, values, count, part, kept, (shifts, moments) in described
     ]
+
+
+def _told(groups: SeenGroups, measured: Measurement, population: FloatArray, num_samples: FloatArray) -> ToldGroups:
+    return ToldGroups.of(groups, population, num_samples, measured.eps, measured.analysis.layout)
 
 
 def _of_order(measured: Measurement) -> Iterator[dict[str, float]]:

@@ -25,7 +25,7 @@ class CallCounts(NamedTuple):
     last_num_samples: int = 0
     """Values per channel in the last of these in this window; 0 before the first."""
     last_part: int = -1
-    """Parts of training steps that had ended before the last call."""
+    """Parts of training steps that had ended before the last call (``Gate.parts``)."""
     num_ranks: int = 1
     """Over how many ranks SyncBatchNorm takes the moments."""
     left_out: int = 0
@@ -58,3 +58,5 @@ class WaitingCalls(NamedTuple):
     """All of them."""
     parts: tuple[int, ...] = ()
     """Parts of training steps that had ended before each of those that contribute."""
+    groups: tuple[int, ...] = ()
+    """The number of the group that each of these is of, 0 if of none; empty if there are no groups."""

@@ -64,7 +64,7 @@ class CallSites:
             columns = _columns([sites[layer].channels for layer in layers], rows[device])
             old = rows[device] if columns is None else rows[device].index_select(3, columns)
             batches = [calls.batches for layer in layers if (calls := waiting.get(layer)) and calls.batches]
-            values = _values_of(batches, device) if batches else old.new_empty(0, *old.shape[2:])
+            values = values_of(batches, device) if batches else old.new_empty(0, *old.shape[2:])
             new, progress = with_steps(old, progress, values, steps, layers[0].gate.parts)
             if columns is None:
                 writes.append(partial(Tensor.copy_, rows[device], new))
@@ -163,7 +163,7 @@ def _columns(channels: Sequence[slice], rows: Tensor) -> Tensor | None:
     return on_device(columns, rows.device)
 
 
-def _values_of(batches: Sequence[Batches], device: torch.device) -> Tensor:
+def values_of(batches: Sequence[Batches], device: torch.device) -> Tensor:
     """Means and unbiased variances of the calls of layers, side by side, ``(N, 2, C)`` float64."""
     widths = [its.mean[0].numel() for its in batches]
     layer_of = on_device(np.repeat(np.arange(len(widths)), widths), device)

@@ -21,6 +21,7 @@ from lightning_bnmonitor.diagnosis.flags import FLAGS
 from lightning_bnmonitor.diagnosis.verdicts import VERDICTS
 from lightning_bnmonitor.report.layer_report import LayerReport
 from lightning_bnmonitor.statistics.channel_layout import ChannelLayout
+from lightning_bnmonitor.statistics.group_moments import SeenGroups
 from lightning_bnmonitor.statistics.pooling import PooledStatistics
 from lightning_bnmonitor.tracking import collectives
 
@@ -73,13 +74,28 @@ class Exchange:
 
     def gather(self, own: PooledStatistics) -> list[PooledStatistics]:
         """What each rank has seen, rank 0 first; an empty list on all ranks but 0. In and out in this rank's order."""
-        messages = collectives.gather(own.selected(self._positions, self._layout).packed())
-        shares = (PooledStatistics.unpacked(message, self._in_model) for message in messages)
-        return [share.selected(self._back, self._in_model) for share in shares]
+        shares, _ = self.gather_and_ask(own, has_groups=False)
+        return shares
 
-    def answer(self) -> AbstractContextManager[Answer]:
-        """:func:`answer_of_rank_zero`, for reports of these layers."""
-        return answer_of_rank_zero(self._rows * self._layout.num_channels + _COLUMNS * self._layout.num_layers)
+    def gather_and_ask(self, own: PooledStatistics, has_groups: bool) -> tuple[list[PooledStatistics], bool]:
+        """The same, and, on rank 0, whether any of them was told of groups of batches."""
+        flag = torch.tensor([has_groups], dtype=torch.float64, device="cpu")
+        messages = collectives.gather(torch.cat([own.selected(self._positions, self._layout).packed(), flag]))
+        shares = (PooledStatistics.unpacked(message[:-1], self._in_model) for message in messages)
+        any_groups = any(bool(message[-1]) for message in messages)
+        return [share.selected(self._back, self._in_model) for share in shares], any_groups
+
+    def gather_groups(self, own: SeenGroups) -> list[SeenGroups]:
+        """What each rank has seen of groups; as :meth:`gather`."""
+        moments = own.moments.selected(self._positions, self._layout)
+        messages = collectives.gather(own._replace(moments=moments).packed())
+        shares = (SeenGroups.unpacked(message, self._in_model) for message in messages)
+        return [share._replace(moments=share.moments.selected(self._back, self._in_model)) for share in shares]
+
+    def answer(self, more: int = 0) -> AbstractContextManager[Answer]:
+        """:func:`answer_of_rank_zero`, for reports of these layers, and so many numbers after them."""
+        size = self._rows * self._layout.num_channels + _COLUMNS * self._layout.num_layers
+        return answer_of_rank_zero(size + more)
 
     def packed(self, reports: Sequence[LayerReport]) -> Tensor:
         """What was found of the layers, and the order in which it is to be reported."""

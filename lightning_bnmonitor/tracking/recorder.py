@@ -32,7 +32,7 @@ from lightning_bnmonitor.tracking.places import Places
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 from lightning_bnmonitor.tracking.windows import Windows
 
-STATE_VERSION = 8
+STATE_VERSION = 9
 
 _recorders: weakref.WeakSet[Recorder] = weakref.WeakSet()
 
@@ -114,12 +114,19 @@ class Recorder:
             self.guard.put_back()
 
     @never_compiled
-    def see_inputs(self, batch: object) -> None:
-        """Look at what a training step is given."""
+    def see_inputs(self, batch: object, group: str | None = None) -> None:
+        """Look at what a training step is given, and take note of the group that it is of, if any."""
         if self.masks is not None and self._counts:
             self.masks.see(batch)
         self._is_told_of_inputs = True
-        self._see(batch)
+        counts = self._see(batch)
+        if group is not None and counts:
+            groups = self.windows.groups
+            number = groups.number(group)
+            groups.log.add(number)
+            self.gate.begin_group(number)
+        else:
+            self.gate.begin_group(0)
 
     def see_arguments(self, arguments: object) -> None:
         """Look at what the model is given, unless somebody else tells of that, or has been given in this step."""
@@ -238,6 +245,7 @@ class Recorder:
         keep_short_windows(self.layers, self.windows)
         self._affine = None
         self.gate.steps_in_eval_mode = 0
+        self.gate.begin_group(0)
         self.windows.reset()
         self._begin(self.layers)
         self._keep_untrained_weights()
@@ -303,6 +311,7 @@ class Recorder:
         self.gate.steps_in_eval_mode = state["steps_in_eval_mode"]
         self._was_told_of_steps = state["told_of_steps"]
         self._last_seen_step = self.gate.steps if state["seen_step"] else -1
+        self.gate.begin_group(0)
         self._reopen()
         for layer in self.layers:
             layer.forget()

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from lightning_bnmonitor.capture.batch_moments import PATHS, BatchMoments
 from lightning_bnmonitor.capture.calls import Call, RepeatableCall
-from lightning_bnmonitor.capture.layer_hook import Gate, LayerHook
+from lightning_bnmonitor.capture.layer_hook import Gate, LayerHook, group_of, parts_of
 from lightning_bnmonitor.compat import BatchNorm, is_capturing
 from lightning_bnmonitor.diagnosis.circumstances import BadBatch
 from lightning_bnmonitor.diagnosis.validation import Standing
@@ -197,7 +197,7 @@ class TrackedLayer:
 
     def waiting(self, calls: Sequence[Call]) -> WaitingCalls:
         """Calls that wait to be merged, field by field. Those of another width than the first contribute nothing."""
-        mean, spread, parts, kinds = zip(*calls, strict=True)
+        mean, spread, marks, kinds = zip(*calls, strict=True)
         num_calls = len(calls)
         if kinds.count(kinds[0]) == num_calls:  # as a rule: one for all
             kinds = kinds[:1]
@@ -206,6 +206,9 @@ class TrackedLayer:
             rest = self.waiting(fitting) if fitting else WaitingCalls(None, self.counts, 0, 0)
             return rest._replace(skipped=num_calls - len(fitting), num_calls=num_calls)
         times = num_calls // len(kinds)
+        parts, groups = marks, tuple[int, ...]()
+        if self.gate.has_groups:
+            parts, groups = tuple(map(parts_of, marks)), tuple(map(group_of, marks))
         num_samples, eps, batch_size = zip(*((k.num_samples, k.eps, k.batch_size) for k in kinds), strict=True)
         momentum = self._effective_momenta(kinds, times)
         batches = Batches(num_samples * times, mean, spread, eps * times, momentum, batch_size * times)
@@ -227,7 +230,7 @@ class TrackedLayer:
             left_out=self.counts.left_out,
             serial=self.counts.serial or any(kind.serial for kind in kinds),
         )
-        return WaitingCalls(batches, counts, 0, num_calls, parts)
+        return WaitingCalls(batches, counts, 0, num_calls, parts, groups)
 
     def taken(self, waiting: WaitingCalls) -> list[Write]:
         """What is to be written when calls that waited, from the first on, are merged."""

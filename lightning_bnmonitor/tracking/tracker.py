@@ -17,6 +17,7 @@ from lightning_bnmonitor.capture.batch_moments import CaptureMode
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.tracking import collectives
 from lightning_bnmonitor.tracking.assessment import assess
+from lightning_bnmonitor.tracking.batch_groups import group_name
 from lightning_bnmonitor.tracking.discovery import find_layers
 from lightning_bnmonitor.tracking.recorder import STATE_VERSION, Recorder
 from lightning_bnmonitor.tracking.validation import with_validation
@@ -33,7 +34,8 @@ class BatchNormTracker:
 
     State is 600 bytes a channel, about 850 bytes a layer, up to 58 KiB for what the model is given, and the batch
     moments of up to 72 calls (8 bytes a channel each, twice as many in float64 or by a pass): as many as keep it below
-    1 KiB a channel + 64 KiB. It is float64, on the layers' device (on the CPU for MPS, which has none).
+    1 KiB a channel + 64 KiB; beside that 32 bytes a channel for each group of batches, of nine at most, where
+    :meth:`see_inputs` tells of groups. It is float64, on the layers' device (on the CPU for MPS, which has none).
 
     Args:
         model: The root module. It is not kept alive; its BatchNorm layers are, for the report. If it is compiled, pass
@@ -182,7 +184,7 @@ class BatchNormTracker:
         """
         self._recorder.put_back()
 
-    def see_inputs(self, batch: object) -> None:
+    def see_inputs(self, batch: object, group: object = None) -> None:
         """Tell what a training step is given, before it: a batch ``(B, *)``, or any structure with its tensors.
 
         By this a report tells data that come in an order from weights that move. It is needed only where the model
@@ -190,8 +192,18 @@ class BatchNormTracker:
         to be told: that is asked here, and what it returns holds until :meth:`step`. The first 64 samples of a batch
         are looked at, and 256 values of each, in each of the first 64 steps, a quarter of those up to 128, an eighth of
         those up to 256, and so on.
+
+        Args:
+            batch: What the step is given.
+            group: What the whole batch is of: a source, a domain, an augmentation. Reports then tell how far each group
+                is from all (``group_shift``), of 8 groups a window at most, and of all others as one. It holds until
+                the step ends (:meth:`step`), or until this is called again. It takes 32 bytes a channel and group. A
+                batch of SyncBatchNorm is that of all ranks: there it tells something if they have the same group.
+
+        Raises:
+            TypeError: If ``group`` is no name: a list, a tuple, a tensor of several numbers or not on the CPU, ...
         """
-        self._recorder.see_inputs(batch)
+        self._recorder.see_inputs(batch, None if group is None else group_name(group))
 
     def paused(self) -> AbstractContextManager[None]:
         """A context in which no call counts."""
@@ -212,9 +224,10 @@ class BatchNormTracker:
                 the population is that of all their data, running statistics, verdicts and numbers of calls are those
                 of rank 0. Every rank has to call this, and gets the same report, also one whose layers were never
                 called. It takes two collectives: a gather to rank 0 of 56 bytes a channel from each rank, and a
-                broadcast of 80; with ``mask`` another gather, of 48, and the broadcast is of 96. One that a rank never
-                joins ends with the timeout of the process group. Without a process group, and for a window that has
-                ended, it is as if False.
+                broadcast of 80; with ``mask`` another gather, of 48, and the broadcast is of 96; if any rank was told
+                of groups of batches, a gather of 288 and a broadcast of 224 more. One that a rank never joins ends
+                with the timeout of the process group. Without a process group, and for a window that has ended, it is
+                as if False.
 
         Raises:
             RuntimeError: If another rank has failed.

@@ -16,6 +16,7 @@ from lightning_bnmonitor.statistics.constant_ends import ConstantEnds
 from lightning_bnmonitor.statistics.joined_windows import ENOUGH, KeptWindow
 from lightning_bnmonitor.statistics.probe import InputProbe
 from lightning_bnmonitor.statistics.window import Window, commit
+from lightning_bnmonitor.tracking.batch_groups import BatchGroups
 from lightning_bnmonitor.tracking.buffers import device_of
 from lightning_bnmonitor.tracking.call_sites import CallSites
 from lightning_bnmonitor.tracking.paddings import Paddings
@@ -37,6 +38,7 @@ class Windows:
     def __init__(self, has_masks: bool = False) -> None:
         self.by_device: dict[torch.device, Window] = {}
         self.call_sites = CallSites()
+        self.groups = BatchGroups()
         self.probe = InputProbe()
         self.paddings = Paddings() if has_masks else None  # where a mask tells what counts,
         self.ends = ConstantEnds()  # and where none does
@@ -68,6 +70,7 @@ class Windows:
             if batches:
                 writes += window.merged(batches)
         writes += self.call_sites.merged(waiting)
+        writes += self.groups.merged(waiting)
         for layer, calls in waiting.items():
             writes += layer.taken(calls)
         commit(writes)
@@ -78,6 +81,7 @@ class Windows:
         for window in self.by_device.values():
             window.reset()
         self.call_sites.reset()
+        self.groups.reset()
         self.probe.reset()
         self.ends.reset()
         if self.paddings is not None:
@@ -139,6 +143,7 @@ class Windows:
             "not_called": not_called,
             "earlier": torch.from_numpy(np.concatenate([np.zeros(0), *kept])),
             "call_sites": self.call_sites.state(layers),
+            "groups": self.groups.state(layers),
             "probe": self.probe.state(),
             "paddings": None if self.paddings is None else self.paddings.state(layers),
         }
@@ -170,7 +175,9 @@ class Windows:
             layer.restore(saved, own[-_BUFFER_ROWS:])
             layer.earlier = earlier
         self.make_room()
-        self.call_sites.restore(state["call_sites"], {layer.name: layer for layer, *_ in restored})
+        placed = {layer.name: layer for layer, *_ in restored}
+        self.call_sites.restore(state["call_sites"], placed)
+        self.groups.restore(state["groups"], placed)
         self.probe.restore(state["probe"], device_of(restored[0][0].module) if restored else torch.device("cpu"))
         if self.paddings is not None and state.get("paddings") is not None:  # states of before have none
             self.paddings.restore(state["paddings"], {layer.name: layer for layer, *_ in restored})

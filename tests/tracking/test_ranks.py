@@ -232,7 +232,7 @@ def test_two_collectives_a_window_of_sizes_that_grow_with_channels_and_nothing_e
     for result in ranks:
         for collectives in result[scenario]["collectives"]:
             assert [name for name, _ in collectives] == ["gather", "broadcast"]
-            assert collectives[0][1] == 7 * 10 + 6 * 3  # channels and layers
+            assert collectives[0][1] == 7 * 10 + 6 * 3 + 1  # channels and layers
             assert collectives[1][1] < 10 * 10 + 150 * 3
 
 

@@ -380,7 +380,7 @@ def test_a_state_of_another_version_is_an_error_that_says_which(state: dict[str,
     model = network()
     with BatchNormTracker(model) as tracker:
         model(torch.randn(8, 4))
-        with pytest.raises(ValueError, match=f"version 8; got version {state.get('version')!r}"):
+        with pytest.raises(ValueError, match=f"version 9; got version {state.get('version')!r}"):
             tracker.load_state_dict(state)
     assert tracker.report()["1"].num_batches == 1
 

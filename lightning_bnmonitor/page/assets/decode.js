@@ -7,6 +7,7 @@ export const METRICS = new Map([
 	["val_error", "Running statistics against validation"],
 	["val_shift", "Training against validation"],
 	["call_shift", "The calls of a step against each other"],
+	["group_shift", "Groups of batches against all"],
 	["batch_jitter", "Single batches against all of them"],
 	["noise", "The part of eval_error that is chance"],
 ]);

@@ -20,8 +20,8 @@ export const DIFFERENCE_LEVELS = [-0.6, -0.25, -0.1, -0.03, 0.03, 0.1, 0.25, 0.6
 const RUNS = ["#425066", "#12b5cb", "#e52592", "#f9ab00", "#9334e6", "#7cb342", "#e8710a"];
 const SLATE = "#8e98a3"; // the first, in its dark mode
 const LINES = {
-	light: { eval_error: "#0072b2", val_error: "#c44e00", val_shift: "#008a64", call_shift: "#b4558a", batch_jitter: "#a67400" },
-	dark: { eval_error: "#62b9ee", val_error: "#ff8f4d", val_shift: "#3fc79a", call_shift: "#e08fba", batch_jitter: "#e6b422" },
+	light: { eval_error: "#0072b2", val_error: "#c44e00", val_shift: "#008a64", call_shift: "#b4558a", group_shift: "#5b4bb8", batch_jitter: "#a67400" },
+	dark: { eval_error: "#62b9ee", val_error: "#ff8f4d", val_shift: "#3fc79a", call_shift: "#e08fba", group_shift: "#a89cf5", batch_jitter: "#e6b422" },
 };
 
 const prefersDark = window.matchMedia("(prefers-color-scheme: dark)");
