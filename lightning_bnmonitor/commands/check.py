@@ -10,7 +10,7 @@ from lightning_bnmonitor.commands.messages import CommandError
 from lightning_bnmonitor.commands.options import add_exclude, add_num_batches, add_subject, repair_advice
 
 _DESCRIPTION = """Compare the running statistics of a trained model with the exact statistics of training data, and of
-validation data. Changes nothing. Exits with 2 if it cannot be done."""
+validation data. Changes nothing. Exits with 2 if it cannot be done, and with --fail-on if no layer could be judged."""
 
 
 def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> None:
@@ -58,4 +58,8 @@ def run(arguments: argparse.Namespace) -> int:
             report.to_html(arguments.html)
         except OSError as error:
             raise CommandError(f"The page could not be written to {arguments.html}: {error.strerror}.") from error
-    return int(arguments.fail_on == "unhealthy" and bool(report.unhealthy))
+    if arguments.fail_on is None:
+        return 0
+    if not any(layer.diagnosis.is_judged for layer in report.values()):
+        raise CommandError("No layer could be judged: whether they need attention is not known.")
+    return int(bool(report.unhealthy))

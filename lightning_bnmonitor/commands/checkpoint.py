@@ -36,10 +36,12 @@ class Checkpoint:
         self.path = path
         self.content = _read(path, weights_only)
         has_weights = isinstance(self.content.get("state_dict"), Mapping)
-        if not has_weights and not all(isinstance(value, Tensor) for value in self.content.values()):
+        if not has_weights and not _is_bare(self.content):
+            nested = next((name for name, value in self.content.items() if _is_bare(value)), None)
+            there = "model.state_dict()" if nested is None else f"torch.load({str(path)!r})[{nested!r}]"
             raise CommandError(
                 f"{path} has no `state_dict`, but {_listed(map(str, self.content))}: give a checkpoint of Lightning's "
-                "Trainer, or a file of `torch.save(model.state_dict(), path)`."
+                f"Trainer, or a file of `torch.save({there}, path)`."
             )
         self._is_bare = not has_weights
 
@@ -197,9 +199,14 @@ def _read(path: Path, weights_only: bool) -> dict[str, Any]:
     return content
 
 
+def _is_bare(content: object) -> bool:
+    """Whether it is a ``state_dict``."""
+    return isinstance(content, Mapping) and all(isinstance(value, Tensor) for value in content.values())
+
+
 def _first_line(error: Exception) -> str:
-    """What cannot be loaded, of PyTorch's page of advice."""
-    lines = [line.strip() for line in str(error).splitlines()]
+    """What cannot be loaded, of PyTorch's page of advice, which is for code."""
+    lines = [line.strip().partition(" Please use `torch.")[0] for line in str(error).splitlines()]
     return next((line for line in lines if "GLOBAL" in line.upper()), lines[0] if lines else "")
 
 

@@ -110,6 +110,8 @@ def repair_advice(arguments: argparse.Namespace, text: str) -> str:
     for option in ("config", "model", "data", "forward", "device", "ckpt_path"):
         value = getattr(arguments, option)
         words += [f"--{option}", str(value)] if value is not None else []
+    for pattern in getattr(arguments, "exclude", None) or ():
+        words += ["--exclude", pattern]
     words += [] if arguments.weights_only else ["--no-weights-only"]
     words += ["--frozen"] if "frozen=True" in text else []
     command = shlex.join([*words, "--output", f"repaired{arguments.ckpt_path.suffix}"])

@@ -52,7 +52,11 @@ def run(arguments: argparse.Namespace) -> int:
     check_output(arguments.output, arguments.ckpt_path, arguments.force)  # it may have come meanwhile
     write(subject.checkpoint, arguments.output)
     print("\n\n".join(f"{what[0].upper()}{what[1:]}:\n{table}" for what, table in done.items()))
-    print(f"\nWritten to {arguments.output}: {' and '.join(done)} with exact running statistics, all else as it was.")
+    num = len(set(next(iter(done.values())).after) - set(next(iter(done.values())).left_alone))
+    print(
+        f"\nWritten to {arguments.output}: {' and '.join(done)} with exact running statistics in {num} "
+        f"layer{'s' * (num > 1)}, all else as it was."
+    )
     return 0
 
 

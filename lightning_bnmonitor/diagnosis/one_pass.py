@@ -69,14 +69,15 @@ def _cure_order(evidence: Evidence) -> list[str]:
 
 def _explain_warming_up(evidence: Evidence) -> list[str]:
     if evidence.get("initial_weight") == 1:
-        return ["The initial zeros and ones are all that its running statistics are made of."]
+        said = "The initial zeros and ones are all that its running statistics are made of."
+        return [] if rules.is_off(evidence) else [said]  # its flag says it
     explained = wording.explain_warming_up(evidence)[0]
     return [f"After {{num_updates}} updates with `momentum={{momentum}}`, t{explained[1:]}"]
 
 
 def _cure_warming_up(evidence: Evidence) -> list[str]:
     if evidence.get("initial_weight") == 1:
-        return [] if rules.is_off(evidence) else [_RECALIBRATE]  # what its flag says
+        return [] if rules.is_off(evidence) else [_RECALIBRATE]  # likewise
     return [_RECALIBRATE, "In a training of as many batches, `momentum={recommended_momentum}` leaves nothing of them."]
 
 
@@ -122,8 +123,8 @@ def _explain_calls(evidence: Evidence) -> list[str]:
 
 
 def _explain_shift(evidence: Evidence) -> list[str]:
-    sentence = "What it receives of `evaluation` is {val_shift} off what it receives of `batches` (chance explains "
-    sentence += "{val_noise}, in {val_batches} batches)"
+    sentence = "What it receives of the evaluation data is {val_shift} off what it receives of the training data "
+    sentence += "(chance explains {val_noise}, in {val_batches} batches)"
     if evidence.get("val_spoiled_before"):
         why = (
             ". A layer before it is normalised by its batches, as eval() cannot do it (its own verdict and flags say "
@@ -147,9 +148,9 @@ def _cure_shift(evidence: Evidence) -> list[str]:
     if evidence.get("val_shifted_before"):
         return ["Begin with the first layer that has this flag."]
     return [
-        "Prepare both in the same way. If `evaluation` is what the model will be given, recompute the running "
-        f"statistics from data of that kind ({RECALIBRATE_CALL}). Where only classes are more or less frequent, leave "
-        "it."
+        "Prepare both in the same way. If data as in evaluation are what the model will be given, recompute the "
+        "running statistics from these (`lightning_bnmonitor.recalibrate(model, evaluation_loader)`). Where only classes are "
+        "more or less frequent, leave it."
     ]
 
 
@@ -220,17 +221,17 @@ _STATEMENTS = (
     Statement(
         name="other-weights",
         explanation=(
-            "`batches` do not reach it, and `evaluation` does: its running statistics are {val_error} off what it "
-            "receives there (chance explains {val_error_noise}).",
+            "The training data do not reach it, and the evaluation data do: its running statistics are {val_error} off "
+            "what it receives there (chance explains {val_error_noise}).",
         ),
         remedy=(f"Give data that reach it, in training and to `recalibrate` ({RECALIBRATE_CALL}).",),
     ),
     Statement(
         name="unexplained-error",
         explanation=(
-            "On `evaluation` eval() is off by {val_error}, more than chance explains ({val_error_noise}). The cause is "
-            "not known: neither this layer nor one before it has shown anything that explains it.",
-            "Against what it receives of `batches`, its running statistics are off by {eval_error}.",
+            "On the evaluation data eval() is off by {val_error}, more than chance explains ({val_error_noise}). The cause "
+            "is not known: neither this layer nor one before it has shown anything that explains it.",
+            "Against what it receives of the training data, its running statistics are off by {eval_error}.",
         ),
         remedy=(
             "See whether better running statistics help: `print(lightning_bnmonitor.attribute_eval_gap(model, loader, "

@@ -195,11 +195,14 @@ class OnePass:
         """How certain it all is, and what it does not tell."""
         if precise := self.precision_of(report):
             yield precise
+        few = next((layer for layer in report.values() if layer.verdict == "insufficient-data"), None)
+        if few is not None:
+            yield f"{few.explanation} {few.remedy}"
         spoiled = next((layer for layer in report.values() if layer.verdict in _SPOILING), None)
         if spoiled is not None:
             yield (
-                f"What comes after {spoiled.name} is normalised by such batches ({spoiled.verdict}): judge the layers "
-                "there by others."
+                f"The layers after {spoiled.name} receive what such batches have normalised ({spoiled.verdict}): what "
+                "is said of them may come from that. Look again when it is mended."
             )
         unseen = "One pass at fixed weights does not show training: whether running statistics lag behind, drift, miss "
         unseen += "updates or were written by something else, and training in eval mode, are for `BatchNormMonitor`."

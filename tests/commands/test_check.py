@@ -66,6 +66,23 @@ def test_it_fails_on_layers_that_need_attention_if_asked_to(capsys, sick):
     assert checked(capsys, sick, "--fail-on", "unhealthy", "--json")[0] == 1
 
 
+def test_it_does_not_pass_what_it_could_not_judge(capsys, sound):
+    few = ("--no-validation", "--num-batches", "2")
+    status, output, errors = checked(capsys, sound, *few, "--fail-on", "unhealthy")
+    assert status == 2
+    assert "2 BatchNorm layers could not be judged" in output
+    assert errors == "bnmonitor: No layer could be judged: whether they need attention is not known.\n"
+    assert checked(capsys, sound, *few)[0] == 0
+
+
+def test_repair_by_training_data_is_not_advised_where_the_validation_data_differ(capsys, sound):
+    subject = ("--model", projects.MODEL, "--data", f"{projects.__name__}:OtherValidation")
+    output = checked(capsys, sound, subject=subject)[1]
+    assert "domain-shift" in output
+    assert "`lightning_bnmonitor.recalibrate(model, evaluation_loader)`" in " ".join(output.split())
+    assert "bnmonitor repair" not in output
+
+
 def test_json_has_the_numbers_and_nothing_else_is_on_stdout(capsys, sick, monkeypatch):
     monkeypatch.setattr(projects.Data, "prepare_data", lambda self: print("Downloading"))
     status, output, errors = checked(capsys, sick, "--json")
@@ -166,3 +183,5 @@ def test_frozen_layers_have_the_command_that_repairs_them(capsys, tmp_path):
 def test_layers_are_left_out_on_request(capsys, sick):
     _, output, _ = checked(capsys, sick, "--exclude", "first", "--json")
     assert list(layers_of(output)) == ["second"]
+    command = checked(capsys, sick, "--exclude", "first")[1].splitlines()[-1]
+    assert " --exclude first " in command

@@ -373,6 +373,13 @@ def test_files_that_are_no_checkpoints(capsys, checkpoint, tmp_path):
         assert sentence in refused(capsys, tmp_path, path, *BOTH)
 
 
+def test_weights_within_another_dict_are_found_by_what_is_printed(capsys, checkpoint, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"epoch": 3, "model": read(checkpoint)["state_dict"]}, "nested.pt")
+    errors = refused(capsys, tmp_path, "nested.pt", *BOTH)
+    assert "`torch.save(torch.load('nested.pt')['model'], path)`" in errors
+
+
 def test_a_checkpoint_that_could_run_code_is_loaded_on_request_alone(capsys, checkpoint, tmp_path):
     content = read(checkpoint)
     content["hyper_parameters"]["optimizer"] = projects.squared_error
@@ -381,6 +388,7 @@ def test_a_checkpoint_that_could_run_code_is_loaded_on_request_alone(capsys, che
     errors = refused(capsys, tmp_path, path, *BOTH)
     assert "tests.commands.projects.squared_error" in errors
     assert "--no-weights-only" in errors
+    assert "add_safe_globals" not in errors
     assert errors.count("\n") == 1
     output = ("--output", tmp_path / "repaired.ckpt")
     assert bnmonitor(capsys, "repair", *BOTH, "--ckpt_path", path, *output, "--no-weights-only")[0] == 0

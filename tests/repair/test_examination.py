@@ -177,7 +177,7 @@ def test_the_order_and_the_making_of_batches_is_told(
     report = examine(model, arranged(data), num_batches=None)
     assert report["0"].verdict == verdict
     assert words in report["0"].explanation
-    assert any("normalised by such batches" in remark for remark in report.remarks) == (verdict != "healthy")
+    assert any("what such batches have normalised" in remark for remark in report.remarks) == (verdict != "healthy")
 
 
 @pytest.mark.parametrize("size", [2, 3])
@@ -318,7 +318,7 @@ class TestEvaluation:
         model.head.num_batches_tracked += 5
         layer = examine(model, batches(60), batches(20))["head"]
         assert (layer.verdict, layer.flags, layer.needs_attention) == ("unused", ("other-weights",), True)
-        assert "`batches` do not reach it" in layer.explanation
+        assert "The training data do not reach it" in layer.explanation
 
     def test_none_at_all_is_an_error(self) -> None:
         with pytest.raises(ValueError, match="`evaluation` gave no batch"):
@@ -337,6 +337,13 @@ class TestEvaluation:
 def test_an_unknown_number_of_batches_is_an_error(num_batches: object) -> None:
     with pytest.raises(ValueError, match=r'`num_batches` must be a positive integer, "auto" or None, got'):
         examine(norm(), batches(3), num_batches=num_batches)
+
+
+def test_too_few_batches_are_said_to_be_with_what_to_give() -> None:
+    text = " ".join(str(examine(fed(norm(), batches(50)), batches(3))).split())
+    assert "0: insufficient-data. From 3 batches chance and trouble cannot be told apart." in text
+    assert "Give eight batches or more." in text
+    assert "Give eight" not in str(examine(fed(norm(), batches(50)), batches(9)))
 
 
 def test_no_batch_and_layers_that_are_not_there_are_errors() -> None:
