@@ -328,7 +328,7 @@ class TrackedLayer:
             last_num_samples=state["last_num_samples"],
             num_ranks=state["num_ranks"],
             serial=state["serial"],
-            left_out=state.get("left_out", 0),  # the first states had none
+            left_out=state.get("left_out", 0),  # the states of 0.5.0 have none
         )
         self.steps_before = self.gate.steps
         self.interrupted = state["interrupted"] or state["within_step"]
