@@ -255,6 +255,8 @@ class TrackedLayer:
         updates = now.num_tracked - (self.start.num_tracked or 0)
         if not updates and now.buffers is not None and not self.start.has_same_buffers(now):
             return float("nan")  # a `forward` of its own that counts none
+        if self.counts.left_out and now.buffers is not None and not now.buffers.isfinite().all():
+            return float("nan")  # a guard puts back only what was finite before, and its count with it
         return updates / self.counts.updating
 
     def updates_of_repeated(self, updates: float) -> float:
