@@ -54,7 +54,8 @@ class Varied:
         return 10 ** self.rng.uniform(-6, 3, size=(len(self.names), len(METRICS)))
 
     def row(self, number, numbers):
-        """What is kept of a window, without the reports that it is taken from: the causes by chance."""
+        """What is kept of a window, without the reports that it is taken from: the causes by chance, no groups."""
+        numbers[:, METRICS.index("group_shift")] = math.nan
         causes = self.rng.choice(list(INDEX_OF_CAUSE), size=len(self.names)).tolist()
         cells = {
             name: (cause, bool(own[0] > 0.1), own.tolist())
