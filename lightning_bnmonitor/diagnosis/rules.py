@@ -178,8 +178,8 @@ def is_never_updated(layer: Circumstances, evidence: Evidence) -> bool:
 
 def does_not_fit(layer: Circumstances, evidence: Evidence) -> bool:
     """Whether one pass shows running statistics that are off, neither by the initial values nor by their own noise."""
-    is_else = is_lagging(layer, evidence) or (is_off(evidence) and not is_noisy(layer, evidence))
-    return is_of_one_pass(evidence) and is_else
+    is_known = is_of_one_pass(evidence) and layer.weights_known
+    return is_known and (is_lagging(layer, evidence) or (is_off(evidence) and not is_noisy(layer, evidence)))
 
 
 def _batches_vary(evidence: Evidence) -> bool:

@@ -61,7 +61,7 @@ def examine(
         include: ``fnmatch`` patterns of the names of layers to examine; None for all.
         exclude: ``fnmatch`` patterns of the names of layers to leave out: these are in eval mode.
         all_ranks: Whether all ranks of the default process group of ``torch.distributed``, if there is one, call this
-            together, each with its own data, and get one report. That takes four collectives, two more with
+            together, each with its own data, and get one report. That takes four collectives, four more with
             ``evaluation``, one with ``mask``, and six each time that ``"auto"`` looks.
         mask: Where inputs are padded: a function of each of ``batches`` that returns which positions count, a bool
             tensor ``(B, T)``, say. See :class:`~lightning_bnmonitor.BatchNormTracker`.

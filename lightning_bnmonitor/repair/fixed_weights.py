@@ -32,12 +32,12 @@ from lightning_bnmonitor.tracking.windows import Windows
 NumBatches = int | Literal["auto"] | None
 """At most so many batches; all; or as many as make the noise of their statistics negligible."""
 NOISE = 0.01
-"""The RMS error of the normalised activation that chance in the statistics makes: less of it is not asked for."""
+"""As large an RMS error of the normalised activation may chance in the statistics make, in any layer."""
 MAX_SAMPLES = 100_000
-"""As many samples at most are looked at to come there: data may have no end."""
+"""No more samples are looked at to come there: data may have no end."""
 _FIRST_LOOK = 8  # batches
 _GROWTH = 1.25, 2.0  # from look to look, whatever the noise promises
-_SPOILING = ("ordered-batches", "grouped-batches")  # verdicts on the data
+_SPOILING = ("tiny-batch", "ordered-batches", "grouped-batches")  # verdicts on how batches are made
 _INITIAL = np.array([[0.0], [1.0]])
 
 
@@ -89,7 +89,8 @@ class OnePass:
     def _steps(self, left: Iterator[Any], num_batches: NumBatches) -> Iterator[Any]:
         look = _FIRST_LOOK if num_batches == "auto" else num_batches
         while True:
-            for batch in itertools.islice(left, None if look is None else look - self.num_batches):
+            wanted = None if look is None else look - self.num_batches
+            for batch in () if self.has_ended else itertools.islice(left, wanted):
                 self._recorder.see_inputs(batch)
                 yield batch
                 self._recorder.step_ended()

@@ -148,7 +148,7 @@ class Report(Mapping[str, LayerReport]):
         items = [f"- **{each.listed(escaped)}**: {each.cause}. {text}" for each, text in zip(said, texts, strict=True)]
         table = layer_table(worst, "github", escaped, brief=True)
         news = changes(self.worst(), since or {})
-        parts = (f"**{self._headline}**", news, table, "\n".join(items), *map(escaped, self.remarks if worst else ()))
+        parts = (f"**{self._headline}**", news, table, "\n".join(items), *(self.remarks if worst else ()))
         return "\n\n".join(part for part in parts if part)
 
     def brief(self, n: int | None = 10) -> str:

@@ -141,6 +141,7 @@ def test_observers_of_quantisation_aware_training_do_not_see_the_pass() -> None:
     assert list(report) == list(layers_of(model))
 
 
+@pytest.mark.slow
 def test_what_is_compiled_runs_eagerly_in_it() -> None:
     model = trained(Net())
     compiled = torch.compile(model, backend="eager")
