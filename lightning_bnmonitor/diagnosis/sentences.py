@@ -40,12 +40,16 @@ class Statement:
 def _filled(sentences: Sentences, evidence: Mapping[str, float]) -> str:
     """Sentences with the numbers in them; one that names a number which is not known is left out."""
     sentences = sentences(evidence) if callable(sentences) else sentences
-    numbers = {name: _number(value) for name, value in evidence.items() if not math.isnan(value)}
-    fields = [{name for _, name, _, _ in Formatter().parse(sentence) if name} for sentence in sentences]
-    known = [text for text, names in zip(sentences, fields, strict=True) if names <= numbers.keys()]
-    text = " ".join(known).format_map(numbers)
+    text = " ".join(filled for sentence in sentences if (filled := _with_numbers(sentence, evidence)) is not None)
     text = re.sub(r"(?<![\d.])1 (batch|call|time|channel|window)(es|s)\b", r"1 \1", text)
     return re.sub(r"(?<![\d.])1 of (\d+) channels are dead", r"1 of \1 channels is dead", text)
+
+
+def _with_numbers(sentence: str, evidence: Mapping[str, float]) -> str | None:
+    values = {name: evidence.get(name, math.nan) for _, name, _, _ in Formatter().parse(sentence) if name}
+    if any(map(math.isnan, values.values())):
+        return None
+    return sentence.format_map({name: _number(value) for name, value in values.items()})
 
 
 def _number(value: float) -> str:

@@ -31,6 +31,7 @@ def averaged_row(layer: LayerReport) -> LayerReport:
         diagnosis=Diagnosis("averaged", (), False, {"averaged": 1.0, "num_features": float(layer.num_features)}),
         numbers=numbers,
         blocks=None,
+        group_moments=None,
         unpadded=None,
         trained=layer.numbers[4:6].clone(),
     )

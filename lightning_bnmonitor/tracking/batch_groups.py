@@ -50,7 +50,7 @@ def group_name(group: object) -> str:
         )
     if isinstance(group, np.ndarray | Tensor):
         group = group.item()
-    name = str(group)
+    name = str(group).encode(errors="replace").decode()  # of a path, it may have what no file nor console takes
     half = MAX_LETTERS // 2
     return name if len(name) <= MAX_LETTERS else f"{name[: half - 1]}…{name[-half:]}"
 

@@ -107,7 +107,12 @@ class Paddings:
         before = self._sums.get(layer) or PaddedSums.empty(layer.module.num_features, _home_of(parts[0][0].device))
         device = before.scalars.device  # the model may have been moved meanwhile
         count, kept, every = (torch.stack([its.to(device).double() for its in part]) for part in parts)
-        sums = with_batches(before, on_device(np.array(totals, dtype=float), device), count, kept, every)
+        total = on_device(np.array(totals, dtype=float), device)
+        if layer.gate.is_guarded:  # what a guard undoes is in no statistics
+            is_good = (kept + every).isfinite().all(dim=2).all(dim=1)
+            count, total = count * is_good, total * is_good
+            kept, every = (torch.where(is_good[:, None, None], part, 0) for part in (kept, every))
+        sums = with_batches(before, total, count, kept, every)
         commit([partial(setitem, self._sums, layer, sums), partial(delitem, self._waiting[layer], slice(len(waiting)))])
 
 

@@ -32,7 +32,7 @@ from lightning_bnmonitor.tracking.places import Places
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 from lightning_bnmonitor.tracking.windows import Windows
 
-STATE_VERSION = 9
+STATE_VERSION = 8
 
 _recorders: weakref.WeakSet[Recorder] = weakref.WeakSet()
 

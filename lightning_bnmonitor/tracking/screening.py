@@ -6,7 +6,7 @@ They are looked for when what waits is merged, which is the one time that a guar
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
@@ -28,11 +28,9 @@ def not_finite(stashed: Mapping[TrackedLayer, Sequence[Call]]) -> dict[TrackedLa
         stashed: Calls of layers that have their places.
     """
     on_devices: dict[torch.device, list[Tensor]] = {}
-    for calls in stashed.values():
-        for mean, spread, _, kind in calls:
-            # An infinite variance has an inverse of zero.
-            own = (mean, spread) if kind.eps is None else (mean, spread, spread.reciprocal())
-            on_devices.setdefault(mean.device, []).extend(own)
+    for layer, calls in stashed.items():
+        for mean, var in _moments(layer, calls):
+            on_devices.setdefault(mean.device, []).extend((mean, var))
     sums = [joined(tensors, device).sum() for device, tensors in on_devices.items()]
     if all(math.isfinite(total) for total in sums):
         return {}
@@ -63,8 +61,18 @@ def noted(bad: Mapping[TrackedLayer, NDArray[np.bool_]]) -> list[Write]:
 
 def _of_layer(layer: TrackedLayer, calls: Sequence[Call]) -> NDArray[np.bool_]:
     is_bad = np.zeros((len(calls), layer.width), dtype=bool)
-    for row, (mean, spread, _, kind) in zip(is_bad, calls, strict=True):
-        if kind.width == layer.width:
-            var = spread if kind.eps is None else spread.reciprocal()
+    for row, (mean, var) in zip(is_bad, _moments(layer, calls), strict=True):
+        if len(mean) == layer.width:
             row[:] = (mean.isfinite() & var.isfinite()).logical_not().cpu().numpy()
     return is_bad
+
+
+def _moments(layer: TrackedLayer, calls: Sequence[Call]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Mean and variance of each call; of a running variance in float16, what that adds to it, which it may not hold."""
+    running = layer.module.running_var
+    is_narrow = running is not None and running.dtype is torch.float16
+    for mean, spread, _, kind in calls:
+        var = spread if kind.eps is None else spread.reciprocal()
+        if is_narrow and kind.updating and kind.momentum:
+            var = (var * (kind.momentum * kind.num_samples / max(kind.num_samples - 1, 1))).half()
+        yield mean, var

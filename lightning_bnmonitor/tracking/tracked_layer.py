@@ -255,6 +255,8 @@ class TrackedLayer:
         updates = now.num_tracked - (self.start.num_tracked or 0)
         if not updates and now.buffers is not None and not self.start.has_same_buffers(now):
             return float("nan")  # a `forward` of its own that counts none
+        if self.counts.left_out and now.buffers is not None and not now.buffers.isfinite().all():
+            return float("nan")  # a guard puts back only what was finite before, and its count with it
         return updates / self.counts.updating
 
     def updates_of_repeated(self, updates: float) -> float:
@@ -328,7 +330,7 @@ class TrackedLayer:
             last_num_samples=state["last_num_samples"],
             num_ranks=state["num_ranks"],
             serial=state["serial"],
-            left_out=state.get("left_out", 0),  # the first states had none
+            left_out=state.get("left_out", 0),  # the states of 0.5.0 have none
         )
         self.steps_before = self.gate.steps
         self.interrupted = state["interrupted"] or state["within_step"]

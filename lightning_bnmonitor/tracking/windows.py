@@ -177,10 +177,11 @@ class Windows:
         self.make_room()
         placed = {layer.name: layer for layer, *_ in restored}
         self.call_sites.restore(state["call_sites"], placed)
-        self.groups.restore(state["groups"], placed)
+        if "groups" in state:  # those of 0.5.0 have neither these
+            self.groups.restore(state["groups"], placed)
         self.probe.restore(state["probe"], device_of(restored[0][0].module) if restored else torch.device("cpu"))
-        if self.paddings is not None and state.get("paddings") is not None:  # states of before have none
-            self.paddings.restore(state["paddings"], {layer.name: layer for layer, *_ in restored})
+        if self.paddings is not None and state.get("paddings") is not None:  # nor these
+            self.paddings.restore(state["paddings"], placed)
         known = {layer.name for layer, *_ in restored}
         for saved in state["not_called"]:
             name, width = saved["name"], saved["width"]

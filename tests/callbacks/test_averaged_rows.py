@@ -205,6 +205,15 @@ def test_histories_pages_and_pictures_have_them(tmp_path):
     monitor.report().plot()
 
 
+def test_groups_are_those_of_the_layers_that_are_trained(tmp_path):
+    monitor = BatchNormMonitor(group=lambda batch, batch_idx: "ab"[batch_idx % 2])
+    fit([averaging("EMAWeightAveraging")(decay=0.9), monitor], tmp_path)
+    report = monitor.report()
+    assert report.keys() >= AVERAGED
+    for name, layer in report.items():
+        assert set(layer.groups) == (set() if name in AVERAGED else {"a", "b"})
+
+
 def test_exact_statistics_of_averaged_weights_are_known_to_be_that(tmp_path):
     monitor, precise = BatchNormMonitor(on_unhealthy="ignore"), PreciseBatchNorm(restore=True)
     average = averaging("EMAWeightAveraging")(use_buffers=False, decay=0.97)

@@ -89,7 +89,7 @@ def test_without_it_nothing_is_said_of_groups(tmp_path):
     assert all(layer.groups == {} for layer in monitor.report().values())
 
 
-@pytest.mark.parametrize("group", ["a", 3, [name]], ids=str)
+@pytest.mark.parametrize("group", ["a", 3, [name]])
 def test_what_is_no_function_is_refused(group):
     with pytest.raises(TypeError, match="`group` must be a function of a training batch and its index"):
         BatchNormMonitor(group=group)

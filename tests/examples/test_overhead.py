@@ -51,7 +51,7 @@ def test_every_table_has_its_rows_and_every_target_its_verdict() -> None:
     assert len(memory.splitlines()) == 2 + len(overhead.VARIANTS) - 2
     assert [row.split("|")[2].strip() for row in windows.splitlines()[2:]] == ["1000", "10000"]
     verdicts = done.output.rstrip().split("\n\n")[-1].splitlines()
-    assert len(verdicts) == 6 + 2 + 2  # direct shares, operations, ratios
+    assert len(verdicts) == 7 + 2 + 2  # direct shares, operations, ratios
     assert {line.split(":")[0] for line in verdicts} <= {"Met", "MISSED"}
     assert done.code == any(line.startswith("MISSED") for line in verdicts)
 

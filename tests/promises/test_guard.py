@@ -267,6 +267,36 @@ def test_no_more_is_put_back_than_was_finite_before():
     assert tracker.report()["(root)"].verdict == "non-finite"
 
 
+def test_what_was_not_finite_before_keeps_its_count_and_misses_no_calls():
+    layer = nn.BatchNorm1d(3)
+    layer.running_mean.fill_(NAN)
+    layer.running_var.fill_(NAN)
+    with BatchNormTracker(layer, guard=True) as tracker:
+        for x in batches(20, {5: NAN}):
+            layer(x)
+            tracker.step()
+        report = tracker.close()["(root)"]
+    assert layer.num_batches_tracked == 20
+    assert report.num_batches == 19
+    assert (report.verdict, report.flags) == ("non-finite", ("guarded",))
+
+
+def test_what_a_running_variance_in_half_precision_does_not_hold_is_undone_and_counted():
+    layer, data = nn.BatchNorm1d(3).half(), [x.half() for x in batches(20, {})]
+    data[4][:, 1] *= 3000  # a tenth of its variance is beyond 65504,
+    data[7][:, 1] *= 100  # and not of this
+    with BatchNormTracker(layer, guard=True) as tracker:
+        for x in data:
+            layer(x)
+            tracker.step()
+        report = tracker.close()["(root)"]
+    assert layer.running_var.isfinite().all()
+    assert layer.num_batches_tracked == report.num_batches == 19
+    assert report.evidence["guarded_calls"] == report.evidence["updates_per_call"] == 1
+    exact = np.concatenate([x.double().numpy() for x in (*data[:4], *data[5:])]).mean(axis=0)
+    np.testing.assert_allclose(report.population_mean, exact, atol=2e-3)
+
+
 def test_what_others_have_written_is_put_back_not_what_was_before_that():
     layer, (good, bad) = nn.BatchNorm1d(3), batches(2, {1: NAN})
     with BatchNormTracker(layer, guard=True) as tracker:

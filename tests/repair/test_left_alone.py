@@ -81,13 +81,13 @@ def test_a_warning_comes_from_an_error_of_a_tenth_on(distance: float, is_said: b
 def test_chance_is_not_warned_of() -> None:
     """The running statistics are those of the distribution, and the data are few."""
     told = 0
-    for _ in range(300):
+    for _ in range(150):
         model = nn.Sequential(nn.BatchNorm1d(8))
         model[0].momentum = 0.0
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
             told += bool(recalibrate(model, [torch.randn(6, 8) for _ in range(3)]).misfits)
-    assert told <= 3
+    assert told <= 2
 
 
 def test_running_statistics_that_are_not_finite_are_warned_of() -> None:

@@ -252,6 +252,24 @@ def test_in_other_precisions_and_under_autocast(dtype):
     assert_unpadded(report["4"], records, "4")
 
 
+@pytest.mark.parametrize("spoiled", ["a value that counts", "padding"])
+def test_a_batch_that_a_guard_undoes_is_not_in_them(spoiled):
+    model, its = network(), batches(20)
+    x, lengths = its[3]
+    shortest = int(lengths.argmin())
+    assert lengths[shortest] < x.shape[-1]
+    x[shortest, 0, -1 if spoiled == "padding" else 0] = float("nan")
+    records = Records(model)
+    with BatchNormTracker(model, mask=lengths_to_mask, guard=True) as tracker:
+        train(model, tracker, its, records)
+        report = tracker.close()
+    for name in LAYERS:
+        for values in (records.values[name], records.kept[name]):
+            del values[3]
+        assert report[name].num_batches == report[name].evidence["padding_batches"] == 19
+        assert_unpadded(report[name], records, name)
+
+
 def test_images_in_channels_last_with_masks_of_two_dimensions():
     model = nn.Sequential(nn.Conv2d(3, 4, 3, padding=1), nn.BatchNorm2d(4)).to(memory_format=torch.channels_last)
     seen, kept = [], []

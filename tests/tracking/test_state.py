@@ -375,12 +375,34 @@ def test_a_state_for_a_changed_model_names_what_is_left_out_and_keeps_the_rest()
     }  # fmt: skip
 
 
+def test_a_state_of_version_0_5_is_gone_on_from() -> None:
+    its, model = torch.randn(20, 8, 4), network()
+    with BatchNormTracker(model) as tracker:
+        for x in its[:11]:
+            model(x)
+        state = tracker.state_dict()
+    del state["groups"], state["paddings"]
+    for layer in (*state["layers"], *state["not_called"]):
+        del layer["left_out"]
+    resumed = BatchNormTracker(model, mask=lambda batch: torch.ones(8, dtype=torch.bool), guard=True)
+    resumed.load_state_dict(state)
+    with resumed:
+        for x in its[11:]:
+            resumed.see_inputs(x, group="a")
+            model(x)
+            resumed.step()
+        layer = resumed.close()["1"]
+    assert layer.num_batches == 20
+    assert layer.flags == ()
+    assert layer.groups["a"].num_batches == layer.evidence["padding_batches"] == 9
+
+
 @pytest.mark.parametrize("state", [{}, {"version": 1}, {"version": "2", "channels": None, "layers": []}], ids=str)
 def test_a_state_of_another_version_is_an_error_that_says_which(state: dict[str, Any]) -> None:
     model = network()
     with BatchNormTracker(model) as tracker:
         model(torch.randn(8, 4))
-        with pytest.raises(ValueError, match=f"version 9; got version {state.get('version')!r}"):
+        with pytest.raises(ValueError, match=f"version 8; got version {state.get('version')!r}"):
             tracker.load_state_dict(state)
     assert tracker.report()["1"].num_batches == 1
 
