@@ -149,8 +149,8 @@ def _cure_shift(evidence: Evidence) -> list[str]:
         return ["Begin with the first layer that has this flag."]
     return [
         "Prepare both in the same way. If data as in evaluation are what the model will be given, recompute the "
-        "running statistics from these (`lightning_bnmonitor.recalibrate(model, evaluation_loader)`). Where only classes are "
-        "more or less frequent, leave it."
+        "running statistics from these (`lightning_bnmonitor.recalibrate(model, evaluation_loader)`). Where only "
+        "classes are more or less frequent, leave it."
     ]
 
 
@@ -229,8 +229,8 @@ _STATEMENTS = (
     Statement(
         name="unexplained-error",
         explanation=(
-            "On the evaluation data eval() is off by {val_error}, more than chance explains ({val_error_noise}). The cause "
-            "is not known: neither this layer nor one before it has shown anything that explains it.",
+            "On the evaluation data eval() is off by {val_error}, more than chance explains ({val_error_noise}). The "
+            "cause is not known: neither this layer nor one before it has shown anything that explains it.",
             "Against what it receives of the training data, its running statistics are off by {eval_error}.",
         ),
         remedy=(
