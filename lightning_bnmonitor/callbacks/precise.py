@@ -286,15 +286,15 @@ def _warn_of_averages(trainer: Trainer) -> None:
         return
     if swapping:
         repaired = (
-            f"the averaged weights of {type(swapping[0]).__name__}, while they are in the model: before validation, "
-            "and at the end of `fit`. The running statistics of the weights that are trained stay their own."
+            f"averaged weights of {type(swapping[0]).__name__}, while they are in the model: before validation, and at "
+            "the end of `fit`. The running statistics of the weights that are trained stay their own."
         )
     else:
         repaired = (
-            "the weights that are trained, before validation, and the averaged weights of "
+            "weights that are trained, before validation, and of the averaged weights of "
             f"{type(at_end[0]).__name__} at the end of `fit` alone."
         )
-    warnings.warn(f"PreciseBatchNorm repairs {repaired}", stacklevel=4)
+    warnings.warn(f"BatchNorm has exact running statistics of the {repaired}", stacklevel=4)
 
 
 def _first(loader: Iterable[Any], num_batches: int) -> Iterator[Any]:
