@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import sys
 import textwrap
 from typing import Any
@@ -31,6 +32,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         metavar="N",
         help="at most N batches, or all; each is run again for every layer that matters (default: %(default)s)",
     )
+    parser.add_argument("--json", action="store_true", help="print JSON")
     parser.set_defaults(run=run)
 
 
@@ -66,6 +68,9 @@ def run(arguments: argparse.Namespace) -> int:
                 progress=sys.stderr.isatty(),
                 evaluation=subject.evaluation(arguments.num_batches),
             )
+    if arguments.json:
+        print(json.dumps(found.to_dict(), ensure_ascii=False))
+        return 0
     said, table = str(found).split("\n\n", 1)
     print(f"{textwrap.fill(said, 120, break_long_words=False)}\n\n{table}{repair_advice(arguments, said)}")
     return 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import json
 import warnings
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -30,6 +31,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         "--frozen", action="store_true", help="repair layers, too, that are in eval mode or update nothing in training"
     )
     parser.add_argument("--output", type=Path, required=True, metavar="FILE", help="where to write the new checkpoint")
+    parser.add_argument("--json", action="store_true", help="print JSON: of each set of weights, what was done")
     parser.add_argument("--force", action="store_true", help="replace the file if it is there")
     parser.set_defaults(run=run)
 
@@ -51,6 +53,9 @@ def run(arguments: argparse.Namespace) -> int:
         done = _repair(subject, subject.checkpoint, arguments)
     check_output(arguments.output, arguments.ckpt_path, arguments.force)  # it may have come meanwhile
     write(subject.checkpoint, arguments.output)
+    if arguments.json:
+        print(json.dumps({what: result.to_dict() for what, result in done.items()}, ensure_ascii=False))
+        return 0
     print("\n\n".join(f"{what[0].upper()}{what[1:]}:\n{table}" for what, table in done.items()))
     num = len(set(next(iter(done.values())).after) - set(next(iter(done.values())).left_alone))
     print(

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from dataclasses import dataclass, fields
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from lightning_bnmonitor.report.figures import plot_contributions
+from lightning_bnmonitor.report.layer_report import jsonable
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -105,6 +106,15 @@ class Attribution:
         own = [Part(RUNNING_STATS, self.gap, self.gap_stderr)] if self.is_significant else []
         others = [part for part in self.remaining if part.is_significant and part.reduction > 0]
         return max([*own, *others], key=lambda part: part.reduction, default=None)
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was found, in JSON's types: all fields by their names, and ``explanation``, the first words printed."""
+        found = {field.name: getattr(self, field.name) for field in fields(self)}
+        found["contributions"] = [part._asdict() for part in self.contributions]
+        found["rest"] = self.rest and self.rest._asdict()
+        found["remaining"] = [part._asdict() for part in self.remaining]
+        numbers: dict[str, Any] = jsonable(found)
+        return {"explanation": " ".join(_sentences(self)), **numbers}
 
     def __str__(self) -> str:
         from tabulate import tabulate

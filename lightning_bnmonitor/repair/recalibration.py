@@ -21,7 +21,7 @@ from lightning_bnmonitor.repair.selection import (
     select,
     warn_of_misfits,
 )
-from lightning_bnmonitor.report.layer_report import LayerReport
+from lightning_bnmonitor.report.layer_report import LayerReport, jsonable
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.tracking import collectives
 from lightning_bnmonitor.tracking.buffers import History, SavedBuffers, write_stats
@@ -177,6 +177,13 @@ class Recalibration:
         self._old.restore()
         for recorder in recorders_of(self._histories) if self._told else ():
             recorder.rewritten(dict.fromkeys(self._histories))
+
+    def to_dict(self) -> dict[str, Any]:
+        """What was done, in JSON's types: the attributes by their names."""
+        done: dict[str, Any] = jsonable(
+            {"num_batches": self.num_batches, "left_alone": self.left_alone, "misfits": self.misfits}
+        )
+        return {**done, "before": self.before.to_dict(), "after": self.after.to_dict()}
 
     def __str__(self) -> str:
         from tabulate import tabulate

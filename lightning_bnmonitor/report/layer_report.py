@@ -113,6 +113,8 @@ def jsonable(value: Any) -> Any:
         return [jsonable(element) for element in value.tolist()]
     if isinstance(value, Mapping):
         return {key: jsonable(element) for key, element in value.items()}
+    if isinstance(value, list | tuple):
+        return [jsonable(element) for element in value]
     if isinstance(value, float) and not math.isfinite(value):
         return "NaN" if math.isnan(value) else "Infinity" if value > 0 else "-Infinity"
     return value

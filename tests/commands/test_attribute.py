@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 
 import numpy as np
@@ -61,6 +62,16 @@ def test_it_names_the_layer_and_the_command_that_repairs_it(capsys, spoiled):
     assert output.endswith(f"\n\nFor this checkpoint, `recalibrate` is:\n{command}\n")
     assert max(map(len, output.partition("\n\n")[0].splitlines())) <= 120
     assert spoiled.read_bytes() == before
+
+
+def test_json_has_all_numbers(capsys, spoiled):
+    status, output, _ = attributed(capsys, spoiled, "--no-validation", "--json")
+    found, weights = json.loads(output), read(spoiled)["state_dict"]
+    assert status == 0
+    assert found["eval_loss"] == pytest.approx(loss_by_hand(weights, X), rel=1e-3)
+    assert found["gap"] == pytest.approx(found["eval_loss"] - found["exact_loss"], rel=1e-6)
+    assert found["contributions"][0]["name"] == "second"
+    assert found["explanation"].startswith("Running statistics cost")
 
 
 def test_validation_data_are_told_apart(capsys, spoiled):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import re
 import resource
 
@@ -47,6 +48,16 @@ def test_only_running_statistics_differ_and_they_are_exact(capsys, checkpoint, t
     assert f"Written to {tmp_path / 'repaired.ckpt'}: the weights with exact running statistics" in text
     assert errors == ""
     assert list(tmp_path.iterdir()) == [tmp_path / "repaired.ckpt"]
+
+
+def test_json_has_what_was_done(capsys, checkpoint, tmp_path):
+    new, text, errors = repaired(capsys, checkpoint, tmp_path, "--json")
+    done = json.loads(text)["the weights"]
+    assert errors == ""
+    assert (done["left_alone"], done["misfits"]) == ({}, {})
+    layers = done["after"]["layers"]
+    assert layers["first"]["running_mean"] == pytest.approx(new["state_dict"]["first.running_mean"].tolist())
+    assert set(done["before"]["layers"]) == set(layers) == {"first", "second"}
 
 
 def test_what_is_repaired_twice_does_not_change_any_more(capsys, checkpoint, tmp_path):
