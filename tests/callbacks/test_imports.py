@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.long]
 PACKAGES = {"lightning.pytorch": "pytorch_lightning", "pytorch_lightning": "lightning"}  # and the one that is missing
 
 

@@ -6,7 +6,7 @@ import contextlib
 import copy
 import pickle
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -60,6 +60,17 @@ any_front = pytest.mark.parametrize(
 )
 
 
+def some_with(forwards: Collection[str]) -> pytest.MarkDecorator:
+    """Every forward behind the usual fronts, and every third one behind each of the others, in turn."""
+    chosen = [
+        pytest.param(front, forward, marks=() if front in USUAL_FRONTS else pytest.mark.slow)
+        for first, front in enumerate(FRONTS)
+        for index, forward in enumerate(forwards)
+        if front in USUAL_FRONTS or (first + index) % 3 == 0
+    ]
+    return pytest.mark.parametrize(("front", "forward"), chosen)
+
+
 def same(make: Callable[[], nn.Module], inputs: Any = batches, **options: Any) -> Training:
     """A training with the tracker that is the same without it."""
     training = train(make, inputs, monitored=True, **{"steps": STEPS, **options})
@@ -86,8 +97,7 @@ def inputs_of(front: str) -> Any:
 # --- what comes before and behind -------------------------------------------------------------------------------------
 
 
-@any_front
-@pytest.mark.parametrize("forward", FORWARDS)
+@some_with(FORWARDS)
 def test_what_is_reported_is_what_the_layer_received(forward: str, front: str) -> None:
     checked(behind(front, FORWARDS[forward], has_inner=forward in INNER), inputs_of(front))
 
@@ -116,8 +126,7 @@ def recording(received: list[np.ndarray]) -> Any:
     return step
 
 
-@any_front
-@pytest.mark.parametrize("forward", BEFORE)
+@some_with(BEFORE)
 def test_it_is_what_the_kernel_received_where_that_is_read_and_what_the_layer_did_where_a_pass_is_made(
     forward: str, front: str
 ) -> None:

@@ -108,6 +108,7 @@ def draw(generator: torch.Generator, kind: dict, num: int, step: int) -> torch.T
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("seed", range(2))
 def test_few_batches_make_few_mistakes(seed):
     """150 layers of six windows of 1 to 7 batches; the truth is that of 2000 samples where a window ends."""

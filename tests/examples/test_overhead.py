@@ -33,6 +33,7 @@ class Clock:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_every_table_has_its_rows_and_every_target_its_verdict() -> None:
     done = run("overhead.py", "--quick", "--rounds", 2, "--repeats", 1)
     assert "Traceback" not in done.errors, done.errors

@@ -326,6 +326,7 @@ class Module(LightningModule):
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("what", ["module", "net"])
 def test_a_trainer_counts_every_batch_of_a_compiled_module_in_two_fits(what: str, tmp_path: object) -> None:
     module = Module()

@@ -134,6 +134,7 @@ print("REPORT", layer.num_samples, exact, model.batches, len(model.bn._forward_h
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.skipif(sys.platform != "linux", reason="limits the size of files")
 def test_a_file_that_can_grow_no_further_loses_no_report(tmp_path):
     script = tmp_path / "script.py"

@@ -147,6 +147,7 @@ def test_trackers_that_are_dropped_with_their_models_while_attached_leave_nothin
 
 
 @pytest.mark.slow
+@pytest.mark.long
 def test_hundreds_of_windows_take_no_more_memory_than_one_hundred():
     model, x = single(), torch.randn(8, C)
 

@@ -29,6 +29,7 @@ SENTENCES = {
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("name", [*WHILE_IMPORTED, *IN_COMPAT])
 def test_trainings_go_on_without(name: str) -> None:
     if name == "compiler._is_exporting_flag" and torch.__version__ < "2.12":

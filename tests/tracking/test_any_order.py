@@ -384,7 +384,7 @@ class AnythingInFloat64(Anything):
     dtype, capture, bound = torch.float64, "pass", 1e-9
 
 
-MACHINE = settings(max_examples=80, deadline=None, stateful_step_count=12, suppress_health_check=[HealthCheck.too_slow])
+MACHINE = settings(max_examples=40, deadline=None, stateful_step_count=12, suppress_health_check=[HealthCheck.too_slow])
 TestAnythingInFloat32 = AnythingInFloat32.TestCase
 TestAnythingInFloat32.settings = MACHINE
 TestAnythingInFloat64 = AnythingInFloat64.TestCase

@@ -71,6 +71,7 @@ def fed(net: nn.Module, num: int) -> list[Tensor]:
 
 
 @pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize(("calls_before", "in_a_window"), [(0, 1), (17, 8)])
 def test_an_interrupt_at_any_third_moment_of_a_merge_loses_and_doubles_nothing(
     calls_before: int, in_a_window: int
