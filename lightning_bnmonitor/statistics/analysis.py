@@ -6,14 +6,7 @@ are those of :mod:`~lightning_bnmonitor.statistics.noise`; averages and their de
 in units of :math:`\sqrt{s}`, one of variances in units of :math:`2 s`: both then are RMS errors of the normalised
 activation, to first order.
 
-**Now.** The statistics at the end of the window, at the weights that the network has there, are the average over the
-last eighth of the batches, extrapolated as far as three successive eighths agree on a direction. With
-:math:`\Delta_1` the step from the last eighth but one to the last and :math:`\Delta_2` the one before it, over a
-layer's channels,
-
-.. math:: \phi = \operatorname{clip}\Bigl(\frac{k \langle\Delta_1, \Delta_2\rangle}
-    {\max(k^2 \langle\Delta_1, \Delta_1\rangle, \langle\Delta_2, \Delta_2\rangle)}, 0, 1\Bigr), \qquad
-    \text{now} = \text{last} + \phi h \Delta_1.
+**Now.** The statistics at the end of the window: see :mod:`~lightning_bnmonitor.statistics.present`.
 
 **Where the running statistics come from.** With A the weight of the window's start, :math:`A_0` that of the initial
 values i in it and *ref* a reference (the window, or now), the difference running - ref is exactly
@@ -51,9 +44,17 @@ import numpy as np
 from lightning_bnmonitor.statistics.batching import Batching, LastBatchNoise, batching_of, last_batch_noise
 from lightning_bnmonitor.statistics.blocks import Blocks, paired
 from lightning_bnmonitor.statistics.channel_layout import BoolArray, ChannelLayout, FloatArray
-from lightning_bnmonitor.statistics.contrasts import Densities, Sums, densities_of, squares_of, sums_of, trend_variance
+from lightning_bnmonitor.statistics.contrasts import Densities, densities_of, squares_of, sums_of, trend_variance
 from lightning_bnmonitor.statistics.noise import NoiseModel, RunningStats, noise_of, variance_against
-from lightning_bnmonitor.statistics.random_walk import walk_error
+from lightning_bnmonitor.statistics.present import (
+    Difference,
+    Parts,
+    Present,
+    between,
+    by_last_batches,
+    by_running_stats,
+)
+from lightning_bnmonitor.statistics.random_walk import lag_of_running
 from lightning_bnmonitor.statistics.scores import MEAN, VAR, exceeds_chance, squared_score
 
 _INITIAL = np.array([[0.0], [1.0]])  # what PyTorch initialises the buffers to
@@ -167,11 +168,11 @@ def of_the_last(analysis: Analysis, blocks: Blocks, running: RunningStats, eps: 
             num_samples=count + blocks.beside.num_samples,
             population=_with_beside(layout, blocks, count, sums.reference[MEAN], squares),
             reference=sums.reference,
-            now=_present(window).now,
+            now=by_last_batches(window).now,
         )
 
 
-def _window_of(blocks: Blocks, running: RunningStats, eps: FloatArray) -> tuple[_Window, FloatArray]:
+def _window_of(blocks: Blocks, running: RunningStats, eps: FloatArray) -> tuple[Parts, FloatArray]:
     """What is known of a window before anything is compared, and its values' sum of squares about their mean."""
     layout = ChannelLayout(blocks.widths)
     densities = densities_of(blocks)
@@ -180,15 +181,18 @@ def _window_of(blocks: Blocks, running: RunningStats, eps: FloatArray) -> tuple[
     squares = squares_of(densities, sums, layout)
     scaled = squares / layout.spread(densities.total[MEAN] - 1) + layout.spread(eps)
     unit = np.stack([np.sqrt(scaled), 2 * scaled])
-    return _Window(blocks, densities, sums, noise, running, unit, layout), squares
+    return Parts(blocks, densities, sums, noise, running, unit, layout), squares
 
 
 def _analyse(blocks: Blocks, running: RunningStats, eps: FloatArray) -> Analysis:
     window, squares = _window_of(blocks, running, eps)
     _, densities, sums, noise, _, unit, layout = window
     count = densities.total[MEAN]
-    present = _present(window)
+    behind = lag_of_running(blocks, densities, sums, noise, running.last.weight, unit, layout)
+    present = by_last_batches(window)
     comparisons = _compare(window, present)
+    present, lag = by_running_stats(window, present, comparisons.lag, behind.most)
+    comparisons = comparisons._replace(lag=lag)
     known = np.where(running.known, 1.0, np.nan)
     of_one_batch = densities.num_batches / densities.total
     return Analysis(
@@ -212,39 +216,13 @@ def _analyse(blocks: Blocks, running: RunningStats, eps: FloatArray) -> Analysis
         initial_distance=np.sqrt(layout.mean(((_INITIAL - sums.reference) / unit) ** 2).sum(axis=0)),
         jitter=noise.error(of_one_batch, unit),
         unseen_error=_unseen(window, eps),
-        walk_error=known * walk_error(blocks, densities, sums, noise, running.last.weight, unit, layout),
+        walk_error=known * behind.walk,
         max_score=comparisons.max_score,
         first_bad=blocks.first_bad,
         **_movements(window, present, comparisons),
         batching=batching_of(blocks, densities, sums, noise.scale, unit[VAR] / 2, layout),
         last_batch=last_batch_noise(running.last, noise, unit),
     )
-
-
-class _Window(NamedTuple):
-    """What is known of a window before anything is compared."""
-
-    blocks: Blocks
-    densities: Densities
-    sums: Sums
-    noise: NoiseModel
-    running: RunningStats
-    unit: FloatArray
-    """Population standard deviation, and twice the population variance, both with ``eps``, ``(2, C)``."""
-    layout: ChannelLayout
-
-
-class _Present(NamedTuple):
-    """The statistics at the end of the window."""
-
-    density: FloatArray
-    """Of the average that they are, ``(2, L, 16)``."""
-    value: FloatArray
-    """Mean of batch means and of batch variances, ``(2, C)``."""
-    now: FloatArray
-    """Mean and unbiased variance over all values, ``(2, C)``."""
-    noise: FloatArray
-    """Their variance over V, ``(2, L)``."""
 
 
 class _Comparisons(NamedTuple):
@@ -258,10 +236,8 @@ class _Comparisons(NamedTuple):
     """Whether the inputs moved in the window, ``(2, L)``."""
     lagging: BoolArray
     """Whether the running statistics are behind, or may be as the inputs moved, ``(2, L)``."""
-    lag: FloatArray
-    """The running statistics against now, what is left of the initial values apart, ``(2, C)``."""
-    lag_variance: FloatArray
-    """Its variance over V, ``(2, L)``."""
+    lag: Difference
+    """The running statistics against now."""
 
 
 def _variance_of_reference(blocks: Blocks, densities: Densities, noise: NoiseModel, unit: FloatArray) -> FloatArray:
@@ -276,37 +252,17 @@ def _variance_of_reference(blocks: Blocks, densities: Densities, noise: NoiseMod
     return variance
 
 
-def _present(window: _Window) -> _Present:
-    _, densities, sums, noise, _, unit, layout = window
-    last, before = densities.recent[0], densities.recent[1]
-    first, second = (sums.last - sums.before) / unit, (sums.before - sums.earlier) / unit
-    agreement, ratio = layout.total(first * second), densities.ratio
-    extent = np.maximum(ratio**2 * layout.total(first**2), layout.total(second**2))
-    trust = np.where((ratio > 0) & (extent > 0), np.clip(ratio * agreement / extent, 0, 1), 0)
-    reach = trust * densities.step
-    density = last + reach[..., None] * (last - before)
-    value = sums.last + layout.spread(reach) * (sums.last - sums.before)
-    now_var = np.maximum(value[VAR] + _between(densities, layout) * (noise.scale[MEAN] - value[VAR]), 0)
-    variance = (densities.weights * density**2).sum(axis=2)
-    return _Present(density, value, np.stack([value[MEAN], now_var]), variance)
-
-
-def _unseen(window: _Window, eps: FloatArray) -> FloatArray:
+def _unseen(window: Parts, eps: FloatArray) -> FloatArray:
     """RMS error that the mean of batch variances makes where the variance of all values is to be, ``(L,)``."""
     _, densities, sums, noise, _, _, layout = window
     seen, own = sums.reference[VAR], layout.spread(eps)
-    everything = np.maximum(seen + _between(densities, layout) * (noise.scale[MEAN] - seen), 0)
+    everything = np.maximum(seen + between(densities, layout) * (noise.scale[MEAN] - seen), 0)
     stretched = np.sqrt((everything + own) / (seen + own)) - 1
     error: FloatArray = np.sqrt(layout.mean(stretched**2 * everything / (everything + own)))
     return error
 
 
-def _between(densities: Densities, layout: ChannelLayout) -> FloatArray:
-    """What the variance between batches, over that of one batch, counts in the variance of all values, ``(C,)``."""
-    return layout.spread((densities.num_batches - 1) / (densities.total[MEAN] - 1))
-
-
-def _compare(window: _Window, present: _Present) -> _Comparisons:
+def _compare(window: Parts, present: Present) -> _Comparisons:
     blocks, densities, sums, noise, running, _, layout = window
     spread, total = layout.spread, densities.total
     in_window = np.broadcast_to(blocks.weight.sum(axis=1), total.shape)
@@ -334,17 +290,17 @@ def _compare(window: _Window, present: _Present) -> _Comparisons:
     squares = squared_score(np.stack([z, trend_z, recent_z, *lag_z]), spread(noise.student))
     _, has_trend, has_moved, behind_window, behind_now = exceeds_chance(layout, squares)
     moving = has_trend | has_moved
+    lagging = (moving | behind_window | behind_now) & running.known
     return _Comparisons(
         z=z,
         max_score=np.sqrt(layout.maximum(squares)),
         moving=moving,
-        lagging=(moving | behind_window | behind_now) & running.known,
-        lag=lag,
-        lag_variance=lag_variance,
+        lagging=lagging,
+        lag=Difference(lag, lag_variance, ~lagging.any(axis=0)),
     )
 
 
-def _movements(window: _Window, present: _Present, comparisons: _Comparisons) -> dict[str, FloatArray]:
+def _movements(window: Parts, present: Present, comparisons: _Comparisons) -> dict[str, FloatArray]:
     """Errors that are no noise: of the initial values, of running statistics that are behind, of the window itself."""
     blocks, densities, sums, noise, running, unit, layout = window
 
@@ -360,7 +316,7 @@ def _movements(window: _Window, present: _Present, comparisons: _Comparisons) ->
     slope = sums.trend / layout.spread(variance_of_trend)
     return {
         "warmup_error": known * np.sqrt(layout.mean((warm / unit) ** 2).sum(axis=0)),
-        "lag_error": known * net(comparisons.lag, comparisons.lag_variance, comparisons.lagging),
+        "lag_error": known * net(comparisons.lag.value, comparisons.lag.variance, comparisons.lagging),
         "drift_error": net(present.value - sums.reference, drift_variance, comparisons.moving),
         "slope": net(slope, 1 / variance_of_trend, comparisons.moving),
     }

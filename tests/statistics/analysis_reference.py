@@ -290,6 +290,14 @@ def expected_analysis(layer, index):
     lagging = moving | gate(scores[3]) | gate(scores[4])
     relative = noise_scale / unit**2
 
+    # The present is no further from the buffers than these can be behind.
+    walk, most = lags_behind(blocks, g, block_mean, noise_scale, unit, calls[-1].momentum)
+    chance, distance, share = rms(relative * c2_lag[1][:, None]), rms((lags[1] / unit) ** 2), 1.0
+    if layer.known and lagging.any() and w[runs[0]].sum() > 0.99 and distance > np.hypot(most, chance):
+        share = np.hypot(most, chance) / distance
+    nearer = (1 - share) * lags[1] if share < 1 else np.zeros_like(lags[1])
+    mixture, of_earlier = share * now * g + (1 - share) * w, (1 - share) ** 2 * h
+
     # How batches are made.
     ssb = np.zeros(width)
     for block in blocks:
@@ -316,14 +324,14 @@ def expected_analysis(layer, index):
         "std_error": known * np.sqrt(noise_scale * noise[:, None]),
         "z": z,
         "reference": (g[..., None] * x).sum(axis=1) / g.sum(axis=1, keepdims=True),
-        "now": np.stack([ref_now[0], now_var]),
+        "now": np.stack([ref_now[0] + nearer[0], np.maximum(now_var + (1 - ratio) * nearer[1], 0)]),
         "noise_error": known * rms(relative * noise[:, None]),
-        "now_error": rms(relative * variance(now * g)[:, None]),
+        "now_error": rms(relative * (variance(mixture) + of_earlier)[:, None]),
         "warmup_error": known * rms((warm / unit) ** 2),
-        "lag_error": known * net(lags[1], c2_lag[1], lagging),
+        "lag_error": known * net(share * lags[1], c2_lag[1], lagging),
         "drift_error": net(ref_now - ref_window, variance((now - window) * g), moving),
         "unseen_error": np.sqrt(np.mean(everything[fine] * stretched[fine] ** 2)),
-        "walk_error": known * walk_error(blocks, g, block_mean, noise_scale, unit, calls[-1].momentum),
+        "walk_error": known * walk,
         "max_score": np.fmax.reduce(np.abs(scores), axis=None),
         "slope": net(trend / c2_trend[:, None], 1 / c2_trend, moving),
         "jitter": rms(relative * (num_batches / g.sum(axis=1))[:, None]),
@@ -359,35 +367,46 @@ def smooth_part(values, weights, time):
 
 
 @np.errstate(divide="ignore", invalid="ignore")
-def walk_error(blocks, weights, block_mean, noise_scale, unit, momentum):
-    """How far an average lags behind a random walk, by what each single step of one adds to every difference."""
+def lags_behind(blocks, weights, block_mean, noise_scale, unit, momentum):
+    """How far an average lags behind a random walk, and behind what moves like one or along a line, at most.
+
+    By what each single step adds to every difference: a walk's steps one by one, those of a line together.
+    """
     num_batches = weights.shape[1]
     steps = np.tri(num_batches)  # a batch's value is the sum of the steps up to it
-    inner = sum(((steps[block] - steps[block].mean(axis=0)) ** 2).sum() for block in blocks)
-    inner /= np.float64(num_batches - len(blocks))
+    pairs = list(pairwise(blocks))
 
     def square(values):
         return mean_of(values[0] / unit[0] ** 2) + mean_of(values[1] / unit[1] ** 2)
 
-    def sums(pairs):
-        differences = by_chance = extent = 0.0
+    def observed(pairs):
+        differences = by_chance = 0.0
         for one, other in pairs:
             differences += square((block_mean[:, other[0]] - block_mean[:, one[0]]) ** 2)
             added = 1 / weights[:, one].sum(axis=1) + 1 / weights[:, other].sum(axis=1)
             by_chance += square(noise_scale * added[:, None])
-            extent += ((steps[other].mean(axis=0) - steps[one].mean(axis=0)) ** 2).sum()
-            extent -= inner * (1 / len(one) + 1 / len(other))
-        return differences - by_chance, by_chance, extent
+        return differences - by_chance, by_chance
 
-    pairs = list(pairwise(blocks))
-    excess, by_chance, extent = sums(pairs)
+    def extent(path, pairs):
+        inner = sum(((path[block] - path[block].mean(axis=0)) ** 2).sum() for block in blocks)
+        inner /= np.float64(num_batches - len(blocks))
+        between = (((path[other].mean(axis=0) - path[one].mean(axis=0)) ** 2).sum() for one, other in pairs)
+        return sum(between) - sum(inner * (1 / len(one) + 1 / len(other)) for one, other in pairs)
+
+    excess, by_chance = observed(pairs)
     if not pairs or np.isnan(by_chance):
-        return np.nan
+        return np.nan, np.nan
+    late = pairs[len(pairs) // 2 :]
+    late_excess, _ = observed(late)
+    of_walk = late_excess / extent(steps, late)
+    of_line = late_excess / extent(steps.sum(axis=1, keepdims=True), late)
+    ages = np.arange(4000 if momentum < 1 else 1)
+    remains = (1 - momentum) ** ages  # of a step in the average's distance from the end, the next one's first
+    most = np.sqrt(max(of_walk * (remains**2).sum(), of_line * remains.sum() ** 2, 0))
     if excess <= 3 * np.sqrt(3 / len(pairs)) * by_chance:
-        return 0.0
-    late_excess, _, late_extent = sums(pairs[len(pairs) // 2 :])
-    variance = max(min(excess / extent, late_excess / late_extent), 0)
-    return np.sqrt(variance * (1 - momentum) ** 2 / (1 - (1 - momentum) ** 2))
+        return 0.0, most
+    variance = max(min(excess / extent(steps, pairs), of_walk), 0)
+    return np.sqrt(variance * (remains[1:] ** 2).sum()), most
 
 
 def reference_error(observed, dof, num_samples):
