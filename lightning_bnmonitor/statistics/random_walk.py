@@ -60,7 +60,7 @@ class Lag(NamedTuple):
     walk: FloatArray
     """At random, ``(L,)``: chance taken off; 0 if it may be chance."""
     most: FloatArray
-    """As at random, or along a line, whichever is more, ``(L,)``: chance is not taken for none, the last step counts."""
+    """As at random, or along a line, whichever is more, ``(L,)``: the last step counts."""
 
 
 def lag_of_running(
