@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -351,6 +352,33 @@ def test_a_checkpoint_of_another_model(capsys, checkpoint, tmp_path):
     torch.save(content, tmp_path / "other.ckpt")
     errors = refused(capsys, tmp_path, tmp_path / "other.ckpt", *BOTH)
     assert "lacks head.bias, has extra.weight, which the model has not" in errors
+
+
+def test_weights_of_a_part_are_told_how_to_get_at_them(capsys, tmp_path):
+    weights = {f"student.{name}": value for name, value in projects.plain_model().state_dict().items()}
+    weights |= {f"teacher.{name}": value for name, value in projects.Net().state_dict().items()}
+    path = tmp_path / "both.pt"
+    torch.save(weights, path)
+    subject = ("--model", named("plain_model"), "--data", named("training_loader"))
+    errors = refused(capsys, tmp_path, path, *subject)
+    assert "is no checkpoint of this Sequential" in errors
+    assert "Those whose names begin with `student.` are the model's" in errors
+    line = re.search(r"`(torch\.save\(.*\))`", errors)[1]
+    path = tmp_path / "part.pt"
+    exec(line, {"torch": torch, "weights": weights, "path": path})
+    status, _, errors = bnmonitor(capsys, "check", *subject, "--ckpt_path", path)
+    assert (status, errors) == (0, "")
+
+
+def test_names_that_begin_otherwise_and_differ_in_more_are_told_without_that(capsys, tmp_path):
+    weights = {f"module.{name}": value for name, value in projects.plain_model().state_dict().items()}
+    del weights["module.1.weight"]
+    weights["module.other"] = torch.ones(1)
+    torch.save(weights, tmp_path / "other.pt")
+    subject = ("--model", named("plain_model"), "--data", named("training_loader"))
+    errors = refused(capsys, tmp_path, tmp_path / "other.pt", *subject)
+    assert "has `module.0.weight` where Sequential has `0.weight`: all names are matched this way." in errors
+    assert "it lacks 1.weight, has other, which the model has not" in errors
 
 
 def test_a_checkpoint_without_hyperparameters(capsys, tmp_path):
