@@ -36,7 +36,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
         parser,
         html="the layers, by the same data",
         fail_on="gap",
-        if_what="running statistics cost more than chance and than 1 %% of the loss",
+        if_what="running statistics cost more than chance and than 2 %% of the loss",
     )
     parser.set_defaults(run=run)
 

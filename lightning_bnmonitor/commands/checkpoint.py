@@ -234,7 +234,7 @@ def _read(path: Path, weights_only: bool) -> dict[str, Any]:
         if not weights_only:
             raise CommandError(f"{path} is no checkpoint: {told(error)}.") from error
         raise CommandError(
-            f"{path} has more in it than tensors and plain values, or is no checkpoint: {_first_line(error)} If you "
+            f"{path} has more in it than tensors and plain values, or is no checkpoint: {_first_line(error)}. If you "
             "trust who made it, add --no-weights-only."
         ) from error
     except Exception as error:
@@ -254,8 +254,9 @@ def _is_bare(content: object) -> bool:
 
 def _first_line(error: Exception) -> str:
     """What cannot be loaded, of PyTorch's page of advice, which is for code."""
-    lines = [line.strip().partition(" Please use `torch.")[0] for line in str(error).splitlines()]
-    return next((line for line in lines if "GLOBAL" in line.upper()), lines[0] if lines else "")
+    lines = str(error).rpartition("WeightsUnpickler error:")[2].splitlines()
+    first = next((line.strip() for line in lines if line.strip()), type(error).__name__)
+    return first.partition(" Please use `torch.")[0].rstrip(".")
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -43,7 +43,7 @@ def attribute_eval_gap(
     :func:`~lightning_bnmonitor.recalibrate`) in all layers. To take it apart, exact statistics are put into one layer
     after another, the one with the largest ``eval_error`` first, and stay there, until the layers that are left explain
     less than 1 % of the gap: a pass over the data for each. What a layer explains is therefore given those before it.
-    A gap that may be chance (up to two standard errors), or is less than 1 % of the loss, is not taken apart.
+    A gap that may be chance (up to two standard errors), or is less than 2 % of the loss, is not taken apart.
 
     What no running statistics explain is told by more passes: in eval mode with dropout on, with BatchNorm normalising
     by the batch and all else in eval mode, and in training mode. With ``evaluation``, losses in eval mode are those of

@@ -328,13 +328,26 @@ def test_what_is_given_wrong_is_named(capsys, checkpoint, tmp_path, arguments, s
         ("a: [", "is no YAML"),
         ("a: 1", "it has neither `model` nor `data`"),
         (CLASSES.replace("width", "wdith"), "wdith"),
-        (CLASSES.replace("projects.Net", "projects.Nett"), "has no Nett"),
+        (
+            CLASSES.replace("projects.Net", "projects.Nett"),
+            "has no Nett. If it has another name now, add --model package.module:Class.",
+        ),
+        (
+            CLASSES.replace("tests.commands.projects.Data", "old_project.Data"),
+            "or add it to PYTHONPATH. If it has another name now, add --data package.module:Class.",
+        ),
         (CLASSES.replace("width: 5", "width: broad"), "Give --model a function without arguments that makes it"),
         (CLASSES.replace(projects.__name__, "__main__"), "`--model train:Net`"),
     ],
 )
 def test_a_config_that_is_wrong(capsys, checkpoint, tmp_path, text, sentence):
     assert sentence in refused(capsys, tmp_path, checkpoint, "--config", config(tmp_path, text))
+
+
+def test_a_class_that_has_another_name_now_is_given_besides(capsys, checkpoint, tmp_path):
+    path = config(tmp_path, CLASSES.replace("projects.Net", "projects.Nett"))
+    weights, _ = repaired(capsys, tmp_path, checkpoint, "--config", path, "--model", projects.MODEL)
+    assert_exact(weights, exact_stats(weights, X, batch_size=24))
 
 
 def test_a_checkpoint_of_another_model(capsys, checkpoint, tmp_path):
@@ -396,6 +409,9 @@ def test_files_that_are_no_checkpoints(capsys, checkpoint, tmp_path):
     for content in (b"", b"nonsense", checkpoint.read_bytes()[:1000]):
         path.write_bytes(content)
         assert "bad.ckpt" in refused(capsys, tmp_path, path, *BOTH)
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    errors = refused(capsys, tmp_path, path, *BOTH)
+    assert "or is no checkpoint: Unsupported operand 118. If you trust" in errors
     for saved, sentence in (([1], "holds a list"), ({"epoch": 1}, "has no `state_dict`, but epoch")):
         torch.save(saved, path)
         assert sentence in refused(capsys, tmp_path, path, *BOTH)
