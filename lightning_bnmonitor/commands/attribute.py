@@ -34,7 +34,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     add_num_batches(parser, 64, "; each is run again for every layer that matters")
     add_output(
         parser,
-        html="the layers, by the same data",
+        html="the layers",
         fail_on="gap",
         if_what="running statistics cost more than chance and than 2 %% of the loss",
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -128,11 +129,13 @@ def _tell(done: Mapping[str, Recalibration], now: Mapping[str, Report], output: 
     print("\n\n".join(f"{what[0].upper()}{what[1:]}:\n{table}" for what, table in done.items()))
     first = next(iter(done.values()))
     num = len(set(first.after) - set(first.left_alone))
-    print(
-        f"\nWritten to {output}: {' and '.join(done)} with exact running statistics in {num} layer{'s' * (num > 1)}, "
-        "all else as it was."
-    )
+    said = f"Written to {output}: {' and '.join(done)} with exact running statistics in {num} layer{'s' * (num > 1)}, "
+    print("\n" + _filled(f"{said}all else as it was."))
     sick = {layer.name: layer.diagnosis.cause for report in now.values() for layer in report.unhealthy}
     if sick:
         listed = ", ".join(f"{name} ({cause})" for name, cause in sick.items())
-        print(f"Exact ones are not enough for {listed}: `bnmonitor check` on the new checkpoint says why.")
+        print(_filled(f"Exact ones are not enough for {listed}: `bnmonitor check` on the new checkpoint says why."))
+
+
+def _filled(text: str) -> str:
+    return textwrap.fill(text, 120, break_long_words=False, break_on_hyphens=False)

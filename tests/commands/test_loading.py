@@ -440,6 +440,13 @@ def test_a_checkpoint_that_could_run_code_is_loaded_on_request_alone(capsys, che
     assert written["hyper_parameters"]["optimizer"] is projects.squared_error
 
 
+def test_a_plain_model_without_data(capsys, tmp_path):
+    """Which can be iterated, as data can."""
+    torch.save(projects.plain_model().state_dict(), tmp_path / "weights.pt")
+    errors = refused(capsys, tmp_path, tmp_path / "weights.pt", "--model", named("plain_model"))
+    assert "Sequential has no `train_dataloader`. Which data? Give --data" in errors
+
+
 def test_a_model_without_batchnorm(capsys, tmp_path):
     checkpoint = trained(tmp_path, seeded(projects.NoNorm))
     assert "no BatchNorm layer in NoNorm" in refused(capsys, tmp_path, checkpoint, "--model", named("NoNorm"), *DATA)
