@@ -59,8 +59,9 @@ class Attribution:
 
     Losses in eval mode are those of the evaluation data, which are ``batches`` themselves if no others were given. A
     part of the loss is spoken of as a cause if it is more than chance (two standard errors) and more than 2 % of the
-    loss that it is a part of: of ``eval_loss`` what running statistics cost, of ``exact_loss`` all other parts. (What
-    sampling noise of 0.01 leaves after ``recalibrate(..., num_batches="auto")`` moves a loss by up to 1 %.)
+    loss that it is a part of: of ``eval_loss`` what running statistics cost; of the larger of ``exact_loss`` and
+    ``train_loss`` all other parts, which lie between these. (What sampling noise of 0.01 leaves after
+    ``recalibrate(..., num_batches="auto")`` moves a loss by up to 1 %.)
     """
 
     eval_loss: float
@@ -152,7 +153,8 @@ class Attribution:
     @property
     def _other_causes(self) -> list[Part]:
         """What no running statistics of training data explain, and is more than chance and than 2 % of the loss."""
-        return [part for part in self.remaining if is_cause(part.reduction, part.stderr, self.exact_loss)]
+        larger = max(abs(self.exact_loss), abs(self.train_loss))
+        return [part for part in self.remaining if is_cause(part.reduction, part.stderr, larger)]
 
     @property
     def _layers(self) -> list[Contribution]:

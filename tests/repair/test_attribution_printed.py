@@ -128,6 +128,18 @@ def test_a_sound_model_is_said_to_be_as_good_in_eval_mode_with_the_number(found,
     assert (found.largest, found.is_significant) == (None, False)
 
 
+def test_a_difference_of_small_losses_is_no_cause_beside_a_large_one_of_training():
+    """Dropout makes that large: all else is of no interest, but for running statistics."""
+    small = {"has_evaluation": True, "exact_loss": 1.0, "own_loss": 1.0, "exact_train_loss": 0.9}
+    levels = {**small, "batch_loss": 0.9, "train_loss": 70.0}
+    found = attribution(0.001, eval_loss=1.0, **levels, gap=0.0, gap_stderr=0.0, **NOTHING)
+    said = "Nothing to explain: eval mode is as good as training mode. Exact running statistics change nothing."
+    assert assert_printed(found) == said
+    found = attribution(0.001, eval_loss=1.5, **levels, gap=0.5, gap_stderr=0.01)
+    assert assert_printed(found).startswith("Running statistics cost 0.5 ± 0.01 of the loss")
+    assert "With exact ones, eval mode is as good as training mode." in assert_printed(found)
+
+
 def test_losses_that_are_not_finite_in_training_mode_alone_are_not_compared():
     found = healthy_one(0.0, batch_loss=NAN, train_loss=NAN)
     said = "Nothing to explain: eval mode has a loss of 100, training mode of nan. "
