@@ -133,13 +133,13 @@ class Training:
             tracker.before_averaged()
         self.finish(net, batches)
         report = examine(net, batches) if self.seen == "batches" else None
-        with BatchNormTracker(net) as another:
-            looks = another if self.seen == "validation alone" else tracker
-            looks.start_validation()
-            net.eval()
-            with torch.no_grad():
-                logits = net(self.disturb(held_out.x, self.epochs, 1.0))
-            validated = looks.validation_report()
+        looks = BatchNormTracker(net).attach() if self.seen == "validation alone" else tracker
+        looks.start_validation()
+        net.eval()
+        with torch.no_grad():
+            logits = net(self.disturb(held_out.x, self.epochs, 1.0))
+        validated = looks.validation_report()
+        looks.detach()
         if report is None and self.seen != "training":
             report = validated
         return report, float(nn.functional.cross_entropy(logits, held_out.y))
