@@ -120,8 +120,7 @@ def _in_new_checkpoint(result: Recalibration) -> Report:
     """All layers as they are now: those that were left alone as they were."""
     from lightning_bnmonitor.report.report import Report
 
-    layers = ((name, was, result.after.get(name)) for name, was in result.before.items())
-    return Report(was if new is None or name in result.left_alone else new for name, was, new in layers)
+    return Report(result.after.get(name, was) for name, was in result.before.items())
 
 
 def _tell(done: Mapping[str, Recalibration], now: Mapping[str, Report], output: Path) -> None:
