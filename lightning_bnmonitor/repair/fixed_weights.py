@@ -204,8 +204,11 @@ class OnePass:
                 f"The layers after {spoiled.name} receive what such batches have normalised ({spoiled.verdict}): what "
                 "is said of them may come from that. Look again when it is mended."
             )
-        unseen = "One pass at fixed weights does not show training: whether running statistics lag behind, drift, miss "
-        unseen += "updates or were written by something else, and training in eval mode, are for `BatchNormMonitor`."
+        unseen = (
+            "One pass at fixed weights does not show the training: whether it ran in eval mode or made other calls "
+            "than are made here (a second forward pass, activation checkpointing), whether running statistics lag "
+            "behind the weights, or something else has written them. `BatchNormMonitor` in training tells."
+        )
         if not self._is_training:
             unseen += " The model is in eval mode: frozen layers are not told from others."
         yield unseen
