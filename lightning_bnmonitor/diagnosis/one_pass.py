@@ -236,8 +236,8 @@ _STATEMENTS = (
             "Its running statistics were never updated: they are the initial zeros and ones (`num_batches_tracked` is "
             "zero), {eval_error} off what it receives.",
             "Either the weights came without those that belong to them (averaged weights in a copy, a checkpoint that "
-            "was loaded in part), or the model was in eval mode all the time it was trained, or was not trained: one pass "
-            "does not tell.",
+            "was loaded in part), or the model was in eval mode all the time it was trained, or was not trained: one "
+            "pass does not tell.",
         ),
         remedy=(
             f"If the weights came without them, copy or load the buffers, too, or recompute them ({RECALIBRATE_CALL}).",
