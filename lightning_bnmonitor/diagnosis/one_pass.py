@@ -235,14 +235,14 @@ _STATEMENTS = (
         explanation=(
             "Its running statistics were never updated: they are the initial zeros and ones (`num_batches_tracked` is "
             "zero), {eval_error} off what it receives.",
-            "Either the weights came without those that belong to them (averaged weights in a copy, a checkpoint that "
-            "was loaded in part), or the model was in eval mode all the time it was trained, or was not trained: one "
-            "pass does not tell.",
+            "Either the weights came without their running statistics (averaged weights in a copy, a checkpoint that "
+            "was loaded in part), or the model was in eval mode all the time it was trained, or it was not trained: "
+            "one pass does not tell.",
         ),
         remedy=(
-            f"If the weights came without them, copy or load the buffers, too, or recompute them ({RECALIBRATE_CALL}).",
-            "If it was trained in eval mode, that does not help: train anew, after `model.train()`. Whether exact ones "
-            f"help is what {_ATTRIBUTE_CALL} tells.",
+            "If the weights came without them, copy or load the buffers, too, or recompute them "
+            f"({RECALIBRATE_CALL}). If it was trained in eval mode, that does not help: train anew, after "
+            f"`model.train()`. Whether recomputed ones help, {_ATTRIBUTE_CALL} tells.",
         ),
     ),
     Statement(name="half-frozen", explanation=_explain_half_frozen, remedy=_cure_half_frozen),

@@ -53,7 +53,7 @@ def examine(
             training. Iterated once. Several loaders: ``itertools.chain(*loaders)``.
         evaluation: What it is evaluated with: validation data, say. All of it is looked at: it must come to an end.
         forward: Called with the model and a batch, to run it; by default as in
-            :func:`~lightning_bnmonitor.recalibrate`.
+            :func:`~lightning_bnmonitor.recalibrate`. What is then done as the remedies say needs it, too.
         num_batches: At most so many of ``batches``; None for all. ``"auto"`` for as many as it takes until chance in
             the exact statistics makes an error of at most 0.01 in every layer (looked at after 8 batches, and again as
             that promises), or 100 000 samples. How many that were is said in :attr:`Report.remarks`. With shuffled data

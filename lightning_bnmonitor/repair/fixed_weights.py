@@ -193,8 +193,7 @@ class OnePass:
 
     def _remarks(self, report: Report) -> Iterator[str]:
         """How certain it all is, and what it does not tell."""
-        if precise := self.precision_of(report):
-            yield precise
+        yield self.precision_of(report) or "No BatchNorm layer was reached by these batches: see what `forward` runs."
         few = next((layer for layer in report.values() if layer.verdict == "insufficient-data"), None)
         if few is not None:
             yield f"{few.explanation} {few.remedy}"

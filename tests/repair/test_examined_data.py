@@ -175,6 +175,7 @@ def test_no_layer_that_data_reach_is_said_to_be_right() -> None:
     report = examined(trained(Net()), labelled(), forward=lambda model, batch: None)
     assert {layer.verdict for layer in report.values()} == {"unused"}
     assert "could not be judged" in str(report)
+    assert "No BatchNorm layer was reached by these batches" in str(report)
 
 
 def test_a_last_batch_of_one_sample_is_an_error_as_in_training() -> None:
