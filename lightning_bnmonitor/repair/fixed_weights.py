@@ -209,7 +209,10 @@ class OnePass:
             "behind the weights, or something else has written them. `BatchNormMonitor` in training tells."
         )
         if not self._is_training:
-            unseen += " The model is in eval mode: frozen layers are not told from others."
+            unseen += (
+                " The model is in eval mode: frozen layers are not told from others. Leave out by `exclude` what was "
+                "frozen, as what follows has learned with its statistics as they are."
+            )
         yield unseen
 
     def _count_model_call(self, *_: Any) -> None:

@@ -334,11 +334,15 @@ KINDS: dict[Callable[[], Trained], str] = {
 SEEN_AS = {
     ("lagging", "misfit"): "that the weights have moved away is not seen while they stay",
     ("drifting", "healthy"): "at fixed weights nothing moves",
-    ("drifting", "misfit"): "nor does one pass show that training would bring it back",
+    ("lagging", "noisy"): "nor that they have, where noise explains as much",
+    ("noisy", "healthy"): "noise that was to be expected did not happen in these running statistics",
     ("trained-in-eval", "warming-up"): "the mode of the training is not seen, what it has left is",
     ("unused", "warming-up"): "a copy that is given data is called",
 }
-# The same, and flags, where it is of one kind of training.
+# Which of these it is, chance decides where errors are near to what is worth a warning: what the monitor compares with
+# is known from the last batches of a window, what is received here from all.
+OF_AN_ERROR = {"healthy", "drifting", "lagging", "noisy", "misfit"}
+# Others, and flags, where it is of one kind of training.
 SEEN_AS_IN = {
     (averaged_weights, "healthy", "misfit"): "with the averaged weights in place there are no others",
     (calls_far_apart, "healthy", "misfit"): "running statistics lack what lies between calls, which recalibration adds",
@@ -356,6 +360,7 @@ def difference(kind: Callable[[], Trained], told: LayerReport, said: LayerReport
     """In what verdicts and flags differ, if not for one of the reasons above; empty if they do not."""
     pair, flags = (told.verdict, said.verdict), set(told.flags) ^ set(said.flags)
     is_same = told.verdict == said.verdict or pair in SEEN_AS or (kind, *pair) in SEEN_AS_IN
+    is_same |= OF_AN_ERROR.issuperset(pair) and is_close_call(told, said)
     of_monitor = {flag for flag in told.flags if flag in UNSEEN or (kind, flag) in UNSEEN_IN}
     unexplained = flags - of_monitor - {flag for flag in said.flags if (kind, flag) in SEEN_IN}
     return "" if is_same and not unexplained else f"{said.name}: {pair}, {sorted(unexplained)}"
