@@ -341,7 +341,7 @@ SEEN_AS = {
 }
 # Which of these it is, chance decides where errors are near to what is worth a warning: what the monitor compares with
 # is known from the last batches of a window, what is received here from all.
-OF_AN_ERROR = {"healthy", "drifting", "lagging", "noisy", "misfit"}
+OF_AN_ERROR = {"healthy", "drifting", "warming-up", "lagging", "noisy", "misfit"}
 # Others, and flags, where it is of one kind of training.
 SEEN_AS_IN = {
     (averaged_weights, "healthy", "misfit"): "with the averaged weights in place there are no others",
