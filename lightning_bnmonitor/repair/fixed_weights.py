@@ -193,7 +193,10 @@ class OnePass:
 
     def _remarks(self, report: Report) -> Iterator[str]:
         """How certain it all is, and what it does not tell."""
-        yield self.precision_of(report) or "No BatchNorm layer was reached by these batches: see what `forward` runs."
+        if precise := self.precision_of(report):
+            yield precise
+        if not any(layer.num_samples for layer in report.values()):
+            yield "No BatchNorm layer was reached by these batches: see what `forward` runs."
         few = next((layer for layer in report.values() if layer.verdict == "insufficient-data"), None)
         if few is not None:
             yield f"{few.explanation} {few.remedy}"

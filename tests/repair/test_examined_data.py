@@ -176,6 +176,8 @@ def test_no_layer_that_data_reach_is_said_to_be_right() -> None:
     assert {layer.verdict for layer in report.values()} == {"unused"}
     assert "could not be judged" in str(report)
     assert "No BatchNorm layer was reached by these batches" in str(report)
+    for value in (1.0, torch.nan):  # from one batch nothing is known of chance
+        assert "No BatchNorm layer was reached" not in str(examined(trained(Net()), [value * VALUES]))
 
 
 def test_a_last_batch_of_one_sample_is_an_error_as_in_training() -> None:
