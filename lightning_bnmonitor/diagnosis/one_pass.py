@@ -136,7 +136,7 @@ def _cure_half_frozen(evidence: Evidence) -> list[str]:
 
 def _explain_last_batch(evidence: Evidence) -> list[str]:
     sentences = [
-        "The last of these batches is small: {last_batch_samples} values per channel, where the mean is "
+        "The last batch of these data is small: {last_batch_samples} values per channel, where the mean is "
         "{samples_per_batch}."
     ]
     if rules.is_noisy_at_last(evidence):
