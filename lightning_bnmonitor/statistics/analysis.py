@@ -191,7 +191,7 @@ def _analyse(blocks: Blocks, running: RunningStats, eps: FloatArray) -> Analysis
     behind = lag_of_running(blocks, densities, sums, noise, running.last.weight, unit, layout)
     present = by_last_batches(window)
     comparisons = _compare(window, present)
-    present, lag = by_running_stats(window, present, comparisons.lag, behind.most)
+    present, lag = by_running_stats(window, present, comparisons.lag, behind)
     comparisons = comparisons._replace(lag=lag)
     known = np.where(running.known, 1.0, np.nan)
     of_one_batch = densities.num_batches / densities.total

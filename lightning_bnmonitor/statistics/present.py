@@ -11,12 +11,15 @@ successive eighths agree on a direction. With :math:`\Delta_1` the step from the
 **By the running statistics.** With a large momentum, or in a long window, 99 % of their weight lies within that eighth.
 They then are an average over later batches, and what moves at random leaves the eighth behind rather than them. How far
 behind they can be, B, the movement from block to block tells (:mod:`~lightning_bnmonitor.statistics.random_walk`).
-Where D = running - now, of variance :math:`V c_2` under noise, is more than that and no chance, the eighth is what is
-behind, and the present is brought nearer:
+Where D = running - now, of variance :math:`V c_2` under noise, is more than that and no chance, the eighth is behind:
+that of L batches by :math:`E_L^2 = \sigma^2 (L + 1)(2 L + 1) / (6 L)`, with the steps of a random walk. As much is
+taken off the squared difference, down to what running statistics can be behind,
 
-.. math:: \text{now} \leftarrow \text{running} - \lambda D, \qquad \lambda^2 =
-    \frac{B^2 + \operatorname{mean}_c \sum_f V_f c_2 / \text{unit}_f^2}
-    {\operatorname{mean}_c \sum_f D_f^2 / \text{unit}_f^2} < 1.
+.. math:: \text{now} \leftarrow \text{running} - \lambda D, \qquad \lambda^2 \overline{D^2} =
+    \max\Bigl(B^2 + \overline{V c_2}, \; \overline{D^2} - E_L^2\Bigr) < \overline{D^2},
+
+with means over channels of sums over both buffers, in squared units. What neither explains, as a last batch that is
+unlike all others, is left.
 
 Inputs that move along a line leave running statistics behind by no more than B, and nothing is taken off.
 
@@ -35,6 +38,7 @@ from lightning_bnmonitor.statistics.blocks import Blocks
 from lightning_bnmonitor.statistics.channel_layout import BoolArray, ChannelLayout, FloatArray
 from lightning_bnmonitor.statistics.contrasts import Densities, Sums
 from lightning_bnmonitor.statistics.noise import NoiseModel, RunningStats
+from lightning_bnmonitor.statistics.random_walk import Lag
 from lightning_bnmonitor.statistics.scores import MEAN, VAR
 
 _WITHIN = 0.99  # share of the weight that has to lie within the last eighth
@@ -98,23 +102,26 @@ class Difference(NamedTuple):
     """Whether it may be chance, ``(L,)``."""
 
 
-def by_running_stats(window: Parts, present: Present, lag: Difference, most: FloatArray) -> tuple[Present, Difference]:
+def by_running_stats(window: Parts, present: Present, lag: Difference, behind: Lag) -> tuple[Present, Difference]:
     """The statistics at the end of the window, no further from running statistics than these can be behind.
 
     Args:
         window: The window.
         present: These statistics by the last batches.
         lag: How far the running statistics are from that.
-        most: How far behind they can be, ``(L,)``.
+        behind: How far behind they can be, and how fast inputs walk.
     """
     blocks, densities, _, noise, _, unit, layout = window
-    within = np.where(densities.recent[0, MEAN] > 0, blocks.weight, 0).sum(axis=1)
+    is_last = densities.recent[0, MEAN] > 0
+    within, batches = (np.where(is_last, part, 0).sum(axis=1) for part in (blocks.weight, blocks.num_batches))
+    of_last = behind.step**2 * (batches + 1) * (2 * batches + 1) / (6 * batches)
     by_chance = noise.error(lag.variance, unit) ** 2
     squared = layout.mean((lag.value / unit) ** 2).sum(axis=0)
-    is_nearer = (within > _WITHIN) & ~lag.is_chance & (squared > most**2 + by_chance)
+    left = np.maximum(behind.most**2 + by_chance, squared - of_last)
+    is_nearer = (within > _WITHIN) & ~lag.is_chance & (squared > left)
     if not is_nearer.any():
         return present, lag
-    share = np.where(is_nearer, np.sqrt((most**2 + by_chance) / squared), 1)
+    share = np.where(is_nearer, np.sqrt(left / squared), 1)
     kept, taken = layout.spread(share), layout.spread(1 - share)
     step = np.where(taken > 0, taken * lag.value, 0)
     now_var = np.maximum(present.now[VAR] + (1 - between(densities, layout)) * step[VAR], 0)

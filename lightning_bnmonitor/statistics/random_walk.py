@@ -61,6 +61,8 @@ class Lag(NamedTuple):
     """At random, ``(L,)``: chance taken off; 0 if it may be chance."""
     most: FloatArray
     """As at random, or along a line, whichever is more, ``(L,)``: the last step counts."""
+    step: FloatArray
+    """RMS step of a walk, by the differences of the later half, ``(L,)``."""
 
 
 def lag_of_running(
@@ -105,7 +107,8 @@ def lag_of_running(
     behind_end = np.stack([1 / (momentum * (2 - momentum)), 1 / momentum**2])
     walk = np.where(is_chance, 0, np.maximum(np.minimum(of_all, of_late)[0], 0)) * behind_end[0]
     most = (of_late * behind_end).max(axis=0)
-    return Lag((1 - momentum) * np.sqrt(walk), np.sqrt(np.maximum(most, 0)))
+    step = np.sqrt(np.maximum(of_late[0], 0))
+    return Lag((1 - momentum) * np.sqrt(walk), np.sqrt(np.maximum(most, 0)), step)
 
 
 def _extents(batches: FloatArray, dof: FloatArray) -> FloatArray:

@@ -291,10 +291,12 @@ def expected_analysis(layer, index):
     relative = noise_scale / unit**2
 
     # The present is no further from the buffers than these can be behind.
-    walk, most = lags_behind(blocks, g, block_mean, noise_scale, unit, calls[-1].momentum)
+    walk, most, step = lags_behind(blocks, g, block_mean, noise_scale, unit, calls[-1].momentum)
     chance, distance, share = rms(relative * c2_lag[1][:, None]), rms((lags[1] / unit) ** 2), 1.0
-    if layer.known and lagging.any() and w[runs[0]].sum() > 0.99 and distance > np.hypot(most, chance):
-        share = np.hypot(most, chance) / distance
+    of_last = step**2 * ((np.arange(len(runs[0])) + 1) ** 2).sum() / len(runs[0]) ** 2
+    left = max(most**2 + chance**2, distance**2 - of_last)
+    if layer.known and lagging.any() and w[runs[0]].sum() > 0.99 and distance**2 > left:
+        share = np.sqrt(left) / distance
     nearer = (1 - share) * lags[1] if share < 1 else np.zeros_like(lags[1])
     mixture, of_earlier = share * now * g + (1 - share) * w, (1 - share) ** 2 * h
 
@@ -368,7 +370,7 @@ def smooth_part(values, weights, time):
 
 @np.errstate(divide="ignore", invalid="ignore")
 def lags_behind(blocks, weights, block_mean, noise_scale, unit, momentum):
-    """How far an average lags behind a random walk, and behind what moves like one or along a line, at most.
+    """How far an average lags behind a random walk, and behind what moves like one or along a line, at most; its step.
 
     By what each single step adds to every difference: a walk's steps one by one, those of a line together.
     """
@@ -395,7 +397,7 @@ def lags_behind(blocks, weights, block_mean, noise_scale, unit, momentum):
 
     excess, by_chance = observed(pairs)
     if not pairs or np.isnan(by_chance):
-        return np.nan, np.nan
+        return np.nan, np.nan, np.nan
     late = pairs[len(pairs) // 2 :]
     late_excess, _ = observed(late)
     of_walk = late_excess / extent(steps, late)
@@ -403,10 +405,11 @@ def lags_behind(blocks, weights, block_mean, noise_scale, unit, momentum):
     ages = np.arange(4000 if momentum < 1 else 1)
     remains = (1 - momentum) ** ages  # of a step in the average's distance from the end, the next one's first
     most = np.sqrt(max(of_walk * (remains**2).sum(), of_line * remains.sum() ** 2, 0))
+    step = np.sqrt(max(of_walk, 0))
     if excess <= 3 * np.sqrt(3 / len(pairs)) * by_chance:
-        return 0.0, most
+        return 0.0, most, step
     variance = max(min(excess / extent(steps, pairs), of_walk), 0)
-    return np.sqrt(variance * (remains[1:] ** 2).sum()), most
+    return np.sqrt(variance * (remains[1:] ** 2).sum()), most, step
 
 
 def reference_error(observed, dof, num_samples):
