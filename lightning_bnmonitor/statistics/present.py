@@ -114,16 +114,16 @@ def by_running_stats(window: Parts, present: Present, lag: Difference, behind: L
     blocks, densities, _, noise, _, unit, layout = window
     is_last = densities.recent[0, MEAN] > 0
     within, batches = (np.where(is_last, part, 0).sum(axis=1) for part in (blocks.weight, blocks.num_batches))
+    may_be_newer = (within > _WITHIN) & ~lag.is_chance
+    if not may_be_newer.any():
+        return present, lag
     of_last = behind.step**2 * (batches + 1) * (2 * batches + 1) / (6 * batches)
     by_chance = noise.error(lag.variance, unit) ** 2
     squared = layout.mean((lag.value / unit) ** 2).sum(axis=0)
     left = np.maximum(behind.most**2 + by_chance, squared - of_last)
-    is_nearer = (within > _WITHIN) & ~lag.is_chance & (squared > left)
-    if not is_nearer.any():
-        return present, lag
-    share = np.where(is_nearer, np.sqrt(left / squared), 1)
-    kept, taken = layout.spread(share), layout.spread(1 - share)
-    step = np.where(taken > 0, taken * lag.value, 0)
+    share = np.where(may_be_newer & (squared > left), np.sqrt(left / squared), 1)
+    kept = layout.spread(share)
+    step = np.where(kept < 1, (1 - kept) * lag.value, 0)
     now_var = np.maximum(present.now[VAR] + (1 - between(densities, layout)) * step[VAR], 0)
     mixed = 2 * share * (1 - share) * (present.density * blocks.weight).sum(axis=2)
     variance = share**2 * present.noise + (1 - share) ** 2 * noise.total + mixed

@@ -33,7 +33,7 @@ the differences of the later half, behind the statistics after the optimizer's l
 (What moves even less steadily than a walk is noise from batch to batch.)
 
 *Checked by simulation:* within 20 % of the lag that random walks made, at momenta from 0.05 to 0.5; at most 1.1 times
-the bound for walks, straight lines, and fractional Brownian motion between them, at momenta from 0.1 to 0.9.
+the bound for walks, straight lines, and fractional Brownian motion between them, at momenta from 0.5 to 0.9.
 *Not established:* inputs that return to where they were, which running statistics are less far behind; averages that
 reach back farther than the window; a single jump in the last batches, by which an average may be farther behind.
 """
