@@ -54,6 +54,7 @@ class Gate:
 
     def __init__(self, root: nn.Module) -> None:
         self.validating = False  # whether calls in eval mode are looked at
+        self.is_validation_new = False  # whether none of it was looked at yet
         self.root = weakref.ref(uncompiled(root))  # a compiled module has no mode of its own
         self.paused = 0  # pauses that are in force
         self.is_closed = False  # whether the window has ended

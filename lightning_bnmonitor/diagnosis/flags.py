@@ -89,8 +89,8 @@ def _explain_other_weights(evidence: Evidence) -> list[str]:
 def _cure_other_weights(evidence: Evidence) -> list[str]:
     if rules.was_called(evidence) or evidence.get("averaged"):
         return [
-            "Add `PreciseBatchNorm(restore=True)` to the Trainer's callbacks; or, with those weights in the model, "
-            f"{RECALIBRATE}."
+            "Add `PreciseBatchNorm(restore=True)` to the Trainer's callbacks (to weights that `validation_step` itself "
+            f"puts in place it comes too early); or, with those weights in the model, {RECALIBRATE}."
         ]
     return [_OF_COPIES, _ALONE]
 

@@ -40,18 +40,26 @@ class TrackedLayer:
         module: The layer. (The layer alone: a reference to the model would keep that alive.)
         gate: Tells its hook whether a call counts.
         flush: Merges what waits.
+        begin_validation: Called before the first call in a validation is taken, of whatever layer.
         at_fixed_weights: Whether calls that update nothing are kept in the order of time, as those that do are
             otherwise.
     """
 
     def __init__(
-        self, name: str, module: BatchNorm, gate: Gate, flush: Callable[[], None], at_fixed_weights: bool = False
+        self,
+        name: str,
+        module: BatchNorm,
+        gate: Gate,
+        flush: Callable[[], None],
+        begin_validation: Callable[[], None],
+        at_fixed_weights: bool = False,
     ) -> None:
         self._at_fixed_weights = at_fixed_weights
         self.name = name
         self.module = module
         self.gate = gate
         self.flush = flush
+        self.begin_validation = begin_validation
         self.hook = LayerHook(gate, flush, self.receive_empty, self.validate)
         self.validation: dict[int, PooledCalls] = {}  # by the loader of the batches
         self._in_validation = PooledCalls()  # of the present loader
@@ -138,39 +146,18 @@ class TrackedLayer:
         """Look at what is called in validation from now on, as batches of that loader."""
         self.validation[loader] = self._in_validation = PooledCalls()
 
-    def keep_for_validation(self, now: Snapshot, has_own_weights: bool, has_weights_of_training: bool) -> None:
-        """Keep the running statistics that a validation begins with.
-
-        Args:
-            now: These.
-            has_own_weights: Whether weight or bias are others than training has left.
-            has_weights_of_training: Whether those of no layer are, as far as is known.
-        """
-        self.val_running, self.hook.trained_in_validation = now.buffers, False
-        self.val_standing = self._standing(now, has_own_weights, has_weights_of_training)
-
     def end_validation(self) -> None:
         """Drop what was seen in validation."""
         self.validation, self.val_running, self.val_standing = {}, None, Standing.ABSENT
 
     def validate(self, moments: BatchMoments) -> None:
         """Take the moments of one call in validation."""
+        if self.gate.is_validation_new:
+            self.begin_validation()
         if self.module.training:  # it normalises by the batch there, too
             self.val_running, self.val_standing = None, Standing.ABSENT
         with self.gate.lock:
             self._in_validation.add(moments.num_samples, moments.batch_size, moments.mean, moments.spread)
-
-    def _standing(self, now: Snapshot, has_own_weights: bool, has_weights_of_training: bool) -> Standing:
-        if now.buffers is None:
-            return Standing.ABSENT
-        if now.is_initial:
-            return Standing.INITIAL
-        if self.written is not None and self.written.has_same_buffers(now):
-            return Standing.REPAIRED
-        is_rewritten = self.gate.is_closed and self.end is not None and not self.end.has_same_buffers(now)
-        if has_own_weights or (is_rewritten and not has_weights_of_training):
-            return Standing.OTHER
-        return Standing.REWRITTEN if is_rewritten else Standing.TRAINED
 
     def left_behind(self) -> list[LeftBehind]:
         """What compiled graphs have left behind, if it counts, and what takes each. It is not there any more then."""

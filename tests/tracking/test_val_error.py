@@ -67,8 +67,9 @@ def test_the_error_is_that_of_the_activations_that_the_running_statistics_made(c
         mean, var = (getattr(net[0], name).double().numpy().copy() for name in ("running_mean", "running_var"))
         net.eval()
         tracker.start_validation()
+        net(validation[0])
         net[0].running_mean.add_(torch.inf)  # what they become later has no part in it
-        for x in validation:
+        for x in validation[1:]:
             net(x)
         report = tracker.validation_report()
     layer = report["0"]
@@ -410,3 +411,24 @@ def test_a_part_in_eval_mode_whose_statistics_are_still_initial_is_told_so():
         layer = tracker.close()["0"]
     assert (layer.verdict, layer.needs_attention) == ("frozen", True)
     assert "still the initial zeros and ones" in layer.explanation
+
+
+@pytest.mark.parametrize("is_repaired", [False, True])
+def test_weights_that_are_swapped_as_late_as_within_a_validation_step_are_others(is_repaired):
+    torch.manual_seed(0)
+    net, batches = network(), data(40, 1)
+    with BatchNormTracker(net) as tracker:
+        train(net, batches, lr=0.05)
+        tracker.close()
+        if is_repaired:
+            recalibrate(net, batches)
+        net.eval()
+        tracker.start_validation()
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.mul_(0.5)
+            for x in data(10, 2):
+                net(x)
+        report = tracker.validation_report()
+    assert "other-weights" in report["2"].flags
+    assert "domain-shift" not in report["2"].flags
