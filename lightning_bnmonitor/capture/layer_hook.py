@@ -63,6 +63,7 @@ class Gate:
         self.parts_before = 0  # those of the steps that have ended
         self.has_groups = False  # whether batches were ever said to be of groups
         self.steps_in_eval_mode = 0  # of the root's optimizers in this window while the root was in eval mode
+        self.has_stepped = False  # whether an optimizer has stepped in this window
         self.is_full = False  # whether as many calls of a layer wait as may
         self.is_guarded = False  # whether running statistics are to be checked after each part of a step
         self.has_warned_of_graph = False  # that is captured
@@ -81,8 +82,9 @@ class Gate:
         self.mark = self.parts + number
 
     def end_part(self) -> None:
-        """A part of a training step has ended."""
+        """A part of a training step has ended, with an optimizer's step."""
         self.mark += _PART
+        self.has_stepped = True
 
     def end_step(self) -> None:
         """A training step has ended."""

@@ -11,13 +11,8 @@ from dataclasses import dataclass
 from lightning_bnmonitor.diagnosis import rules
 from lightning_bnmonitor.diagnosis.circumstances import Circumstances
 from lightning_bnmonitor.diagnosis.evidence import WARNING, Evidence
-from lightning_bnmonitor.diagnosis.sentences import RECALIBRATE, RECALIBRATE_CALL, Statement
+from lightning_bnmonitor.diagnosis.sentences import OF_COPIES, RECALIBRATE, RECALIBRATE_CALL, Statement
 
-_OF_COPIES = (
-    "If it is a copy with averaged weights, average or copy the buffers with the weights "
-    "(`AveragedModel(model, use_buffers=True)`), or recompute them "
-    "(`lightning_bnmonitor.recalibrate(averaged, loader)`)."
-)
 _ALONE = f"If the model was loaded, load its running statistics, too, or recompute them ({RECALIBRATE_CALL})."
 
 
@@ -92,7 +87,7 @@ def _cure_other_weights(evidence: Evidence) -> list[str]:
             "Add `PreciseBatchNorm(restore=True)` to the Trainer's callbacks (to weights that `validation_step` itself "
             f"puts in place it comes too early); or, with those weights in the model, {RECALIBRATE}."
         ]
-    return [_OF_COPIES, _ALONE]
+    return [OF_COPIES, _ALONE]
 
 
 def _explain_unexplained(evidence: Evidence) -> list[str]:
@@ -236,8 +231,8 @@ _TABLE = (
         name="half-frozen",
         rule=lambda layer, evidence: layer.has_frozen_weights and bool(evidence.get("batches")),
         explanation=(
-            "Its weights do not train (`requires_grad=False`), while its running statistics go over to the present "
-            "data: what was trained with the old ones no longer works in eval().",
+            "Its weights do not train (`requires_grad=False`, no gradient, or in no optimizer), while its running "
+            "statistics go over to the present data: what was trained with the old ones no longer works in eval().",
         ),
         remedy=("To keep it as it was, call `layer.eval()` after every `model.train()`.",),
     ),
@@ -278,7 +273,7 @@ _TABLE = (
             "Its running statistics were never updated: they are the initial zeros and ones (`num_batches_tracked` is "
             "zero), {val_error} off what it receives in validation (chance explains {val_error_noise}).",
         ),
-        remedy=lambda evidence: [_ALONE] if evidence.get("val_alone") else [_OF_COPIES, _ALONE],
+        remedy=lambda evidence: [_ALONE] if evidence.get("val_alone") else [OF_COPIES, _ALONE],
     ),
     Flag(
         name="non-finite-validation",

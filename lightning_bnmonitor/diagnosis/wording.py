@@ -13,7 +13,7 @@ from lightning_bnmonitor.diagnosis.rules import (
     moves_with_weights,
     net_error,
 )
-from lightning_bnmonitor.diagnosis.sentences import RECALIBRATE
+from lightning_bnmonitor.diagnosis.sentences import OF_COPIES, RECALIBRATE
 
 _BY_CALLS = (
     "The calls of a step differ, and the running statistics average the variances of calls, without what lies between "
@@ -128,6 +128,19 @@ def explain_frozen(evidence: Evidence) -> list[str]:
         *_still_initial(evidence),
         "Against the statistics of what it receives, that is an error of {eval_error}. Training and eval() agree; "
         "what the next layer receives is not normalised by that much.",
+    ]
+
+
+def cure_frozen(evidence: Evidence) -> list[str]:
+    """What to do about ``frozen``."""
+    if _still_initial(evidence):
+        return [
+            "If it is to learn, call `layer.train()` and train anew: better running statistics afterwards do not help.",
+            OF_COPIES,
+        ]
+    return [
+        f"If what it receives is no longer what its statistics are from, {RECALIBRATE} and train on, as what follows "
+        "has learned with the present ones, or let it learn them (`layer.train()`)."
     ]
 
 

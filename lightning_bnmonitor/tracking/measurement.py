@@ -20,7 +20,6 @@ from lightning_bnmonitor.statistics.channel_layout import ChannelLayout, FloatAr
 from lightning_bnmonitor.statistics.joined_windows import ENOUGH, KeptWindow, fewest, joined, kept_window
 from lightning_bnmonitor.statistics.noise import LastBatch, RunningStats
 from lightning_bnmonitor.statistics.probe import Scores
-from lightning_bnmonitor.tracking.affine import has_frozen_weights
 from lightning_bnmonitor.tracking.buffers import History, Snapshot, snapshots
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 from lightning_bnmonitor.tracking.windows import Windows
@@ -257,7 +256,7 @@ def _circumstances(layer: TrackedLayer, now: Snapshot) -> Circumstances:
         assumed_updates=layer.assumed_updates_of_a_call,
         checkpointed=layer.hook.checkpointed,
         written_outside=layer.written_outside,
-        has_frozen_weights=has_frozen_weights(module) and not layer.has_moving_weights,
+        has_frozen_weights=layer.has_fixed_weights,
         own_forward=bool(layer.hook.own_forward),
         interrupted=layer.interrupted,
         num_tracked=now.num_tracked,

@@ -70,7 +70,7 @@ class Recorder:
         self._was_told_of_steps = False  # before the state that was restored was saved
         self._last_seen_step = -1  # of which the model's arguments were seen
         self._standings = Standings()
-        self._untrained = AffineWeights([])  # of layers whose weights do not train, as the window began
+        self._at_start = AffineWeights([])  # as the window began
         _recorders.add(self)
 
     @property
@@ -84,7 +84,7 @@ class Recorder:
         self.layers = [known.get(module) or self._new_layer(name, module) for name, module in modules.items()]
         self.guard = Guard(modules.values(), self.gate.lock) if self.gate.is_guarded else None
         self._begin([layer for layer in self.layers if layer.module not in known])
-        self._keep_untrained_weights()
+        self._keep_weights()
 
     def mask_hooks(self) -> dict[BatchNorm, MaskHook]:
         """What has to be called after each layer for masks to be seen; nothing if there are none."""
@@ -218,7 +218,7 @@ class Recorder:
         if self.masks is not None:
             was_called = any(layer.num_calls for layer in self.layers)
             self.masks.check_use(was_called, any(layer.counts.paths["traced"] for layer in self.layers))
-        self.look_at_untrained_weights()
+        self.look_at_weights()
         report, endings = assess(self.layers, self.windows, all_ranks=all_ranks)
         for ending in endings:
             layer, known, now = ending.state
@@ -234,11 +234,13 @@ class Recorder:
         self._stop_counting()
         return report
 
-    def look_at_untrained_weights(self) -> None:
-        """Find out which weights that do not train have changed in this window, as those of an averaged copy."""
-        moving = self._untrained.changed()
+    def look_at_weights(self) -> None:
+        """Find out whose weights neither train in this window nor follow others, as those of an averaged copy."""
+        changed, same = self._at_start.compared()
+        stay = same if self.gate.has_stepped else set()
         for layer in self.layers:
-            layer.has_moving_weights = layer.module in moving
+            module = layer.module
+            layer.has_fixed_weights = module in stay or (has_frozen_weights(module) and module not in changed)
 
     def begin_window(self) -> None:
         """Begin the next window, after one has ended."""
@@ -248,7 +250,7 @@ class Recorder:
         self.gate.begin_group(0)
         self.windows.reset()
         self._begin(self.layers)
-        self._keep_untrained_weights()
+        self._keep_weights()
         self.windows.make_room()
         self._reopen()
 
@@ -334,7 +336,7 @@ class Recorder:
             self.gate.steps_in_eval_mode = 0
             for layer, now in _with_snapshots(self.layers):
                 layer.restart(layer.end if state["closed"] and layer.end is not None else now)
-        self._keep_untrained_weights()
+        self._keep_weights()
         if state["closed"]:
             self._stop_counting()
         differences = {
@@ -352,9 +354,9 @@ class Recorder:
             if not math.isnan(counted := self.places.calls_per_model_call(layer)):
                 layer.calls_per_model_call = counted
 
-    def _keep_untrained_weights(self) -> None:
-        untrained = [layer.module for layer in self.layers if has_frozen_weights(layer.module)]
-        self._untrained = AffineWeights(untrained)
+    def _keep_weights(self) -> None:
+        self.gate.has_stepped = False
+        self._at_start = AffineWeights([layer.module for layer in self.layers])
 
     def _new_layer(self, name: str, module: BatchNorm) -> TrackedLayer:
         layer = TrackedLayer(name, module, self.gate, self.flush, self._keep_for_validation, self._at_fixed_weights)

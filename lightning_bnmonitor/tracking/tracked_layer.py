@@ -80,7 +80,7 @@ class TrackedLayer:
         self.earlier: Sequence[KeptWindow] = ()  # short windows that this one goes on from
         self.edges: Edges | None = None  # of the window before, if its data may have come in an order,
         self.end_edges: Edges | None = None  # and of the one that has ended
-        self.has_moving_weights = False  # though they are not trained, when last looked at
+        self.has_fixed_weights = False  # whether they neither train nor change otherwise, when last looked at
         self.call_shift = math.nan  # of the last window that had one
         self.bad: BadBatch | None = None  # what the running statistics are not finite of, if it is known
         self.calls_per_model_call = math.nan  # as it was last known

@@ -322,7 +322,7 @@ class BatchNormTracker:
         self.flush()
         recorder = self._recorder
         if not recorder.is_closed:
-            recorder.look_at_untrained_weights()
+            recorder.look_at_weights()
         report, _ = assess(recorder.layers, recorder.windows, ended=recorder.is_closed)
         self._closing = report if recorder.is_closed else None
         return report

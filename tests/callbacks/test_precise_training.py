@@ -19,6 +19,7 @@ from tests.callbacks.precise_fits import (
     MOMENTUM,
     STATS,
     ByStep,
+    Net,
     Trace,
     fit,
     is_exact,
