@@ -71,6 +71,8 @@ class Circumstances(NamedTuple):
     """Steps of its optimizers meanwhile."""
     left_out: int = 0
     """Calls that the guard has undone, as a value in them was not finite."""
+    dimensions: int = 2
+    """Of what it receives, besides samples and channels: 2 for images."""
     has_initial_stats: bool = False
     """Whether the module's buffers are the initial zeros and ones."""
     updates_nothing: bool = False

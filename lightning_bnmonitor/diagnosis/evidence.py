@@ -131,6 +131,7 @@ EVIDENCE: Mapping[str, str] = {
     "recommended_error": "eval_error predicted with recommended_momentum",
     "recommended_batch_size": "the batch size that the remedy names",
     "compensated_momentum": "the momentum that has, with several updates a call, the effect of the module's",
+    "dimensions": "dimensions of what it receives besides samples and channels: 2 for images",
     "batches_to_go": "batches until the initial values no longer matter",
     "val_error": "RMS error of the normalised activation that the running statistics, as they were in validation, made "
     "on what the layer received there",

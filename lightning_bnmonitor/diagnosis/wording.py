@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from lightning_bnmonitor.diagnosis.evidence import WARNING, Evidence
 from lightning_bnmonitor.diagnosis.rules import (
+    batches_differ,
     differs_by_calls,
     has_unlike_groups,
     is_noisy_at_last,
@@ -12,6 +13,7 @@ from lightning_bnmonitor.diagnosis.rules import (
     is_outrun,
     moves_with_weights,
     net_error,
+    parts_differ,
 )
 from lightning_bnmonitor.diagnosis.sentences import OF_COPIES, RECALIBRATE
 
@@ -166,9 +168,9 @@ def cure_tiny(evidence: Evidence) -> list[str]:
     """What to do about ``tiny-batch``."""
     if is_of_few_samples(evidence) and evidence["batch_size"] == 1:
         return [
-            "Train with `nn.InstanceNorm2d(channels, affine=True)` in its place, which does in eval() what this layer "
-            "does in training (its weight and bias fit), or with `nn.GroupNorm`, or put more samples in a batch; for "
-            "fine-tuning, freeze it (`layer.eval()` after every `model.train()`)."
+            "Train with `nn.InstanceNorm{dimensions}d(channels, affine=True)` in its place, which does in eval() what "
+            "this layer does in training (its weight and bias fit), or with `nn.GroupNorm`, or put more samples in a "
+            "batch; for fine-tuning, freeze it (`layer.eval()` after every `model.train()`)."
         ]
     return [
         "Put more samples in a batch: at least sixteen values per channel. Where memory forbids that: "
@@ -177,12 +179,19 @@ def cure_tiny(evidence: Evidence) -> list[str]:
     ]
 
 
+_PARTS_DIFFER = (
+    "its batch means differ {ordering_ratio} times as much between parts of the window as between neighbouring batches "
+    "(chance explains up to {ordering_limit}), by {ordering_share} of the variance"
+)
+_BATCHES_DIFFER = (
+    "its batch means vary {grouping_ratio} times as much as those of {batch_size} independent samples would (chance "
+    "explains up to {grouping_limit}), by {grouping_share} of the variance"
+)
+
+
 def explain_ordered(evidence: Evidence) -> list[str]:
     """Explain ``ordered-batches``."""
-    differ = (
-        "its batch means differ {ordering_ratio} times as much between parts of the window as between neighbouring "
-        "batches (chance explains up to {ordering_limit}), by {ordering_share} of the variance"
-    )
+    differ = _BATCHES_DIFFER if batches_differ(evidence) and not parts_differ(evidence) else _PARTS_DIFFER
     if "order_score" in evidence:
         return [
             f"The data come in an order, and the running statistics are those of the last part: {differ}, and so does "
@@ -197,10 +206,7 @@ def explain_ordered(evidence: Evidence) -> list[str]:
 
 def explain_grouped(evidence: Evidence) -> list[str]:
     """Explain ``grouped-batches``."""
-    vary = (
-        "its batch means vary {grouping_ratio} times as much as those of {batch_size} independent samples would "
-        "(chance explains up to {grouping_limit}), by {grouping_share} of the variance"
-    )
+    vary = _PARTS_DIFFER if parts_differ(evidence) and not batches_differ(evidence) else _BATCHES_DIFFER
     if has_unlike_groups(evidence):
         who = "Each batch is of one of {groups} groups, and these differ"
         if evidence["groups"] < 2:

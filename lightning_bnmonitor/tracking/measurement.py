@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_bnmonitor.capture.batch_moments import PATHS
 from lightning_bnmonitor.diagnosis.circumstances import Circumstances
@@ -24,6 +24,7 @@ from lightning_bnmonitor.tracking.buffers import History, Snapshot, snapshots
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 from lightning_bnmonitor.tracking.windows import Windows
 
+_DIMENSIONS = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}  # besides samples and channels
 _DIFFERENCE = 0.01  # share of the variance by which parts of a window differ, to be compared with those of the next
 
 
@@ -266,6 +267,7 @@ def _circumstances(layer: TrackedLayer, now: Snapshot) -> Circumstances:
         calls_in_eval_mode=layer.hook.calls_in_eval_mode,
         steps_in_eval_mode=layer.gate.steps_in_eval_mode,
         left_out=counts.left_out,
+        dimensions=next((number for kind, number in _DIMENSIONS.items() if isinstance(module, kind)), 2),
         has_initial_stats=now.buffers is not None and now.is_initial,
     )
 

@@ -254,3 +254,27 @@ def test_what_updates_nothing_is_recalibrated_as_frozen(none, flag):
         diagnosis = Diagnosis(verdict, (flag,), True, known)
         for text in (diagnosis.remedy, diagnosis.notes):
             assert text.count("recalibrate(model") == text.count(call)
+
+
+def test_a_layer_that_has_never_learned_anything_is_not_told_to_be_recomputed():
+    frozen = diagnosed(SYMPTOMS["frozen"])
+    assert "recalibrate(model, loader, frozen=True)" in frozen.remedy
+    initial = diagnosed(SYMPTOMS["frozen"] | {"has_initial_stats": True})
+    assert "recalibrate(model" not in initial.remedy
+    assert "`layer.train()` and train anew" in initial.remedy
+    assert "copy the buffers with the weights" in initial.remedy
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_the_norm_that_is_recommended_takes_what_the_layer_takes(dimensions):
+    one_sample = {"batch_size": 1.0, "samples_per_batch": 400.0, "independent_values": 2.0, "dimensions": dimensions}
+    assert f"`nn.InstanceNorm{dimensions}d(channels, affine=True)`" in diagnosed(one_sample).remedy
+
+
+@pytest.mark.parametrize(("group_score", "verdict"), [(7.0, "grouped-batches"), (1.0, "ordered-batches")])
+def test_of_batches_that_differ_where_parts_do_not_what_is_said_is_beyond_chance(group_score, verdict):
+    batches_differ = {"grouping_ratio": 7.2, "grouping_share": 0.4, "ordering_ratio": 2.35, "ordering_limit": 3.0}
+    diagnosis = diagnosed(batches_differ | {"order_score": 2.4, "group_score": group_score})
+    assert diagnosis.verdict == verdict
+    assert "7.2 times" in diagnosis.explanation
+    assert "2.35" not in diagnosis.explanation
