@@ -18,7 +18,7 @@ from lightning_bnmonitor.arguments import (
 )
 from lightning_bnmonitor.callbacks.batch_group import BatchGroup, GroupFunction
 from lightning_bnmonitor.callbacks.lightning_package import Callback, LightningModule, Trainer
-from lightning_bnmonitor.callbacks.output import Output
+from lightning_bnmonitor.callbacks.output import Output, without_weights_left
 from lightning_bnmonitor.callbacks.schedule import WindowSchedule, is_of_sample, is_training_over, num_evaluated
 from lightning_bnmonitor.callbacks.unhealthy import OnUnhealthy
 from lightning_bnmonitor.capture.batch_moments import CaptureMode
@@ -180,10 +180,7 @@ class BatchNormMonitor(Callback):
             self._state = state_dict
 
     def report(self) -> Report:
-        """The report of the last finished window; before the first one has ended, of the window so far.
-
-        Empty before ``fit``.
-        """
+        """The report of the last finished window; before the first has ended, of the window so far, if any."""
         if self._report is not None:
             return self._report
         return self._tracker.report() if self._tracker is not None else Report([])
@@ -317,6 +314,8 @@ class BatchNormMonitor(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._tracker is not None and self._tracker.has_other_weights():
+            self._report = without_weights_left(self.report())
         self._print(trainer, self.report(), "running statistics in the last window")
 
     @override
@@ -395,5 +394,5 @@ class BatchNormMonitor(Callback):
 
 
 def _is_alone(trainer: Trainer) -> bool:
-    """Whether ``validate`` or ``test`` was called, which no training precedes."""
+    """Whether ``validate`` or ``test`` was called."""
     return trainer.state.fn in ("validate", "test")

@@ -120,13 +120,13 @@ def net_shift(evidence: Evidence) -> float:
 def is_ordered(_: Circumstances, evidence: Evidence) -> bool:
     """Whether parts of the window differ, because the data come in an order."""
     if is_of_one_pass(evidence):  # in which no weights move
-        return parts_differ(evidence)
+        return _parts_differ(evidence)
     if "order_score" in evidence:
         # Where its parts do not differ, but its batches do, groups that the inputs show, too, are the better word.
-        has_groups = not parts_differ(evidence) and evidence.get("group_score", 0.0) > LIMIT
+        has_groups = not _parts_differ(evidence) and evidence.get("group_score", 0.0) > LIMIT
         return _batches_vary(evidence) and evidence["order_score"] > LIMIT and not has_groups
     is_smooth = evidence.get("smooth_share", 1.0) >= _SMOOTH and not evidence.get("border_jump")
-    return parts_differ(evidence) and not is_smooth
+    return _parts_differ(evidence) and not is_smooth
 
 
 def is_grouped(_: Circumstances, evidence: Evidence) -> bool:
@@ -135,7 +135,7 @@ def is_grouped(_: Circumstances, evidence: Evidence) -> bool:
         return True
     if "group_score" in evidence:
         return _batches_vary(evidence) and evidence["group_score"] > LIMIT
-    return batches_differ(evidence)
+    return _batches_differ(evidence)
 
 
 def has_unlike_groups(evidence: Evidence) -> bool:
@@ -186,18 +186,16 @@ def does_not_fit(layer: Circumstances, evidence: Evidence) -> bool:
 
 def _batches_vary(evidence: Evidence) -> bool:
     """Whether batch means vary more than by chance, in whatever way."""
-    return parts_differ(evidence) or batches_differ(evidence)
+    return _parts_differ(evidence) or _batches_differ(evidence)
 
 
-def parts_differ(evidence: Evidence) -> bool:
-    """Whether parts of the window differ by more than neighbouring batches, and than by chance."""
+def _parts_differ(evidence: Evidence) -> bool:
     # Of batches that repeat each other exactly there is no ratio, and in one block no order.
     above = evidence.get("ordering_ratio", math.inf) > evidence.get("ordering_limit", math.inf)
     return above and _is_of_one_window(evidence) and evidence.get("ordering_share", 0.0) > _SHARE
 
 
-def batches_differ(evidence: Evidence) -> bool:
-    """Whether neighbouring batches differ by more than batches of independent samples do, and than by chance."""
+def _batches_differ(evidence: Evidence) -> bool:
     above = _is_of_one_window(evidence) and evidence.get("grouping_ratio", 0) > evidence["grouping_limit"]
     return above and evidence["grouping_share"] > _SHARE
 

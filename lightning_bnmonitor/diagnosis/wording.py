@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import math
+
 from lightning_bnmonitor.diagnosis.evidence import WARNING, Evidence
 from lightning_bnmonitor.diagnosis.rules import (
-    batches_differ,
     differs_by_calls,
     has_unlike_groups,
     is_noisy_at_last,
@@ -13,7 +14,6 @@ from lightning_bnmonitor.diagnosis.rules import (
     is_outrun,
     moves_with_weights,
     net_error,
-    parts_differ,
 )
 from lightning_bnmonitor.diagnosis.sentences import OF_COPIES, RECALIBRATE
 
@@ -191,7 +191,9 @@ _BATCHES_DIFFER = (
 
 def explain_ordered(evidence: Evidence) -> list[str]:
     """Explain ``ordered-batches``."""
-    differ = _BATCHES_DIFFER if batches_differ(evidence) and not parts_differ(evidence) else _PARTS_DIFFER
+    differ = _PARTS_DIFFER
+    if _is_beyond_chance("grouping", evidence) and not _is_beyond_chance("ordering", evidence):
+        differ = _BATCHES_DIFFER
     if "order_score" in evidence:
         return [
             f"The data come in an order, and the running statistics are those of the last part: {differ}, and so does "
@@ -206,7 +208,9 @@ def explain_ordered(evidence: Evidence) -> list[str]:
 
 def explain_grouped(evidence: Evidence) -> list[str]:
     """Explain ``grouped-batches``."""
-    vary = _PARTS_DIFFER if parts_differ(evidence) and not batches_differ(evidence) else _BATCHES_DIFFER
+    vary = _BATCHES_DIFFER
+    if _is_beyond_chance("ordering", evidence) and not _is_beyond_chance("grouping", evidence):
+        vary = _PARTS_DIFFER
     if has_unlike_groups(evidence):
         who = "Each batch is of one of {groups} groups, and these differ"
         if evidence["groups"] < 2:
@@ -227,6 +231,10 @@ def explain_grouped(evidence: Evidence) -> list[str]:
         "Either the samples of a batch resemble each other (from one video, patient, class or augmentation), or they "
         f"share something random in the network: the layer's inputs alone do not tell. {removed}",
     ]
+
+
+def _is_beyond_chance(ratio: str, evidence: Evidence) -> bool:
+    return evidence.get(f"{ratio}_ratio", 0.0) > evidence.get(f"{ratio}_limit", math.inf)
 
 
 def cure_order(evidence: Evidence) -> list[str]:

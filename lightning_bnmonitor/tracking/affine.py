@@ -49,6 +49,8 @@ class AffineWeights:
             if len(now) < len(owners) or any((values.device, values.dtype) != key for values in now):
                 continue
             before, after = self._copies[key], _joined(now)
+            if before.shape != after.shape:  # it may be given others
+                continue
             differs = (before != after) & ~(before.isnan() & after.isnan())
             parts = torch.split(differs.cpu(), [layer.num_features for layer, _ in owners])
             for (layer, _), part in zip(owners, parts, strict=True):
@@ -66,6 +68,8 @@ def _plain(layer: BatchNorm) -> Iterator[tuple[str, Tensor]]:
     attributes = vars(layer)
     parameters = attributes[PARAMETERS]
     for name in ("weight", "bias"):
+        if f"{name}_orig" in parameters:  # pruning computes it anew with each call
+            continue
         # Not by `getattr`: a parametrization computes what is looked up, with random numbers perhaps.
         values: Any = parameters.get(name, attributes.get(name))
         is_plain = type(values) in (Tensor, nn.Parameter) and not is_lazy(values) and not values.is_meta

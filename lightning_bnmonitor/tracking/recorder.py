@@ -237,10 +237,15 @@ class Recorder:
     def look_at_weights(self) -> None:
         """Find out whose weights neither train in this window nor follow others, as those of an averaged copy."""
         changed, same = self._at_start.compared()
-        stay = same if self.gate.has_stepped else set()
         for layer in self.layers:
             module = layer.module
-            layer.has_fixed_weights = module in stay or (has_frozen_weights(module) and module not in changed)
+            # Nothing has learnt with the running statistics of a layer that begins anew (as SWA ends).
+            stays = module in same and self.gate.has_stepped and not layer.start.is_initial
+            layer.has_fixed_weights = stays or (has_frozen_weights(module) and module not in changed)
+
+    def has_other_weights(self) -> bool:
+        """Whether layers have other weights than the window has ended with, and no statistics of their own."""
+        return self.is_closed and self._standings.are_others()
 
     def begin_window(self) -> None:
         """Begin the next window, after one has ended."""

@@ -30,6 +30,11 @@ class Standings:
         """Take note of the weights that these layers have, whose running statistics we have just written."""
         self._of_repair = AffineWeights([layer.module for layer in layers])
 
+    def are_others(self) -> bool:
+        """Whether weights are in the model that training has not left, and that nothing was written for."""
+        changed = self._of_training.changed() if self._of_training is not None else set()
+        return bool(changed if self._of_repair is None else changed & self._of_repair.changed())
+
     def keep(self, layers: Sequence[TrackedLayer]) -> None:
         """Keep the running statistics of layers, as an evaluation begins with them, and what they are."""
         modules = [layer.module for layer in layers]

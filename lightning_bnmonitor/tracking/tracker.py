@@ -281,6 +281,13 @@ class BatchNormTracker:
         """Look at what is called in eval mode again, as batches of the last loader that was started."""
         self._recorder.go_on_with_validation()
 
+    def has_other_weights(self) -> bool:
+        """Whether layers have other weights than the window has ended with, as averaged ones, without a repair since.
+
+        A report tells nothing of them. False while the window is open.
+        """
+        return self._recorder.has_other_weights()
+
     @torch.inference_mode(False)
     def validation_report(self, all_ranks: bool = False, num_loaders: int | None = None) -> Report:
         """:meth:`report`, and how far off is what was looked at since :meth:`start_validation`.

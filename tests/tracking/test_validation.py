@@ -326,7 +326,7 @@ def fit(tmp_path, *callbacks, shift=0.0, training=None, validation=None, model=N
     defaults = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": tmp_path}
     trainer = Trainer(callbacks=list(callbacks), **(defaults | quiet | options))
-    trainer.fit(model, training or loader(32, 1), validation or loader(20, 2, shift))
+    trainer.fit(model, training or loader(32, 1), loader(20, 2, shift) if validation is None else validation)
     return trainer, model
 
 
