@@ -37,6 +37,7 @@ from lightning_bnmonitor.compat import (
     is_exporting,
     is_stream_capturing,
     never_compiled,
+    normalises_by_batch,
     top_saved_tensor_hooks,
     tracing_state,
     uncompiled,
@@ -253,6 +254,8 @@ class LayerHook(Hook):
             return
         try:
             kernel = kernel_behind(module, x, output)
+            # A `forward` of its own may normalise by the running statistics in training mode, too.
+            by_batch = module.training and (kernel is None or normalises_by_batch(kernel.node))
             if kernel is None and module.training and self.own_forward is None:
                 self.own_forward = is_made_without_kernel(module, x, output)
             moments = None if self.by_pass else saved_moments(module, x, kernel)
@@ -268,7 +271,7 @@ class LayerHook(Hook):
         if moments is None:
             self.receive_empty(updating)
         else:
-            call = call_of(moments, module, module.training, updating, intercepted)
+            call = call_of(moments, module, by_batch, updating, intercepted)
             last = None if kernel is None else repeatable(call, module, x, output, kernel)
             self._keep(moments, last or call)
         self.last_call = last

@@ -135,6 +135,8 @@ EVIDENCE: Mapping[str, str] = {
     "val_error": "RMS error of the normalised activation that the running statistics, as they were in validation, made "
     "on what the layer received there",
     "val_error_noise": "the part of val_error that is chance",
+    "added_error": "what the running statistics of this layer and of those before it are off by themselves, chance taken "
+    "off: the root of the sum of the squares",
     "val_shift": "RMS over channels of the layer's val_shift",
     "val_noise": "the part of val_shift that is chance",
     "val_non_finite": "channels that received a value in validation that is not finite",

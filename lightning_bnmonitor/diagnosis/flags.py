@@ -222,6 +222,20 @@ _TABLE = (
         remedy=_compensate,
     ),
     Flag(
+        name="errors-add-up",
+        rule=None,
+        attention=lambda _: True,
+        explanation=(
+            "In validation eval() is off by {val_error} (chance explains {val_error_noise}): the running statistics of "
+            "this layer and of those before it are each a little behind the weights, by {added_error} all together, and "
+            "each layer enlarges what the one before it has wrong.",
+        ),
+        remedy=(
+            "Add `PreciseBatchNorm(restore=True)` to the Trainer's callbacks, or "
+            f"{RECALIBRATE} before you evaluate. A lower learning rate towards the end of training does the same.",
+        ),
+    ),
+    Flag(
         name="guarded",
         rule=lambda _, evidence: "guarded_calls" in evidence,
         attention=rules.is_often_guarded,
@@ -371,8 +385,8 @@ _TABLE = (
         rule=lambda layer, _: layer.written_outside or layer.updates_per_call < 0,
         explanation=(
             "Something else wrote the running statistics (recalibration, SWA, a loaded checkpoint, a reset, validation "
-            "in training mode): "
-            "what they are made of is known from there on only.",
+            "in training mode, forward passes in training mode outside the training steps): what they are made of is "
+            "known from there on only.",
         ),
     ),
 )

@@ -124,7 +124,7 @@ def cure_trained_in_eval(evidence: Evidence) -> list[str]:
 def explain_frozen(evidence: Evidence) -> list[str]:
     """Explain ``frozen``."""
     return [
-        "It is in eval mode in training, too: it normalises by its running statistics, which stay as they are.",
+        "It normalises by its running statistics in training, too (eval mode), and these stay as they are.",
         *_still_initial(evidence),
         "Against the statistics of what it receives, that is an error of {eval_error}. Training and eval() agree; "
         "what the next layer receives is not normalised by that much.",
