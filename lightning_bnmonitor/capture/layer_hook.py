@@ -132,6 +132,7 @@ class LayerHook(Hook):
         self.calls_in_eval_mode = 0  # those with gradients while the root was in eval mode
         self.first_call = -1  # the earlier the layer was called for the first time, the smaller
         self.own_forward: bool | None = None  # whether outputs are made without a BatchNorm kernel; None if not known
+        self.recomputed = 0  # calls that were to update and were made again in a backward pass
         self.checkpointed = False  # whether a call was (or may be) recomputed, which updates the buffers once more
         # A compiled graph may not append to a list (that recompiles at every call), but it may leave a tuple behind
         # that it found empty.
@@ -188,7 +189,7 @@ class LayerHook(Hook):
             return
         # Within a backward pass: activation checkpointing recomputes a call that was counted when it was made.
         if current_backward() != -1:
-            self.checkpointed = True
+            self._take_again(module)
             return
         # The same as above, but `module.running_mean` takes as long as the rest: modules look up their buffers last,
         # and all else of theirs slowly, too.
@@ -275,6 +276,11 @@ class LayerHook(Hook):
             last = None if kernel is None else repeatable(call, module, x, output, kernel)
             self._keep(moments, last or call)
         self.last_call = last
+
+    def _take_again(self, module: BatchNorm) -> None:
+        self.checkpointed = True
+        if not (self.gate.paused or self.gate.is_closed):
+            self.recomputed += module.training and module.track_running_stats and module.running_mean is not None
 
     def _count_in_eval_mode(self) -> None:
         if is_dynamo_compiling():

@@ -142,9 +142,12 @@ def _explain_repeats(evidence: Evidence) -> list[str]:
             "Activation checkpointing repeats some of its calls, which update the running statistics "
             "{updates_of_repeated} times, and others once: {updates_per_call} times on average."
         ]
+    why = "activation checkpointing repeats it"
+    if "parts_per_call" in evidence:
+        why = "its own `forward` normalises the batch in parts"
     return [
-        "Each call updates the running statistics {updates_per_call} times, as activation checkpointing repeats it: "
-        "the momentum acts as {effective_momentum}."
+        f"Each call updates the running statistics {{updates_per_call}} times, as {why}: the momentum acts as "
+        "{effective_momentum}."
     ]
 
 
@@ -226,9 +229,9 @@ _TABLE = (
         rule=None,
         attention=lambda _: True,
         explanation=(
-            "In validation eval() is off by {val_error} (chance explains {val_error_noise}): the running statistics of "
-            "this layer and of those before it are each a little behind the weights, by {added_error} all together, and "
-            "each layer enlarges what the one before it has wrong.",
+            "The running statistics of this layer and of those before it are behind the weights, by {added_error} all "
+            "together, and each layer enlarges what the one before it has wrong: in validation eval() is off by "
+            "{val_error} (chance explains {val_error_noise}).",
         ),
         remedy=(
             "Add `PreciseBatchNorm(restore=True)` to the Trainer's callbacks, or "

@@ -123,8 +123,8 @@ def _flag(layer: Validated, evidence: Evidence, wrong: float, is_explained: bool
     """What is to be said of a layer that was called in validation."""
     verdict, error = layer.diagnosis.verdict, net_error(evidence)
     is_off = error > WARNING
-    if verdict == "trained-in-eval" or layer.standing == Standing.ABSENT:
-        return None  # whose words say it, or there is nothing to be off
+    if verdict == "trained-in-eval" or evidence.get("non_finite_running_stats") or layer.standing == Standing.ABSENT:
+        return None  # the verdict says it, or there is nothing to be off
     if is_off and layer.standing == Standing.INITIAL and verdict not in ("stale", "frozen"):
         return "never-updated"
     is_unused = verdict == "unused" and not evidence.get("calls_skipped")

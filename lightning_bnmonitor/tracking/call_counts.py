@@ -38,6 +38,14 @@ class CallCounts(NamedTuple):
         """All of them."""
         return sum(self.paths.values())
 
+    def num_repeated(self, recomputed: int) -> int:
+        """Of those that were to update, the calls that activation checkpointing makes again.
+
+        By what autograd saves, where that tells, or else by the ``recomputed`` calls in backward passes, if these are
+        not all.
+        """
+        return self.repeated or (recomputed if recomputed < self.updating else 0)
+
     def restarted(self) -> CallCounts:
         """Counts of a window that begins."""
         return self._replace(
@@ -60,3 +68,8 @@ class WaitingCalls(NamedTuple):
     """Parts of training steps that had ended before each of those that contribute."""
     groups: tuple[int, ...] = ()
     """The number of the group that each of these is of, 0 if of none; empty if there are no groups."""
+
+
+def effective_momentum(momentum: float, updates: float) -> float:
+    """The momentum of so many updates together."""
+    return momentum if updates == 1 else 1 - (1 - momentum) ** updates

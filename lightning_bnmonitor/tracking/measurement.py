@@ -268,6 +268,7 @@ def _circumstances(layer: TrackedLayer, now: Snapshot) -> Circumstances:
         steps_in_eval_mode=layer.gate.steps_in_eval_mode,
         left_out=counts.left_out,
         has_initial_stats=now.buffers is not None and now.is_initial,
+        normalises_in_parts=layer.normalises_in_parts,
     )
 
 
