@@ -7,8 +7,8 @@ than 6 rounds). "no monitor, again" is the same as none: what it shows is the no
 
 Direct share: the time inside our hooks and updates (and in what tells of groups) over the time of the steps, in a
 training of its own, for as many steps at a time as have one update. The hooks are wrapped where they sit; what the
-wrapper takes is measured and subtracted. What PyTorch takes to call a hook at all is not in it (see "empty hook"). In a
-compiled network the hooks are part of the graph: there, only what is done between graphs counts.
+wrapper takes in such steps is measured and subtracted. What PyTorch takes to call a hook at all is not in it (see
+"empty hook"). In a compiled network the hooks are part of the graph: there, only what is done between graphs counts.
 
 Memory: bytes of all tensors and arrays that a variant keeps, the model's own left out.
 
@@ -272,14 +272,6 @@ class Stopwatch:
 
         return measured
 
-    def own_seconds(self, calls: int = 10_000) -> float:
-        """What is measured of a function that does nothing, a call: it is in all that is measured."""
-        other = Stopwatch(self.clock)
-        nothing = other.wrapped(lambda *args: None)
-        for _ in range(calls):
-            nothing(None, None, None, None)
-        return other.seconds / calls
-
     @contextmanager
     def on_our_hooks(self, model: nn.Module, is_compiled: bool) -> Iterator[None]:
         """Wrap our hooks where they sit, but for those that are part of a compiled graph."""
@@ -298,15 +290,34 @@ class Stopwatch:
                 each.update(hooked)
 
 
-def shares_of(training: Training, is_compiled: bool, chunks: int, steps: int | None = None) -> list[float]:
-    """Share of the time of training steps that passes within our hooks and updates, several times.
+def wrapper_seconds(network: Network, calls: int = 200) -> float:
+    """What a stopwatch measures, a call, of hooks that do nothing: it is in all that it measures.
+
+    In training steps, where the processor's caches are as cold as they are for our hooks: it takes four times as long
+    as in a loop.
+    """
+    training, stopwatch = Training(network, NONE), Stopwatch()
+    is_compiled = network.backend is not None
+    layers = [module for module in training.module.modules() if isinstance(module, _BatchNorm)]
+    for module in [training.model] if is_compiled else layers:
+        module.register_forward_hook(stopwatch.wrapped(lambda *args: None))
+    training.steps(2)
+    seconds = []
+    for _ in range(0, calls, 1 if is_compiled else len(layers)):
+        stopwatch.seconds, stopwatch.calls = 0.0, 0
+        training.steps(1)
+        seconds.append(stopwatch.seconds / stopwatch.calls)
+    return statistics.median(seconds)
+
+
+def shares_of(network: Network, training: Training, chunks: int, steps: int | None = None) -> list[float]:
+    """Share of the time of training steps of a network that passes within our hooks and updates, several times.
 
     So many steps at a time; None: as many as have one update.
     """
-    stopwatch, shares = Stopwatch(), []
-    with stopwatch.on_our_hooks(training.model, is_compiled):
+    stopwatch, shares, own = Stopwatch(), [], wrapper_seconds(network)
+    with stopwatch.on_our_hooks(training.model, network.backend is not None):
         update = training.prepare_update()
-        own = stopwatch.own_seconds()
         training.tell = stopwatch.wrapped(training.tell)
         for _ in range(chunks):
             stopwatch.seconds, stopwatch.calls = 0.0, 0
@@ -322,7 +333,7 @@ def shares_of(training: Training, is_compiled: bool, chunks: int, steps: int | N
 def direct_shares(network: Network, steps: int | None = None) -> list[float]:
     """:func:`shares_of` a training of its own."""
     training = Training(network, OURS)
-    shares = shares_of(training, network.backend is not None, network.chunks, steps)
+    shares = shares_of(network, training, network.chunks, steps)
     training.monitor.close()
     return shares
 

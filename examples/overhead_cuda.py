@@ -196,7 +196,7 @@ def measured(network: Network, rounds: int, steps: int | None = None) -> dict[st
         cycle = steps or ours.prepare_update()
         for variant, training in ((NONE, bare), (OURS, ours)):
             found[variant] = on_device(training, cycle, measure, otherwise)
-    shares = shares_of(ours, network.backend is not None, 2, steps)
+    shares = shares_of(network, ours, 2, steps)
     report = ours.monitor.kept.report()
     for training in trainings.values():
         training.monitor.close()

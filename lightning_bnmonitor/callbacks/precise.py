@@ -285,16 +285,16 @@ def _warn_of_averages(trainer: Trainer) -> None:
     if not trainer.is_global_zero or not (swapping or at_end):
         return
     if swapping:
-        repaired = (
-            f"averaged weights of {type(swapping[0]).__name__}, while they are in the model: before validation, and at "
-            "the end of `fit`. The running statistics of the weights that are trained stay their own."
+        which = (
+            f"averaged weights of {type(swapping[0]).__name__}, which are validated and saved: before each validation "
+            "and at the end of `fit`. The weights in training keep their own."
         )
     else:
-        repaired = (
-            "weights that are trained, before validation, and of the averaged weights of "
-            f"{type(at_end[0]).__name__} at the end of `fit` alone."
+        which = (
+            "weights in training, before each validation, and of the averaged weights of "
+            f"{type(at_end[0]).__name__} once, at the end of `fit`."
         )
-    warnings.warn(f"BatchNorm has exact running statistics of the {repaired}", stacklevel=4)
+    warnings.warn(f"BatchNorm gets exact running statistics of the {which}", stacklevel=4)
 
 
 def _first(loader: Iterable[Any], num_batches: int) -> Iterator[Any]:

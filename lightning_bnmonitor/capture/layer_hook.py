@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lightning_bnmonitor.capture.batch_moments import BatchMoments, pass_moments, traced_moments
-from lightning_bnmonitor.capture.calls import Call, RepeatableCall, call_of, repeatable
+from lightning_bnmonitor.capture.calls import Call, CallKind, Signature, kind_of, settings_of, signature_of
 from lightning_bnmonitor.capture.hooks import Hook
 from lightning_bnmonitor.capture.hooks import InertHook as InertHook  # of modules that were pickled with it here
 from lightning_bnmonitor.capture.saved import (
@@ -122,7 +122,8 @@ class LayerHook(Hook):
         self.receive_empty = receive_empty
         self.validate = validate
         self.stash: list[Call] = []  # always the same list: threads append to it while others look
-        self.last_call: RepeatableCall | None = None  # if another that is the same may go the short way
+        self.last_call: tuple[Signature, CallKind] | None = None  # if another that is like it may go the short way
+        self.may_be_repeated = False  # whether a call recorded no graph: a backward pass may make it again
         self.room = STASH_LIMIT  # calls that may wait with moments in float32
         self.is_wide = False
         self.by_pass = False
@@ -139,7 +140,7 @@ class LayerHook(Hook):
         self.traced: tuple[tuple[BatchMoments, bool, bool], ...] = ()
         self.traced_validation: tuple[BatchMoments, ...] = ()
         self.traced_in_eval_mode: tuple[None, ...] = ()  # one for each call with gradients
-        self.last_traced: tuple[tuple[Any, ...], RepeatableCall] | None = None
+        self.last_traced: tuple[tuple[Any, ...], CallKind] | None = None
 
     @property
     def is_wide(self) -> bool:
@@ -187,34 +188,23 @@ class LayerHook(Hook):
                 self.traced += ((traced_moments(x), module.training, updating),)
                 gate.is_traced = True
             return
-        # Within a backward pass: activation checkpointing recomputes a call that was counted when it was made.
-        if current_backward() != -1:
-            self._take_again(module)
-            return
-        # The same as above, but `module.running_mean` takes as long as the rest: modules look up their buffers last,
-        # and all else of theirs slowly, too.
-        attributes = module.__dict__
-        has_stats = module.track_running_stats and (
-            attributes[BUFFERS].get("running_mean") is not None or module.running_mean is not None
-        )
         # What follows finds the processor's caches cold: it takes as long as it touches memory. So a call that is like
         # the last one (the same shape and kernel) makes no function call in Python, and is checked for no more than can
-        # have changed since. All others go the long way, which tells the same of it.
-        last, stash, limit = self.last_call, self.stash, self.limit
+        # have changed since. All others go the long way, which tells the same of it. `module.running_mean` would take
+        # as long as the rest: modules look up their buffers last, and all else of theirs slowly, too.
+        attributes, last, stash, limit = module.__dict__, self.last_call, self.stash, self.limit
         if last is not None and len(stash) < limit and tracing_state() is None and output.__class__ is Tensor:
-            eps, momentum, training, updating, nbytes, shape, node_type, contiguous, plain, way, _, _, _, _, _, _, _ = (
-                last
-            )
+            settings, running_mean, on_cuda, shape, node_type, contiguous, plain, way = last[0]
             if (
                 output.shape == shape
                 and (node := output.grad_fn).__class__ is node_type
-                and attributes.get("training") is training
-                and (training and has_stats) is updating
-                and attributes.get("eps") == eps
-                and attributes.get("momentum") == momentum
+                and attributes[BUFFERS].get("running_mean") is running_mean
+                and settings_of(attributes) == settings
                 and (contiguous is None or (x.__class__ is Tensor and x.is_contiguous() is contiguous))
                 and top_saved_tensor_hooks(True) is None
                 and not functorch_is_active()
+                and (not self.may_be_repeated or current_backward() == -1)
+                and not (on_cuda and is_stream_capturing())
                 and (
                     (
                         module.__class__ is plain
@@ -231,17 +221,23 @@ class LayerHook(Hook):
                 )
             ):
                 mean, spread = getattr(node, SAVED_MEAN), getattr(node, SAVED_INVSTD)
-                if mean.nbytes == nbytes and not mean.is_meta and not (mean.is_cuda and is_stream_capturing()):
-                    stash.append((mean, spread, gate.mark, last))
+                if plain is not None or len(mean):  # there are none if a `forward` of its own has told the kernel so
+                    stash.append((mean, spread, gate.mark, last[1]))
                     if len(stash) >= limit:
                         gate.is_full = True
                     return
-        self._take(module, x, output, module.training and has_stats)
+        self._take(module, x, output)
 
     # Where a graph breaks at a layer, its hook runs eagerly, but what that calls would be compiled, as abstract values.
     @never_compiled
-    def _take(self, module: BatchNorm, x: object, output: object, updating: bool) -> None:
+    def _take(self, module: BatchNorm, x: object, output: object) -> None:
         """A call that is not like the last one."""
+        updating = module.training and module.track_running_stats and module.running_mean is not None
+        # Within a backward pass: activation checkpointing makes a call again that was counted when it was made.
+        if current_backward() != -1:
+            self.checkpointed = True
+            self.recomputed += updating and not (self.gate.paused or self.gate.is_closed)
+            return
         if self.gate.validating and updating and not self.gate.paused:
             self.trained_in_validation = True
         if self.gate.paused or self.gate.is_closed or is_exporting():
@@ -272,15 +268,12 @@ class LayerHook(Hook):
         if moments is None:
             self.receive_empty(updating)
         else:
-            call = call_of(moments, module, by_batch, updating, intercepted)
-            last = None if kernel is None else repeatable(call, module, x, output, kernel)
-            self._keep(moments, last or call)
+            kind = kind_of(moments, module, by_batch, updating, intercepted)
+            signature = None if kernel is None else signature_of(kind, module, x, output, kernel)
+            last = None if signature is None else (signature, kind)
+            self.may_be_repeated |= not torch.is_grad_enabled()
+            self._keep(moments, kind)
         self.last_call = last
-
-    def _take_again(self, module: BatchNorm) -> None:
-        self.checkpointed = True
-        if not (self.gate.paused or self.gate.is_closed):
-            self.recomputed += module.training and module.track_running_stats and module.running_mean is not None
 
     def _count_in_eval_mode(self) -> None:
         if is_dynamo_compiling():
@@ -333,17 +326,17 @@ class LayerHook(Hook):
         last = self.last_traced  # as a rule, the next one is the same in all of it
         asked = training, updating, module.momentum, moments.num_samples, moments.batch_size, moments.mean.nbytes
         if last is None or asked != last[0]:
-            self.last_traced = last = asked, call_of(moments, module, training, updating)
+            self.last_traced = last = asked, kind_of(moments, module, training, updating)
         self._keep(moments, last[1])
 
-    def _keep(self, moments: BatchMoments, call: RepeatableCall) -> None:
+    def _keep(self, moments: BatchMoments, kind: CallKind) -> None:
         if self.first_call < 0:
             self.first_call = next(_call_counter)
         if moments.mean.dtype is torch.float64 and not self.is_wide:
             self.is_wide = True
         if len(self.stash) >= self.limit:
             self.flush()
-        self.stash.append((moments.mean, moments.spread, self.gate.mark, call))
+        self.stash.append((moments.mean, moments.spread, self.gate.mark, kind))
         if len(self.stash) >= self.limit:
             self.gate.is_full = True
 

@@ -101,7 +101,7 @@ class InputProbe:
         """Forget all batches."""
         self._rows.clear()
         self._waiting.clear()
-        self._num_steps = 0
+        self._num_steps = self._due_step = 0  # so far, and when the next one is to be looked at
         self._is_complete = True  # whether there was something to look at in each step
         self._center: Tensor | None = None  # c
         self._scales = torch.empty(0, device="cpu")  # of several inputs, what each is multiplied by
@@ -115,8 +115,7 @@ class InputProbe:
     @property
     def is_due(self) -> bool:
         """Whether the next training step would be looked at."""
-        doublings = (self._num_steps // _STEPS).bit_length()
-        return self._is_complete and not self._num_steps % (2 << doublings if doublings else 1)
+        return self._num_steps >= self._due_step and self._is_complete
 
     def skip(self) -> None:
         """Count a training step without looking at it."""
@@ -126,8 +125,6 @@ class InputProbe:
     def _num_waiting(self) -> int:
         return sum(sums.num_batches for sums in self._waiting)
 
-    @torch.inference_mode(False)  # what is kept is gone on with in any mode
-    @torch.no_grad()
     def see(self, inputs: Sequence[Tensor]) -> None:
         """Look at what a training step is given: floating-point inputs or token ids ``(B, *)`` on one device.
 
@@ -137,6 +134,15 @@ class InputProbe:
         self.skip()
         if not is_due:
             return
+        self._due_step = _due_from(self._num_steps)
+        if torch.is_inference_mode_enabled():  # what is kept is gone on with in any mode
+            with torch.inference_mode(False):
+                self._look_at(inputs)
+        else:
+            self._look_at(inputs)
+
+    @torch.no_grad()
+    def _look_at(self, inputs: Sequence[Tensor]) -> None:
         if self._num_waiting >= _WAITING:
             self._merge()
         device = inputs[0].device if inputs else None
@@ -194,6 +200,7 @@ class InputProbe:
     def restore(self, state: Mapping[str, Any], device: torch.device) -> None:
         """Go on from a :meth:`state`, on a device, where nothing was seen yet."""
         self._num_steps, self._is_complete = state["num_steps"], state["is_complete"]
+        self._due_step = _due_from(self._num_steps)
         if state["channels"] is not None:
             self._place(device)
             assert self._window is not None
@@ -238,6 +245,13 @@ class InputProbe:
             norms = (torch.linalg.vector_norm(q, order, dim=1) for order in (1, 2))
             sums = _Sums(len(rows), q.shape[1], q.sum(1), *norms)
             commit([partial(self._waiting.append, sums), partial(delitem, self._rows, slice(len(rows)))])
+
+
+def _due_from(step: int) -> int:
+    """The first step from this one on that is to be looked at."""
+    doublings = (step // _STEPS).bit_length()
+    stride = 2 << doublings if doublings else 1
+    return -(-step // stride) * stride
 
 
 class _Plan(NamedTuple):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -38,13 +39,17 @@ class CallCounts(NamedTuple):
         """All of them."""
         return sum(self.paths.values())
 
-    def num_repeated(self, recomputed: int) -> int:
-        """Of those that were to update, the calls that activation checkpointing makes again.
+    def updates_of_repeated(self, updates: float, recomputed: int) -> float:
+        """Updates by a call that is made again, if all calls make so many on average and the others make one each.
 
-        By what autograd saves, where that tells, or else by the ``recomputed`` calls in backward passes, if these are
-        not all.
+        Which are is known by what autograd saves. Where that does not tell, and some calls but not all were made again
+        in a backward pass, it is as many as were ``recomputed``.
         """
-        return self.repeated or (recomputed if recomputed < self.updating else 0)
+        repeated = self.repeated or (recomputed if recomputed < self.updating else 0)
+        if not repeated:
+            return updates
+        of_repeated = 1 + (updates - 1) * self.updating / repeated
+        return round(of_repeated) if math.isclose(of_repeated, round(of_repeated), rel_tol=1e-9) else of_repeated
 
     def restarted(self) -> CallCounts:
         """Counts of a window that begins."""

@@ -130,13 +130,10 @@ class Recorder:
 
     def see_arguments(self, arguments: object) -> None:
         """Look at what the model is given, unless somebody else tells of that, or has been given in this step."""
-        is_told = self._is_told_of_inputs or (self._is_told_of_steps and self._has_seen_step)
-        if not is_told and self._see(arguments):
-            self._last_seen_step = self.gate.steps
-
-    @property
-    def _is_told_of_steps(self) -> bool:
-        return self.gate.steps > 0 or self._was_told_of_steps
+        steps = self.gate.steps
+        has_seen = self._last_seen_step == steps and (steps or self._was_told_of_steps)
+        if not has_seen and not self._is_told_of_inputs and self._see(arguments):
+            self._last_seen_step = steps
 
     @property
     def _counts(self) -> bool:
@@ -150,14 +147,14 @@ class Recorder:
 
     def _see(self, batch: object) -> bool:
         """Returns whether it counts."""
-        probe = self.windows.probe
         if not self._counts:
             return False
+        probe = self.windows.probe
+        if not probe.is_due:
+            probe.skip()
+            return True
         with self.gate.lock:
-            if probe.is_due:
-                self._look_at(batch)
-            else:
-                probe.skip()
+            self._look_at(batch)
         return True
 
     @never_compiled
@@ -291,7 +288,7 @@ class Recorder:
             "rank": collectives.rank(),
             "closed": self.is_closed,
             "steps_in_eval_mode": self.gate.steps_in_eval_mode,
-            "told_of_steps": self._is_told_of_steps,
+            "told_of_steps": self.gate.steps > 0 or self._was_told_of_steps,
             "seen_step": self._has_seen_step,
             **rows,
         }

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lightning_bnmonitor.capture.batch_moments import PATHS, BatchMoments
-from lightning_bnmonitor.capture.calls import Call, RepeatableCall
+from lightning_bnmonitor.capture.calls import Call, CallKind
 from lightning_bnmonitor.capture.layer_hook import Gate, LayerHook, group_of, parts_of
 from lightning_bnmonitor.capture.saved import has_own_forward
 from lightning_bnmonitor.compat import BatchNorm, is_capturing
@@ -212,7 +212,8 @@ class TrackedLayer:
             rest = self.waiting(fitting) if fitting else WaitingCalls(None, self.counts, 0, 0)
             return rest._replace(skipped=num_calls - len(fitting), num_calls=num_calls)
         times = num_calls // len(kinds)
-        parts, groups = marks, tuple[int, ...]()
+        parts: tuple[int, ...] = marks
+        groups: tuple[int, ...] = ()
         if self.gate.has_groups:
             parts, groups = tuple(map(parts_of, marks)), tuple(map(group_of, marks))
         num_samples, eps, batch_size = zip(*((k.num_samples, k.eps, k.batch_size) for k in kinds), strict=True)
@@ -272,8 +273,7 @@ class TrackedLayer:
 
     def updates_of_repeated(self, updates: float) -> float:
         """Updates by a call that is made again, if all calls make so many on average and the others make one each."""
-        updating, repeated = self.counts.updating, self.counts.num_repeated(self.hook.recomputed)
-        return 1 + (updates - 1) * updating / repeated if repeated else updates
+        return self.counts.updates_of_repeated(updates, self.hook.recomputed)
 
     @property
     def assumed_updates_of_a_call(self) -> float:
@@ -366,7 +366,7 @@ class TrackedLayer:
         if self.start.history is None and self.start.is_initial:
             self.start = self.start._replace(history=FRESH)
 
-    def _effective_momenta(self, kinds: Sequence[RepeatableCall], times: int) -> tuple[float, ...]:
+    def _effective_momenta(self, kinds: Sequence[CallKind], times: int) -> tuple[float, ...]:
         """Weight of each call in the buffers right after it; 0 for a call that updates nothing.
 
         It updates them :attr:`assumed_updates` times, or once if others are known to be made again and it is not.

@@ -89,7 +89,7 @@ def fit(callbacks, tmp_path, model=None, ckpt_path=None, **options):
     }
     trainer = Trainer(callbacks=callbacks, **defaults | options)
     with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", message="BatchNorm has exact running statistics of")
+        warnings.filterwarnings("ignore", message="BatchNorm gets exact running statistics of")
         trainer.fit(model or Net(), data(30), data(6), ckpt_path=ckpt_path)
     return trainer
 
@@ -226,8 +226,8 @@ def test_exact_statistics_of_averaged_weights_are_known_to_be_that(tmp_path):
 
 
 SAID = {
-    "EMAWeightAveraging": "averaged weights of EMAWeightAveraging, while they are in the model: before validation",
-    "StochasticWeightAveraging": "weights that are trained, before validation, and of the averaged weights of Sto",
+    "EMAWeightAveraging": "averaged weights of EMAWeightAveraging, which are validated and saved: before each validation",
+    "StochasticWeightAveraging": "weights in training, before each validation, and of the averaged weights of Sto",
 }
 
 
@@ -242,7 +242,7 @@ def test_exact_statistics_of_which_weights_is_said_once(tmp_path, name):
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         trainer.fit(Net(), data(4), data(2))
-    said = [str(each.message) for each in caught if "BatchNorm has exact running statistics of" in str(each.message)]
+    said = [str(each.message) for each in caught if "BatchNorm gets exact running statistics of" in str(each.message)]
     assert len(said) == 1
     assert SAID[name] in said[0]
 

@@ -6,6 +6,7 @@ import gc
 import itertools
 import sys
 from dataclasses import replace
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -179,9 +180,13 @@ def test_the_stopwatch_counts_what_is_called_within_something_once() -> None:
     assert (stopwatch.seconds, stopwatch.calls) == (8, 4)
 
 
-def test_what_the_wrapper_takes_itself_is_what_the_clock_says_between_two_looks() -> None:
+def test_what_the_wrapper_takes_itself_is_what_the_clock_says_between_two_looks(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
     ticks = itertools.count()
-    assert overhead.Stopwatch(lambda: 0.5 * next(ticks)).own_seconds(10) == 0.5
+    monkeypatch.setattr(overhead, "Stopwatch", partial(overhead.Stopwatch, lambda: 0.5 * next(ticks)))
+    assert overhead.wrapper_seconds(QUICK["narrow MLP"]) == 0.5
+    assert next(ticks) == 2 * (204 + 2 * 6)  # two looks at each call: 34 steps of six layers, and two that do not count
 
 
 def test_hooks_are_wrapped_where_they_sit_and_no_others() -> None:

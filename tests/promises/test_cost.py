@@ -143,9 +143,9 @@ def test_a_call_read_off_the_kernel_adds_no_operation_at_all() -> None:
 
 
 def bytes_held(tracker: BatchNormTracker) -> int:
-    """Bytes of every tensor and array that can be reached from a tracker without going through the model."""
+    """Bytes of every tensor and array that can be reached from a tracker and is not the model's own."""
     storages: dict[int, int] = {}
-    seen: set[int] = set()
+    seen = {id(buffer) for layer in tracker._recorder.layers for buffer in layer.module.buffers()}
     pending: list[Any] = [tracker]
     while pending:
         value = pending.pop()
