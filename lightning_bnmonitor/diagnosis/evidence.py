@@ -39,8 +39,8 @@ EVIDENCE: Mapping[str, str] = {
     "updates_per_call": "updates of the running statistics for each call that was to update them (1; 2 under "
     "activation checkpointing)",
     "updates_of_repeated": "the same for the calls that activation checkpointing repeats, where it repeats only some",
-    "parts_per_call": "into how many parts a `forward` of its own takes a batch apart, each of which updates the running "
-    "statistics",
+    "parts_per_call": "into how many parts a `forward` of its own takes a batch apart, each of which updates the "
+    "running statistics",
     "assumed_updates_per_call": "what updates_per_call was assumed to be, where that was wrong",
     "eval_error": "RMS error of the normalised activation in eval(), with the weights at the window's end",
     "act_rmse": "RMS error that eval() would have made on the values of the whole window",
@@ -109,7 +109,8 @@ EVIDENCE: Mapping[str, str] = {
     "dead_channels": "channels whose variance is at most a thousandth of eps",
     "non_finite_channels": "channels with a value or a running statistic that is not finite, or a running variance "
     "below zero",
-    "non_finite_running_stats": "channels with a running statistic that is not finite, or a running variance below zero",
+    "non_finite_running_stats": "channels with a running statistic that is not finite, or a running variance below "
+    "zero",
     "first_bad_batch": "the first call in the window with a value that is not finite, counted from 1",
     "bad_windows_ago": "how many windows ago that was, if it is what the running statistics are still not finite of",
     "guarded_calls": "calls with a value that is not finite, of all ranks, that the guard has undone: nothing counts "
@@ -138,10 +139,13 @@ EVIDENCE: Mapping[str, str] = {
     "val_error": "RMS error of the normalised activation that the running statistics, as they were in validation, made "
     "on what the layer received there",
     "val_error_noise": "the part of val_error that is chance",
-    "added_error": "what the running statistics of this layer and of those before it are off by themselves, chance taken "
-    "off: the root of the sum of the squares",
+    "added_error": "what the running statistics of this layer and of those before it are off by themselves, chance "
+    "taken off: the root of the sum of the squares",
     "val_shift": "RMS over channels of the layer's val_shift",
     "val_noise": "the part of val_shift that is chance",
+    "val_scatter": "RMS distance of the means of batches in validation from the mean of all, in standard deviations, "
+    "of a layer that eval() normalises by the batch",
+    "train_scatter": "what that is at most of random batches of the size of those of training",
     "val_non_finite": "channels that received a value in validation that is not finite",
     "val_batches": "calls in validation that were looked at",
     "val_layers_before": "BatchNorm layers before it that were called in validation",

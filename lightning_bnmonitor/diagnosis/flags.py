@@ -141,6 +141,20 @@ _TABLE = (
         ),
     ),
     Flag(
+        name="evaluated-by-batch",
+        rule=None,
+        attention=lambda _: True,
+        explanation=(
+            "Batches of validation are other than those of training, and eval() normalises each by itself: their means "
+            "are {val_scatter} standard deviations off the mean of all, those of random batches of training at most "
+            "{train_scatter}.",
+        ),
+        remedy=(
+            "Evaluate shuffled batches that are as large as those of training; or make the layer with "
+            "`track_running_stats=True`, so that eval() does not depend on the batch, and train anew.",
+        ),
+    ),
+    Flag(
         name="guarded",
         rule=lambda _, evidence: "guarded_calls" in evidence,
         attention=rules.is_often_guarded,

@@ -21,6 +21,9 @@ said:
 Where no layer was called in training (``validate`` or ``test`` alone), nothing tells 2 from 3: ``unexplained-error``
 beyond 0.15.
 
+A layer without running statistics has none of these, but ``evaluated-by-batch`` if the batches of validation differ
+from each other by 0.2 more than those of training can: eval() normalises each by itself.
+
 Whatever these are, ``updated-in-validation``: validation has changed them, as it ran in training mode. And the first
 layer that received what is not finite there has ``non-finite-validation``, unless training has spoilt it or one before
 it: nothing else is known then of the channels that did.
@@ -40,7 +43,14 @@ from typing import NamedTuple
 from lightning_bnmonitor.diagnosis.diagnosis import Diagnosis
 from lightning_bnmonitor.diagnosis.evidence import WARNING, Evidence
 from lightning_bnmonitor.diagnosis.flags import FLAGS
-from lightning_bnmonitor.diagnosis.rules import OF_OTHER_WEIGHTS, SERIOUS, net_error, net_shift, was_called
+from lightning_bnmonitor.diagnosis.rules import (
+    OF_OTHER_WEIGHTS,
+    SERIOUS,
+    excess_scatter,
+    net_error,
+    net_shift,
+    was_called,
+)
 
 _REACH = 3.0  # times what running statistics are off by themselves, that later layers may differ from training
 
@@ -123,6 +133,8 @@ def _flag(layer: Validated, evidence: Evidence, wrong: float, is_explained: bool
     """What is to be said of a layer that was called in validation."""
     verdict, error = layer.diagnosis.verdict, net_error(evidence)
     is_off = error > WARNING
+    if verdict == "no-running-stats":
+        return "evaluated-by-batch" if excess_scatter(evidence) > SERIOUS else None
     if verdict == "trained-in-eval" or evidence.get("non_finite_running_stats") or layer.standing == Standing.ABSENT:
         return None  # the verdict says it, or there is nothing to be off
     if is_off and layer.standing == Standing.INITIAL and verdict not in ("stale", "frozen"):

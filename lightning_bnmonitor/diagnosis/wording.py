@@ -272,8 +272,8 @@ def explain_healthy(evidence: Evidence) -> list[str]:
     if differs_by_calls(evidence) and evidence.get("unseen_error", 0.0) > WARNING:
         return [_BY_CALLS]
     return [
-        "The running statistics fit what it receives in training: {act_rmse} off all batches of the window, of which their own "
-        "sampling noise is {noise_error}, and {eval_error} off the last ones, which are known to {now_error}.",
+        "The running statistics fit what it receives in training: {act_rmse} off all batches of the window (their own "
+        "sampling noise is {noise_error}), and {eval_error} off the last ones, which are known to {now_error}.",
     ]
 
 

@@ -212,6 +212,9 @@ def _running_stats(states: Sequence[LayerState], blocks: Blocks, end: Tensor) ->
             np.array([layer.counts.last_num_samples or math.nan for layer in layers]),
             np.array([layer.counts.momentum or math.nan for layer in layers]),
         ),
+        exact=np.array(
+            [float(its.assumed_updates).is_integer() and not its.normalises_in_parts for its in layers], dtype=bool
+        ),
     )
 
 

@@ -268,7 +268,7 @@ class TrackedLayer:
 
     @property
     def normalises_in_parts(self) -> bool:
-        """Whether a ``forward`` of its own has a BatchNorm kernel in it, but not one that the output comes from alone."""
+        """Whether a ``forward`` of its own has a BatchNorm kernel in it, but the output is not that of one alone."""
         return self.hook.own_forward is False and has_own_forward(self.module)
 
     def updates_of_repeated(self, updates: float) -> float:
