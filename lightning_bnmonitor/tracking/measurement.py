@@ -22,6 +22,7 @@ from lightning_bnmonitor.statistics.noise import LastBatch, RunningStats
 from lightning_bnmonitor.statistics.probe import Scores
 from lightning_bnmonitor.tracking.affine import has_frozen_weights
 from lightning_bnmonitor.tracking.buffers import History, Snapshot, snapshots
+from lightning_bnmonitor.tracking.call_counts import effective_momentum
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 from lightning_bnmonitor.tracking.windows import Windows
 
@@ -155,7 +156,8 @@ def endings_of(measured: Measurement) -> Iterator[Ending]:
             is_same = start.buffers is None or start.has_same_buffers(state.now)
             updated = start.history if is_same else None
         earlier = fewest(state.layer.earlier, ENOUGH - num_batches)
-        updated = updated if state.circumstances.weights_known else None
+        if not state.circumstances.weights_known:
+            updated = _history_of_updates(state, float(analysis.samples_per_batch[layer]))
         yield Ending(state, updated, ratio, earlier, measured.edges.get(layer))
 
 
@@ -230,6 +232,26 @@ def _estimated_history(layer: TrackedLayer, samples_per_batch: float) -> History
     if layer.module.momentum is not None:
         squares = momentum / (2 - momentum) * (1 - (1 - momentum) ** (2 * calls))
     return History(0.0, squares / samples_per_batch, squares / (samples_per_batch - 1))
+
+
+def _history_of_updates(state: LayerState, samples_per_batch: float) -> History | None:
+    """What running statistics are made of that each call has updated more often than was assumed, but all alike.
+
+    What is left of the initial values is known by the number of updates.
+    """
+    layer, momentum, tracked = state.layer, state.layer.module.momentum, state.now.num_tracked
+    is_known = state.circumstances.updates_twice and momentum == layer.counts.momentum and samples_per_batch > 1
+    if not is_known or layer.start.history is None or momentum is None or tracked is None:
+        return None
+    kept = (1 - momentum) ** (tracked - (layer.start.num_tracked or 0))
+    effective = effective_momentum(momentum, state.circumstances.updates_per_call)
+    squares = effective / (2 - effective) * (1 - kept**2)
+    before = layer.start.history
+    return History(
+        kept * before.initial_weight,
+        kept**2 * before.noise_of_mean + squares / samples_per_batch,
+        kept**2 * before.noise_of_var + squares / (samples_per_batch - 1),
+    )
 
 
 def _side_by_side(buffers: Sequence[Tensor | None], blocks: Blocks, missing: Tensor) -> Tensor:

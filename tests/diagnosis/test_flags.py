@@ -272,6 +272,19 @@ def test_of_calls_that_update_unequally_often_each_has_its_weight(monitored, mom
     words_are_sound(report.diagnosis)
 
 
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_what_is_left_of_the_initial_values_is_known_also_of_a_window_with_other_updates_than_assumed(
+    monitored, reentrant
+):
+    layer = norm(64, momentum=0.004)
+    one = monitored(layer)
+    one.window(samples(40, 32, 64, offset=2.0), checkpointed(layer, reentrant))
+    report = one.window(samples(40, 32, 64, seed=1, offset=2.0), checkpointed(layer, reentrant))
+    assert (report.verdict, report.flags) == ("warming-up", ("double-update",))
+    assert report.evidence["initial_weight"] == pytest.approx(0.996**160, rel=1e-6)
+    words_are_sound(report.diagnosis)
+
+
 def test_which_calls_are_made_again_need_not_be_known(monitored):
     layer = norm(200)
     one, repeated = monitored(layer), checkpointed(layer, True)  # whose calls record no graph, as the others
