@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +14,7 @@ from lightning_bnmonitor.diagnosis.flags import FLAGS
 from lightning_bnmonitor.diagnosis.groups import GroupShift, evidence_of, sentence_on
 from lightning_bnmonitor.diagnosis.one_pass import in_words
 from lightning_bnmonitor.diagnosis.rules import is_noisy_by_calls, moves_with_weights, updates_nothing
-from lightning_bnmonitor.diagnosis.sentences import RECALIBRATE_CALL, RECALIBRATE_FROZEN_CALL, Statement
+from lightning_bnmonitor.diagnosis.sentences import Statement
 from lightning_bnmonitor.diagnosis.verdicts import VERDICTS, verdict_on
 
 _UNSEEN = Statement(
@@ -112,7 +113,7 @@ class Diagnosis:
 
     def _for_this_layer(self, remedy: str) -> str:
         is_left_alone = updates_nothing(self.evidence)
-        return remedy.replace(RECALIBRATE_CALL, RECALIBRATE_FROZEN_CALL) if is_left_alone else remedy
+        return re.sub(r"(\.recalibrate\(\w+, \w+)\)", r"\1, frozen=True)", remedy) if is_left_alone else remedy
 
 
 def diagnose(

@@ -9,10 +9,9 @@ from dataclasses import dataclass
 from string import Formatter
 
 RECALIBRATE_CALL = "`lightning_bnmonitor.recalibrate(model, loader)`"
-RECALIBRATE_FROZEN_CALL = "`lightning_bnmonitor.recalibrate(model, loader, frozen=True)`"
-"""The same, of a layer that updates nothing in training: without ``frozen=True`` it is left alone."""
+"""A diagnosis adds ``frozen=True`` for a layer that updates nothing in training, which is left alone without."""
 RECALIBRATE = f"recompute its running statistics ({RECALIBRATE_CALL})"
-"""What repairs running statistics, in the middle of a sentence. A diagnosis adds ``frozen=True`` where it is needed."""
+"""What repairs running statistics, in the middle of a sentence."""
 
 Sentences = Sequence[str] | Callable[[Mapping[str, float]], Sequence[str]]
 """Sentences with the names of numbers in braces, or a function that chooses them by a layer's evidence."""

@@ -47,7 +47,7 @@ def cure_shift(evidence: Evidence) -> list[str]:
         return ["Begin with the first layer that has this flag."]
     prepare = (
         "Prepare validation data as training data. If they are what the model will be given, recompute the running "
-        f"statistics from data of that kind ({RECALIBRATE_CALL})."
+        "statistics from data of that kind (`lightning_bnmonitor.recalibrate(model, evaluation_loader)`)."
     )
     if evidence.get("val_layers_before"):
         return [
