@@ -9,6 +9,8 @@ Direct share: the time inside our hooks and updates (and in what tells of groups
 training of its own, for as many steps at a time as have one update. The hooks are wrapped where they sit; what the
 wrapper takes in such steps is measured and subtracted. What PyTorch takes to call a hook at all is not in it (see
 "empty hook"). In a compiled network the hooks are part of the graph: there, only what is done between graphs counts.
+Where groups or a mask are told of, the share without these is that of the same network in a training of its own;
+likewise with ``guard=True``.
 
 Memory: bytes of all tensors and arrays that a variant keeps, the model's own left out.
 
@@ -18,8 +20,9 @@ width. Python's garbage is collected before each: a full collection takes as lon
 Operations: aten operations of a step beyond the model's own, on average over as many steps as have one update, on two
 samples (a pass over more takes a few more). In a compiled network they are fused with the model's: not counted.
 
-All of it on one thread; ``overhead_cuda.py`` measures on a GPU. Exits with 1 if a target is missed: by a ratio, which
-is noisy, with its whole interval, by all else at the median.
+All of it on one thread; ``overhead_cuda.py`` measures on a GPU. ``--only "narrow MLP"`` measures one network, which
+takes minutes. Exits with 1 if a target is missed: by a ratio, which is noisy, with its whole interval, by all else at
+the median.
 """
 
 from __future__ import annotations
@@ -34,9 +37,9 @@ import statistics
 import sys
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -49,7 +52,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.optim.optimizer import _global_optimizer_post_hooks
 from torch.utils._python_dispatch import TorchDispatchMode
-from variants import AGAIN, EMPTY, NONE, OURS, VARIANTS, Stack
+from variants import AGAIN, EMPTY, GUARDED, NONE, OURS, VARIANTS, Stack
 
 from lightning_bnmonitor import BatchNormTracker
 from lightning_bnmonitor.capture.batch_moments import CaptureMode
@@ -70,6 +73,9 @@ MAX_SHARE = {
 MAX_OPERATIONS = dict.fromkeys(("ResNet-18", "120 layers", "narrow MLP", "EfficientNet-B0"), 5.0)  # a step
 MAX_RATIO = {("narrow MLP", EMPTY): 1.05, ("compiled", NONE): 1.02}
 MAX_WINDOW_END = {100_000: 0.3}  # seconds by channels
+SHARE, UNTOLD_SHARE = "**direct share of ours**", "direct share without group=, mask="
+GUARDED_SHARE = "direct share with guard=True"
+MEMORY, WINDOW_ENDS = "memory", "window ends"  # tables beside that of the networks
 
 
 class Summary(NamedTuple):
@@ -112,6 +118,11 @@ class Network:
     is_mixed: bool = False  # whether under autocast, in bfloat16
     groups: int = 0  # that the batches are said to be of, in turn
     mask: Callable[[Tensor], Tensor] | None = None  # of what it is given, which positions count
+
+    @property
+    def is_told(self) -> bool:
+        """Whether we are told of its batches what we cannot see."""
+        return self.groups > 0 or self.mask is not None
 
     @property
     def variants(self) -> list[str]:
@@ -166,8 +177,8 @@ def networks(quick: bool) -> list[Network]:
         ]
     shape = (16, 3, 32, 32)
     return [
-        Network("ResNet-18", resnet18, shape, 1, 3),
-        Network("120 layers", deep, (16, 3, 16, 16), 1, 3),
+        Network("ResNet-18", resnet18, shape, 1),
+        Network("120 layers", deep, (16, 3, 16, 16), 1),
         Network("narrow MLP", narrow_mlp, (48, 64), UPDATE_STEPS, 20),
         Network("compiled", plain, (16, 3, 16, 16), 4, 6, "inductor"),
         Network("EfficientNet-B0", partial(efficientnet, stem_stride=1), shape, 1, compared=few),
@@ -175,7 +186,7 @@ def networks(quick: bool) -> list[Network]:
         Network("ResNet-18, pass", resnet18, shape, 1, compared=few, capture="pass"),
         # So little, as a CPU without instructions for bfloat16 takes 60 times as long for its convolutions.
         Network("ResNet-18, bfloat16", resnet18, (2, 3, 8, 8), 1, 1, compared=few, dtype=torch.bfloat16),
-        Network("ResNet-18, 4 groups", resnet18, shape, 1, 3, compared=few, groups=4),
+        Network("ResNet-18, 4 groups", resnet18, shape, 1, compared=few, groups=4),
         Network("sequences, mask", of_sequences, (16, 3, 400), 2, compared=few, mask=all_lengths),
     ]
 
@@ -195,7 +206,7 @@ class Training:
             self.mixed = partial(torch.autocast, network.device, torch.bfloat16)
         options = {"capture": network.capture, "mask": network.mask} if variant == OURS else {}
         self.monitor = VARIANTS[variant](self.model, **options)
-        self.is_told = bool(options) and (network.mask is not None or network.groups > 0)
+        self.is_told = variant == OURS and network.is_told
         self.groups = itertools.cycle([f"group {index}" for index in range(network.groups)] or [None])
         self.tell: Callable[..., None] = getattr(self.monitor.kept, "see_inputs", lambda batch, group: None)
 
@@ -330,12 +341,22 @@ def shares_of(network: Network, training: Training, chunks: int, steps: int | No
     return shares
 
 
-def direct_shares(network: Network, steps: int | None = None) -> list[float]:
+def direct_shares(network: Network, steps: int | None = None, variant: str = OURS) -> list[float]:
     """:func:`shares_of` a training of its own."""
-    training = Training(network, OURS)
+    training = Training(network, variant)
     shares = shares_of(network, training, network.chunks, steps)
     training.monitor.close()
     return shares
+
+
+def all_shares(network: Network, steps: int | None = None) -> dict[str, Summary]:
+    """Direct shares by their rows in the table: as the network says, and beside that with less or more asked for."""
+    shares = {SHARE: direct_shares(network, steps)}
+    if network.is_told:
+        shares[UNTOLD_SHARE] = direct_shares(replace(network, groups=0, mask=None), steps)
+    if GUARDED in network.variants and network.backend is None:
+        shares[GUARDED_SHARE] = direct_shares(network, steps, GUARDED)
+    return {row: summary(each) for row, each in shares.items()}
 
 
 class Operations(TorchDispatchMode):
@@ -439,21 +460,39 @@ def ratio(seconds: dict[str, list[float]], variant: str, to: str) -> Summary:
     return summary([one / other for one, other in zip(seconds[variant], seconds[to], strict=True)])
 
 
-def time_table(
-    seconds: dict[str, dict[str, list[float]]], shares: dict[str, Summary], operations: dict[str, float]
-) -> str:
-    """Ratios of all variants to none, our direct share and operations, by network."""
-    step = [f"{1000 * statistics.median(each[NONE]):.4g} ms" for each in seconds.values()]
-    rows = [["a step without monitor", *step]]
-    for variant in VARIANTS:
-        if variant != NONE:
-            cells = [shown(ratio(each, variant, NONE), 3) if variant in each else "-" for each in seconds.values()]
-            rows.append([variant, *cells])
-    rows.append(["**direct share of ours**", *(f"{shown(shares[name], 2, 100)} %" for name in seconds)])
-    rows.append(
-        ["operations of ours, a step", *(f"{operations[name]:.1f}" if name in operations else "-" for name in seconds)]
-    )
-    return tabulate(rows, headers=["CPU time", *seconds], tablefmt="github", disable_numparse=True)
+@dataclass
+class Column:
+    """What was measured of the steps of a network."""
+
+    seconds: dict[str, list[float]]
+    """A step of each variant, in each round."""
+    shares: Mapping[str, Summary] = field(default_factory=dict)
+    """Direct shares by row."""
+    operations: float | None = None
+    """Of ours, a step; None if they cannot be counted."""
+
+
+def time_table(columns: Mapping[str, Column]) -> str:
+    """Ratios of all variants to none, our direct shares and operations, by network."""
+    measured = columns.values()
+    rows = [
+        ["a step without monitor", *(f"{1000 * statistics.median(each.seconds[NONE]):.4g} ms" for each in measured)]
+    ]
+    rows += [
+        [
+            variant,
+            *(shown(ratio(each.seconds, variant, NONE), 3) if variant in each.seconds else "-" for each in measured),
+        ]
+        for variant in VARIANTS
+        if variant != NONE
+    ]
+    rows += [
+        [row, *(f"{shown(each.shares[row], 2, 100)} %" if row in each.shares else "-" for each in measured)]
+        for row in (SHARE, UNTOLD_SHARE, GUARDED_SHARE)
+    ]
+    operations = ("-" if each.operations is None else f"{each.operations:.1f}" for each in measured)
+    rows.append(["operations of ours, a step", *operations])
+    return tabulate(rows, headers=["CPU time", *columns], tablefmt="github", disable_numparse=True)
 
 
 def memory_table(small: Network, steps: int, large: Network) -> str:
@@ -491,11 +530,92 @@ def verdict(what: str, value: Summary, most: float, unit: str, is_stable: bool) 
     return is_met, f"{'Met' if is_met else 'MISSED'}: {line}, target at most {factor * most:g} {unit}".rstrip() + "."
 
 
+def column_of(network: Network, rounds: int, is_quick: bool) -> Column:
+    """Measure the steps of a network.
+
+    Raises:
+        RuntimeError: If it is trained otherwise with the monitor than without.
+    """
+    trainings = {variant: Training(network, variant) for variant in network.variants}
+    column = Column(step_seconds(trainings, network.steps, rounds))
+    if not is_same(trainings[OURS].module, trainings[NONE].module):
+        raise RuntimeError(f"{network.name} was trained otherwise with the monitor than without.")
+    for training in trainings.values():
+        training.monitor.close()
+    del trainings
+    column.shares = all_shares(network, 2 if is_quick else None)
+    if network.backend is None:
+        column.operations = operations_a_step(network)
+    return column
+
+
+def verdicts_on(
+    columns: Mapping[str, Column], ends: Mapping[tuple[int, int, int], list[float]]
+) -> list[tuple[bool, str]]:
+    """Whether each target of what was measured is met, and the lines that say so."""
+    verdicts = [
+        verdict(f"direct share, {name}", columns[name].shares[SHARE], most, "%", is_stable=True)
+        for name, most in MAX_SHARE.items()
+        if name in columns
+    ]
+    verdicts += [
+        verdict(f"operations a step, {name}", Summary(*[columns[name].operations] * 3), most, "", is_stable=True)
+        for name, most in MAX_OPERATIONS.items()
+        if name in columns
+    ]
+    verdicts += [
+        verdict(f"end of a window of {size[1]} channels after {size[2]} batches", summary(each), most, "ms", True)
+        for size, each in ends.items()
+        for channels, most in MAX_WINDOW_END.items()
+        if size[1] == channels
+    ]
+    return verdicts + [
+        verdict(f"ratio to {to}, {name}", ratio(columns[name].seconds, OURS, to), most, "", is_stable=False)
+        for (name, to), most in MAX_RATIO.items()
+        if name in columns
+    ]
+
+
+def measure(networks: Collection[Network], only: Collection[str], rounds: int, repeats: int, is_quick: bool) -> int:
+    """Print the tables that are asked for, and whether their targets are met."""
+    columns: dict[str, Column] = {}
+    for network in networks:
+        if network.name not in only:
+            continue
+        if network.backend == "inductor" and shutil.which("g++") is None:
+            print("The compiled network is left out: Inductor needs a C++ compiler (g++).\n")
+            continue
+        columns[network.name] = column_of(network, rounds, is_quick)
+    if columns:
+        print(time_table(columns) + "\n")
+    if MEMORY in only:
+        small = next(network for network in networks if network.name == "narrow MLP")
+        large = next(iter(networks))
+        print(memory_table(small, 2 if is_quick else UPDATE_STEPS, large) + "\n")
+    ends = {}
+    if WINDOW_ENDS in only:
+        sizes = [(10, 1000, 40), (100, 10_000, 40)]
+        if not is_quick:
+            sizes += [(1000, 100_000, 10), (1000, 100_000, 40), (1000, 1_000_000, 10)]
+        ends = {size: window_ends(widths_of(*size[:2]), size[2], repeats) for size in sizes}
+        print(window_table(ends) + "\n")
+    verdicts = verdicts_on(columns, ends)
+    for _, line in verdicts:
+        print(line)
+    return 0 if all(is_met for is_met, _ in verdicts) else 1
+
+
 def main() -> int:
     """Print the tables, and whether the targets are met."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=20, help="of each network (default: %(default)s)")
     parser.add_argument("--repeats", type=int, default=7, help="windows that end (default: %(default)s)")
+    parser.add_argument(
+        "--only",
+        nargs="+",
+        metavar="NAME",
+        help=f'networks to measure, as the table names them; "{MEMORY}", "{WINDOW_ENDS}" for the other tables',
+    )
     parser.add_argument("--quick", action="store_true", help="small networks and short windows, to try the script")
     parser.add_argument("--device", default="cpu", help="cuda: as overhead_cuda.py, with its options (default: cpu)")
     args, others = parser.parse_known_args()
@@ -507,64 +627,16 @@ def main() -> int:
         return on_a_gpu()
     if others:
         parser.error(f"unrecognized arguments: {' '.join(others)}")
+    measured = networks(args.quick)
+    names = [*(network.name for network in measured), MEMORY, WINDOW_ENDS]
+    only = args.only or names
+    if unknown := [name for name in only if name not in names]:
+        parser.error(f"--only must be of {', '.join(map(repr, names))}, got {', '.join(map(repr, unknown))}")
     torch.set_num_threads(1)
     torch._dynamo.config.recompile_limit = 4 * len(VARIANTS)  # each variant compiles the same code
     gc.collect()
     gc.freeze()
-
-    seconds: dict[str, dict[str, list[float]]] = {}
-    shares: dict[str, Summary] = {}
-    operations: dict[str, float] = {}
-    measured = networks(args.quick)
-    for network in measured:
-        if network.backend == "inductor" and shutil.which("g++") is None:
-            print("The compiled network is left out: Inductor needs a C++ compiler (g++).\n")
-            continue
-        trainings = {variant: Training(network, variant) for variant in network.variants}
-        seconds[network.name] = step_seconds(trainings, network.steps, args.rounds)
-        if not is_same(trainings[OURS].module, trainings[NONE].module):
-            raise RuntimeError(f"{network.name} was trained otherwise with the monitor than without.")
-        for training in trainings.values():
-            training.monitor.close()
-        del trainings
-        shares[network.name] = summary(direct_shares(network, 2 if args.quick else None))
-        if network.backend is None:
-            operations[network.name] = operations_a_step(network)
-    print(time_table(seconds, shares, operations))
-
-    mlp = next(network for network in measured if network.name == "narrow MLP")
-    print("\n" + memory_table(mlp, 2 if args.quick else UPDATE_STEPS, measured[0]))
-
-    sizes = [(10, 1000, 40), (100, 10_000, 40)]
-    if not args.quick:
-        sizes += [(1000, 100_000, 10), (1000, 100_000, 40), (1000, 1_000_000, 10)]
-    ends = {size: window_ends(widths_of(*size[:2]), size[2], args.repeats) for size in sizes}
-    print("\n" + window_table(ends) + "\n")
-
-    verdicts = [
-        verdict(f"direct share, {name}", shares[name], most, "%", is_stable=True)
-        for name, most in MAX_SHARE.items()
-        if name in shares
-    ]
-    verdicts += [
-        verdict(f"operations a step, {name}", Summary(*[operations[name]] * 3), most, "", is_stable=True)
-        for name, most in MAX_OPERATIONS.items()
-        if name in operations
-    ]
-    verdicts += [
-        verdict(f"end of a window of {size[1]} channels after {size[2]} batches", summary(each), most, "ms", True)
-        for size, each in ends.items()
-        for channels, most in MAX_WINDOW_END.items()
-        if size[1] == channels
-    ]
-    verdicts += [
-        verdict(f"ratio to {to}, {name}", ratio(seconds[name], OURS, to), most, "", is_stable=False)
-        for (name, to), most in MAX_RATIO.items()
-        if name in seconds
-    ]
-    for _, line in verdicts:
-        print(line)
-    return 0 if all(is_met for is_met, _ in verdicts) else 1
+    return measure(measured, only, args.rounds, args.repeats, args.quick)
 
 
 if __name__ == "__main__":

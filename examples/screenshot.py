@@ -143,7 +143,7 @@ def main() -> None:
                 open_tab(page, url, tab, query="smoothing=0")
                 shoot(page, args.output / f"{tab}.png")
         with tensorboard(args.logdir / "pathologies") as url:
-            page.set_window_size(1280, 1150)
+            page.set_window_size(1280, 1440)
             open_tab(page, url, "images")
             page.execute_script(f'{SHOWN} shown.find(e => e.matches("paper-checkbox")).click();')
             shoot(page, args.output / "pathologies.png")

@@ -67,8 +67,9 @@ def _best_momentum(verdict: str, layer: Circumstances, evidence: Evidence, momen
         # The buffers may lag for what moved in windows before: this one's trend does not show it.
         drift = max(drift, (evidence.get("lag_error") or evidence.get("least_error", 0.0)) * momentum / (1 - momentum))
     in_all = max((layer.num_tracked or 0) / max(layer.assumed_updates, 1), batches)
-    if "one_pass" in evidence:  # of a training that is over: the next is to be as long
-        batches = in_all = layer.num_tracked or batches
+    if "one_pass" in evidence:  # of a training that is over: the next is as long, and its first half is to be forgotten
+        in_all = layer.num_tracked or batches
+        batches = max(in_all / 2, 1)
     remainder = _TARGET / max(evidence.get("initial_distance", 0.0), _TARGET / _REMAINDER)
     # The shortest memory that is needed is that of the window: nobody knows how far the inputs moved before.
     lower = 1 - _REMAINDER ** (1 / batches)

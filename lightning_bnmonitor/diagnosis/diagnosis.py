@@ -53,9 +53,11 @@ class Diagnosis:
 
     @property
     def cause(self) -> str:
-        """What is the matter in a word: the verdict, unless that needs none or comes of calls, and a flag does."""
+        """What is the matter in a word: the verdict, unless that needs none or a flag tells more."""
         if self.verdict == "noisy" and "calls-differ" in self.flags and is_noisy_by_calls(self.evidence):
             return "calls-differ"
+        if self.verdict == "warming-up" and "never-updated" in self.flags:
+            return "never-updated"
         if not self.needs_attention or VERDICTS[self.verdict].needs_attention(self.evidence.get("eval_error", 0.0)):
             return self.verdict
         return next((flag for flag in self.flags if FLAGS[flag].attention(self.evidence)), self.verdict)

@@ -12,12 +12,22 @@ from lightning_bnmonitor.diagnosis.evidence import WARNING, Evidence
 from lightning_bnmonitor.diagnosis.sentences import RECALIBRATE, RECALIBRATE_CALL, Statement
 
 _RECALIBRATE = f"{RECALIBRATE[0].upper()}{RECALIBRATE[1:]}."
+_ATTRIBUTE_CALL = "`print(lightning_bnmonitor.attribute_eval_gap(model, loader, loss))`"
 _WITH_THOSE_OF_TRAINING = "If training has other batches, give these, shuffled and of the same size, and look again."
 
 
 def in_words(statement: Statement, evidence: Evidence) -> Statement:
     """A verdict or flag in the words that fit where its numbers come from."""
-    return _WORDS.get(statement.name, statement) if rules.is_of_one_pass(evidence) else statement
+    if not rules.is_of_one_pass(evidence):
+        return statement
+    if statement.name == "misfit" and rules.differs_by_calls(evidence) and _is_unseen(evidence):
+        return _MISFIT_OF_CALLS
+    return _WORDS.get(statement.name, statement)
+
+
+def _is_unseen(evidence: Evidence) -> bool:
+    """Whether most of an error is what no running average sees."""
+    return evidence.get("unseen_error", 0.0) ** 2 > evidence.get("eval_error", 0.0) ** 2 / 2
 
 
 def _explain_non_finite(evidence: Evidence) -> list[str]:
@@ -98,14 +108,35 @@ def _cure_noisy(evidence: Evidence) -> list[str]:
         return [_RECALIBRATE]
     return [
         _RECALIBRATE,
-        "Train with `momentum={recommended_momentum}` (predicted error {recommended_error}).",
+        "Train with `momentum={recommended_momentum}`: that leaves an error of {recommended_error} from noise, besides "
+        "one from weights that still move, which one pass does not show.",
         "A batch size of {recommended_batch_size} helps, too.",
     ]
 
 
+def _explain_half_frozen(evidence: Evidence) -> list[str]:
+    frozen = "Its weights do not train (`requires_grad=False`), and it is in training mode"
+    if rules.is_off(evidence):
+        return [
+            f"{frozen}: if the model was trained on other data like this, its running statistics have gone over to "
+            "those, and what was trained with the old ones no longer works in eval()."
+        ]
+    return [
+        f"{frozen}: where the model is trained on like this, its running statistics go over to the data of that, and "
+        "what was trained with the old ones no longer works in eval()."
+    ]
+
+
+def _cure_half_frozen(evidence: Evidence) -> list[str]:
+    call = "call `layer.eval()` after every `model.train()`."
+    if rules.is_off(evidence):
+        return [f"To keep what is recomputed, {call}", "What was trained on other data needs the present ones."]
+    return [f"To keep it as it is, {call}"]
+
+
 def _explain_last_batch(evidence: Evidence) -> list[str]:
     sentences = [
-        "The last of these batches is small: {last_batch_samples} values per channel, where the mean is "
+        "The last batch of these data is small: {last_batch_samples} values per channel, where the mean is "
         "{samples_per_batch}."
     ]
     if rules.is_noisy_at_last(evidence):
@@ -143,17 +174,27 @@ def _explain_shift(evidence: Evidence) -> list[str]:
 
 
 def _cure_shift(evidence: Evidence) -> list[str]:
+    left_alone = ", frozen=True" if rules.updates_nothing(evidence) else ""
     if evidence.get("val_spoiled_before"):
         return ["Begin with that layer."]
     if evidence.get("val_shifted_before"):
         return ["Begin with the first layer that has this flag."]
     return [
         "Prepare both in the same way. If data as in evaluation are what the model will be given, recompute the "
-        "running statistics from these (`lightning_bnmonitor.recalibrate(model, evaluation_loader)`). Where only "
-        "classes are more or less frequent, leave it."
+        f"running statistics from these (`lightning_bnmonitor.recalibrate(model, evaluation_loader{left_alone})`). "
+        "Where only classes are more or less frequent, leave it."
     ]
 
 
+_MISFIT_OF_CALLS = Statement(
+    name="misfit",
+    explanation=(
+        "Its running statistics are {eval_error} off what it receives. The calls for a batch differ, and running "
+        "statistics average the variances of calls, without what lies between them: with any momentum, that is an "
+        "error of about {unseen_error}.",
+    ),
+    remedy=(_RECALIBRATE,),
+)
 _STATEMENTS = (
     Statement(name="non-finite", explanation=_explain_non_finite, remedy=_cure_non_finite),
     Statement(name="unused", explanation=_explain_unused),
@@ -194,22 +235,24 @@ _STATEMENTS = (
         explanation=(
             "Its running statistics were never updated: they are the initial zeros and ones (`num_batches_tracked` is "
             "zero), {eval_error} off what it receives.",
+            "Either the weights came without their running statistics (averaged weights in a copy, a checkpoint that "
+            "was loaded in part), or the model was in eval mode all the time it was trained, or it was not trained: "
+            "one pass does not tell.",
         ),
         remedy=(
-            "If the model is a copy with averaged weights, or was loaded, give it the buffers that belong to its "
-            f"weights, or recompute them ({RECALIBRATE_CALL}).",
-            "If it was in eval mode all the time it was trained, that does not help: train anew, after "
-            "`model.train()`.",
+            "If the weights came without them, copy or load the buffers, too, or recompute them "
+            f"({RECALIBRATE_CALL}). If it was trained in eval mode, that does not help: train anew, after "
+            f"`model.train()`. Whether recomputed ones help, {_ATTRIBUTE_CALL} tells.",
         ),
     ),
+    Statement(name="half-frozen", explanation=_explain_half_frozen, remedy=_cure_half_frozen),
     Statement(
-        name="half-frozen",
-        explanation=(
-            "Its weights do not train (`requires_grad=False`), and it is in training mode: where the model is trained "
-            "on like this, its running statistics go over to the data of that, and what was trained with the old ones "
-            "no longer works in eval().",
+        name="maybe-padded",
+        explanation=flags.FLAGS["maybe-padded"].explanation,
+        remedy=(
+            "To know, tell which positions count: `examine(model, loader, mask=fn)`, where `fn(batch)` returns a bool "
+            "tensor (B, T), True where a position counts.",
         ),
-        remedy=("To keep it as it is, call `layer.eval()` after every `model.train()`.",),
     ),
     Statement(
         name="small-last-batch",
@@ -233,10 +276,7 @@ _STATEMENTS = (
             "cause is not known: neither this layer nor one before it has shown anything that explains it.",
             "Against what it receives of the training data, its running statistics are off by {eval_error}.",
         ),
-        remedy=(
-            "See whether better running statistics help: `print(lightning_bnmonitor.attribute_eval_gap(model, loader, "
-            f"loss))`. If so, {RECALIBRATE}.",
-        ),
+        remedy=(f"See whether better running statistics help: {_ATTRIBUTE_CALL}. If so, {RECALIBRATE}.",),
     ),
 )
 _WORDS: Mapping[str, Statement] = {statement.name: statement for statement in _STATEMENTS}

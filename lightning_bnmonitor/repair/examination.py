@@ -50,10 +50,10 @@ def examine(
     Args:
         model: The root module, in any mode. In eval mode as a whole, frozen layers cannot be told from others.
         batches: What to pass through it, a ``DataLoader`` say: training data, shuffled, in batches of the size of
-            training. Iterated once.
-        evaluation: What it is evaluated with: validation data, say. All of it is looked at.
+            training. Iterated once. Several loaders: ``itertools.chain(*loaders)``.
+        evaluation: What it is evaluated with: validation data, say. All of it is looked at: it must come to an end.
         forward: Called with the model and a batch, to run it; by default as in
-            :func:`~lightning_bnmonitor.recalibrate`.
+            :func:`~lightning_bnmonitor.recalibrate`. What is then done as the remedies say needs it, too.
         num_batches: At most so many of ``batches``; None for all. ``"auto"`` for as many as it takes until chance in
             the exact statistics makes an error of at most 0.01 in every layer (looked at after 8 batches, and again as
             that promises), or 100 000 samples. How many that were is said in :attr:`Report.remarks`. With shuffled data

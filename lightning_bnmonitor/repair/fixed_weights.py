@@ -195,6 +195,8 @@ class OnePass:
         """How certain it all is, and what it does not tell."""
         if precise := self.precision_of(report):
             yield precise
+        if not any(layer.num_samples for layer in report.values()):
+            yield "No BatchNorm layer was reached by these batches: see what `forward` runs."
         few = next((layer for layer in report.values() if layer.verdict == "insufficient-data"), None)
         if few is not None:
             yield f"{few.explanation} {few.remedy}"
@@ -204,10 +206,16 @@ class OnePass:
                 f"The layers after {spoiled.name} receive what such batches have normalised ({spoiled.verdict}): what "
                 "is said of them may come from that. Look again when it is mended."
             )
-        unseen = "One pass at fixed weights does not show training: whether running statistics lag behind, drift, miss "
-        unseen += "updates or were written by something else, and training in eval mode, are for `BatchNormMonitor`."
+        unseen = (
+            "One pass at fixed weights does not show the training: whether it ran in eval mode or made other calls "
+            "than are made here (a second forward pass, activation checkpointing), whether running statistics lag "
+            "behind the weights, or something else has written them. `BatchNormMonitor` in training tells."
+        )
         if not self._is_training:
-            unseen += " The model is in eval mode: frozen layers are not told from others."
+            unseen += (
+                " The model is in eval mode: frozen layers are not told from others. Leave out by `exclude` what was "
+                "frozen, as what follows has learned with its statistics as they are."
+            )
         yield unseen
 
     def _count_model_call(self, *_: Any) -> None:

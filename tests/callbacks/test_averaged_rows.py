@@ -226,7 +226,7 @@ def test_exact_statistics_of_averaged_weights_are_known_to_be_that(tmp_path):
 
 
 SAID = {
-    "EMAWeightAveraging": "averaged weights of EMAWeightAveraging, which are validated and saved: before each validation",
+    "EMAWeightAveraging": "averaged weights of EMAWeightAveraging, which are validated and saved: before each",
     "StochasticWeightAveraging": "weights in training, before each validation, and of the averaged weights of Sto",
 }
 

@@ -152,3 +152,49 @@ def test_the_numbers_that_explain_a_layer_that_warms_up() -> None:
     assert numbers(told.explanation) == [printed(evidence[name]) for name in names]
     assert numbers(told.remedy) == [printed(evidence["recommended_momentum"])]
     assert {"one_pass", "num_updates"} <= EVIDENCE.keys()
+
+
+def test_weights_that_do_not_train_are_told_by_whether_their_statistics_fit() -> None:
+    frozen = {"has_frozen_weights": True}
+    fits, off = passed(frozen), passed({**frozen, **OFF})
+    assert (fits.verdict, off.verdict) == ("healthy", "misfit")
+    assert fits.flags == off.flags == ("half-frozen",)
+    assert "where the model is trained on like this" in fits.explanation
+    assert "if the model was trained on other data like this" in off.explanation
+    assert "To keep what is recomputed" in off.remedy
+    for told in (fits, off):
+        assert "call `layer.eval()` after every `model.train()`" in told.remedy
+        words_are_sound(told)
+
+
+@pytest.mark.parametrize(("unseen", "is_known"), [(0.29, True), (0.15, False)])
+def test_a_misfit_that_comes_of_calls_that_differ_is_told_to(unseen: float, is_known: bool) -> None:
+    apart = {"call_shift": 0.4, "call_shift_index": 0.0, "calls_per_step": 2.0, "unseen_error": unseen}
+    told = passed({**OFF, **apart, "training_calls": 100})
+    assert (told.verdict, told.flags) == ("misfit", ("calls-differ",))
+    assert ("without what lies between them" in told.explanation) == is_known
+    assert ("one pass does not tell" in told.explanation) != is_known
+    assert "`lightning_bnmonitor.recalibrate(model, loader)`" in told.remedy
+    words_are_sound(told)
+
+
+def test_noise_is_not_promised_to_be_all_that_is_left_with_a_smaller_momentum() -> None:
+    told = diagnosed(OFF, ONE_PASS, {"noise_error": 0.29, "num_tracked": 400})
+    assert "which one pass does not show" in told.remedy
+    assert "predicted" not in told.remedy
+
+
+def test_a_mask_is_to_be_given_to_the_examination() -> None:
+    told = passed({"constant_ends": 0.3, "samples_per_batch": 640.0, "batch_size": 32.0, "training_calls": 100})
+    assert told.flags == ("maybe-padded",)
+    assert "`examine(model, loader, mask=fn)`" in told.remedy
+    assert "BatchNormMonitor" not in told.remedy
+
+
+@pytest.mark.parametrize("updates_nothing", [False, True])
+def test_what_evaluation_data_are_recalibrated_by_includes_a_layer_that_updates_nothing(updates_nothing: bool) -> None:
+    evidence = telling_evidence() | {"one_pass": 1.0, "updates_per_call": 0.0 if updates_nothing else 1.0}
+    evidence |= {"calls_pass": 40.0, "val_spoiled_before": 0.0, "val_shifted_before": 0.0}
+    told = Diagnosis("healthy", ("domain-shift",), True, evidence)
+    call = "`lightning_bnmonitor.recalibrate(model, evaluation_loader" + ", frozen=True" * updates_nothing + ")`"
+    assert call in told.remedy

@@ -42,12 +42,14 @@ def test_every_table_has_its_rows_and_every_target_its_verdict() -> None:
     rows = [[cell.strip() for cell in line.strip("|").split("|")] for line in times.splitlines()]
     assert rows[0] == ["CPU time", *QUICK]
     assert rows[2][0] == "a step without monitor"
-    assert [row[0] for row in rows[3:-2]] == list(overhead.VARIANTS)[1:]
-    for name, *cells in zip(*(row[1:] for row in (rows[0], *rows[3:-2])), strict=True):
+    assert [row[0] for row in rows[3:-4]] == list(overhead.VARIANTS)[1:]
+    for name, *cells in zip(*(row[1:] for row in (rows[0], *rows[3:-4])), strict=True):
         compared = QUICK[name].variants
         assert [cell == "-" for cell in cells] == [variant not in compared for variant in overhead.VARIANTS][1:]
-    assert rows[-2][0] == "**direct share of ours**"
-    assert all(cell.endswith("%") and 0 < float(cell.split()[0]) < 100 for cell in rows[-2][1:])
+    assert [row[0] for row in rows[-4:-1]] == [overhead.SHARE, overhead.UNTOLD_SHARE, overhead.GUARDED_SHARE]
+    shares = [cell for row in rows[-4:-1] for cell in row[1:] if cell != "-"]
+    assert len(shares) == len(QUICK) + 2 + 1
+    assert all(cell.endswith("%") and 0 < float(cell.split()[0]) < 100 for cell in shares)
     assert rows[-1][0] == "operations of ours, a step"
     assert [cell == "-" for cell in rows[-1][1:]] == [name == "compiled" for name in QUICK]
     assert len(memory.splitlines()) == 2 + len(overhead.VARIANTS) - 2
@@ -56,6 +58,41 @@ def test_every_table_has_its_rows_and_every_target_its_verdict() -> None:
     assert len(verdicts) == 7 + 2 + 2  # direct shares, operations, ratios
     assert {line.split(":")[0] for line in verdicts} <= {"Met", "MISSED"}
     assert done.code == any(line.startswith("MISSED") for line in verdicts)
+
+
+def test_what_is_named_alone_is_measured_alone(capsys: pytest.CaptureFixture[str]) -> None:
+    code = overhead.measure(list(QUICK.values()), ["sequences, mask", overhead.MEMORY], 1, 1, is_quick=True)
+    times, memory, verdicts = capsys.readouterr().out.rstrip().split("\n\n")
+    assert [cell.strip() for cell in times.splitlines()[0].strip("|").split("|")] == ["CPU time", "sequences, mask"]
+    assert "bytes a channel" in memory
+    assert verdicts.split(":")[1] == " direct share, sequences, mask"
+    assert code == verdicts.startswith("MISSED")
+
+
+def test_a_name_that_no_table_has_is_refused(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["overhead.py", "--quick", "--only", "narrow MLP", "ResNet"])
+    with pytest.raises(SystemExit):
+        overhead.main()
+    error = capsys.readouterr().err
+    assert "'narrow MLP', 'compiled'" in error
+    assert error.endswith("got 'ResNet'\n")
+
+
+def test_shares_are_measured_with_and_without_what_is_asked_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    def asked(network: overhead.Network, steps: int | None, variant: str = overhead.OURS) -> list[object]:
+        return [(network.groups, network.mask is not None, variant, steps)]
+
+    monkeypatch.setattr(overhead, "direct_shares", asked)
+    monkeypatch.setattr(overhead, "summary", lambda values: values[0])
+    found = {name: overhead.all_shares(network, 5) for name, network in QUICK.items()}
+    ours, without, guarded = overhead.SHARE, overhead.UNTOLD_SHARE, overhead.GUARDED_SHARE
+    plain = (0, False, overhead.OURS, 5)
+    assert found.pop("ResNet-18, 4 groups") == {ours: (4, False, overhead.OURS, 5), without: plain}
+    assert found.pop("sequences, mask") == {ours: (0, True, overhead.OURS, 5), without: plain}
+    assert found.pop("narrow MLP") == {ours: plain, guarded: (0, False, overhead.GUARDED, 5)}
+    assert all(shares == {ours: plain} for shares in found.values())
 
 
 def test_what_is_not_small_is_what_the_table_is_about() -> None:

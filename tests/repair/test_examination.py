@@ -384,7 +384,7 @@ def test_the_report_says_at_its_end_what_one_pass_does_not_tell() -> None:
     assert isinstance(report, Report)
     text = str(report)
     assert "9 batches with 576 samples were looked at" in text
-    assert " ".join(text.split()).endswith("are for `BatchNormMonitor`.")
+    assert " ".join(text.split()).endswith("`BatchNormMonitor` in training tells.")
     assert all(remark in report.to_markdown() for remark in report.remarks)
     assert report._repr_html_().count("<p>") == 1 + len(report.remarks)
     assert report.to_dict()["remarks"] == list(report.remarks)

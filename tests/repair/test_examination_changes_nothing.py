@@ -35,6 +35,7 @@ MODES = {
     "training": lambda model: model.train(),
     "eval": lambda model: model.eval(),
     "one layer frozen": lambda model: (model.train(), model.net.b.eval()),
+    "one layer alone in training": lambda model: (model.eval(), model.net.b.train()),
     "one layer stale": lambda model: (model.train(), setattr(model.net.b, "track_running_stats", False)),
     "frozen weights": lambda model: (model.train(), model.net.b.requires_grad_(False)),
     "no gradients at all": lambda model: model.eval().requires_grad_(False),
