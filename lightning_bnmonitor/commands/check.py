@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import argparse
 import json
-from pathlib import Path
 
-from lightning_bnmonitor.commands.messages import CommandError
-from lightning_bnmonitor.commands.options import add_exclude, add_num_batches, add_subject, repair_advice
+from lightning_bnmonitor.commands.options import add_exclude, add_num_batches, add_output, add_subject, repair_advice
 
 _DESCRIPTION = """Compare the running statistics of a trained model with the exact statistics of training data, and of
 validation data. Changes nothing. Exits with 2 if it cannot be done, and with --fail-on if no layer could be judged."""
@@ -19,9 +17,7 @@ def add_to(commands: argparse._SubParsersAction[argparse.ArgumentParser]) -> Non
     add_subject(parser, needs_checkpoint=False, has_validation=True)
     add_num_batches(parser)
     add_exclude(parser)
-    parser.add_argument("--html", type=Path, metavar="FILE", help="write TensorBoard's page of it to this file")
-    parser.add_argument("--json", action="store_true", help="print JSON")
-    parser.add_argument("--fail-on", choices=["unhealthy"], help="exit with 1 if a layer needs attention")
+    add_output(parser, html="the layers", fail_on="unhealthy", if_what="a layer needs attention")
     parser.set_defaults(run=run)
 
 
@@ -33,7 +29,10 @@ def run(arguments: argparse.Namespace) -> int:
     """
     from lightning_bnmonitor.commands.loading import load
     from lightning_bnmonitor.commands.messages import as_command_error, quietly
+    from lightning_bnmonitor.commands.outcome import check_folder, need_attention, write_page
 
+    if arguments.html is not None:
+        check_folder(arguments.html)
     with quietly():
         subject = load(arguments)
         subject.say_which_weights()
@@ -54,12 +53,5 @@ def run(arguments: argparse.Namespace) -> int:
         remedies = " ".join(layer.remedy for layer in report.unhealthy)
         print(f"{report}{repair_advice(arguments, remedies)}")
     if arguments.html is not None:
-        try:
-            report.to_html(arguments.html)
-        except OSError as error:
-            raise CommandError(f"The page could not be written to {arguments.html}: {error.strerror}.") from error
-    if arguments.fail_on is None:
-        return 0
-    if not any(layer.diagnosis.is_judged for layer in report.values()):
-        raise CommandError("No layer could be judged: whether they need attention is not known.")
-    return int(bool(report.unhealthy))
+        write_page(arguments.html, {"layers": report})
+    return int(arguments.fail_on is not None and need_attention([report]))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import os
 import pickle
 import shutil
@@ -13,11 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lightning_bnmonitor.commands.messages import CommandError, told
+from lightning_bnmonitor.commands.messages import CommandError, say, told
+from lightning_bnmonitor.commands.outcome import check_folder
 from lightning_bnmonitor.compat import BatchNorm
 
 _STATS = ("running_mean", "running_var", "num_batches_tracked")
 _AVERAGED, _TRAINED = "state_dict", "current_model_state"  # as WeightAveraging names them
+_COUNTER = "n_averaged"  # of torch.optim.swa_utils.AveragedModel, beside its `module`
 _MAX_LISTED = 3
 
 
@@ -73,19 +76,29 @@ class Checkpoint:
 def load_weights(model: nn.Module, weights: Mapping[str, Any], path: Path) -> list[str]:
     """Load weights, and say what is missing of running statistics: those of the model then stay as they are.
 
+    If all names begin otherwise than those of the model, they are taken for the same without that.
+
     Returns:
-        The names of running statistics that are not among the weights.
+        The names that the model has for running statistics that are not among the weights.
 
     Raises:
         CommandError: If anything else is missing (unless the model has ``strict_loading=False``), or does not fit.
     """
+    of_file, of_model = _prefixes(weights, model)
+    if of_file != of_model:
+        first = next(name for name in weights if name.startswith(of_file))
+        say(
+            f"{path} has `{first}` where {type(model).__name__} has `{of_model}{first.removeprefix(of_file)}`: all "
+            "names are matched this way."
+        )
+        weights = {f"{of_model}{key.removeprefix(of_file)}": weights[key] for key in weights if key != _COUNTER}
     try:
         found = model.load_state_dict(weights, strict=False)
     except RuntimeError as error:
         _, *troubles = (line.strip().rstrip(".") for line in str(error).splitlines())
         listed = _listed(troubles) or told(error)
         raise CommandError(f"The weights in {path} do not fit {type(model).__name__}: {listed}. {_OTHER}") from error
-    stats = {name for layer in stats_names(model).values() for name in layer}
+    stats = _all_stats_names(model)
     missing = [name for name in found.missing_keys if name not in stats]
     unexpected = list(found.unexpected_keys)
     if getattr(model, "strict_loading", True) and (missing or unexpected):
@@ -93,7 +106,7 @@ def load_weights(model: nn.Module, weights: Mapping[str, Any], path: Path) -> li
         has = f" has {_listed(unexpected)}, which the model has not" if unexpected else ""
         raise CommandError(
             f"{path} is no checkpoint of this {type(model).__name__}: it{lacks}{',' * bool(missing and unexpected)}"
-            f"{has}. {_OTHER}"
+            f"{has}. {_of_a_part(weights, model) or _OTHER}"
         )
     return [name for name in found.missing_keys if name in stats]
 
@@ -117,30 +130,29 @@ def put_stats(weights: dict[str, Any], model: nn.Module, layers: Iterable[nn.Mod
         weights: What is changed.
         model: The model.
         layers: The layers.
-        missing: Names of running statistics that are not among the weights, and are added.
+        missing: Names that the model has for running statistics that are not among the weights, and are added.
 
     Raises:
         CommandError: If others are not among them.
     """
     names = stats_names(model)
+    of_file, of_model = _prefixes(weights, model)
     for layer in layers:
         for name in names[layer]:
+            key = f"{of_file}{name.removeprefix(of_model)}"
             new = getattr(layer, name.rpartition(".")[2]).detach().cpu()
             if name.endswith("num_batches_tracked"):
-                weights.setdefault(name, new.clone())
+                weights.setdefault(key, new.clone())
                 continue
-            if name not in weights and name not in missing:
+            if key not in weights and name not in missing:
                 raise CommandError(f"The checkpoint has its weights by other names: no {name} is among them.")
-            old = weights.get(name)
-            weights[name] = new.to(old.dtype if isinstance(old, Tensor) else new.dtype, copy=True)
+            old = weights.get(key)
+            weights[key] = new.to(old.dtype if isinstance(old, Tensor) else new.dtype, copy=True)
 
 
 def check_output(output: Path, source: Path, force: bool) -> None:
     """Raise CommandError if a repaired checkpoint cannot be written to a file."""
-    if not output.parent.is_dir():
-        raise CommandError(f"There is no folder {output.parent} to write {output.name} to.")
-    if output.is_dir():
-        raise CommandError(f"{output} is a folder: give a file.")
+    check_folder(output)
     if output.exists() and output.samefile(source):
         raise CommandError(f"{output} is the checkpoint itself, which is not repaired in place: give another file.")
     if output.exists() and not force:
@@ -169,6 +181,42 @@ def write(checkpoint: Checkpoint, output: Path) -> None:
             temporary.unlink(missing_ok=True)
 
 
+def _prefixes(weights: Mapping[str, Any], model: nn.Module) -> tuple[str, str]:
+    """What all names begin with among weights (``module.`` of DDP, say), and in the model.
+
+    Both are empty if names are the same as they are, or have nothing in common without it either.
+    """
+    keys, names = weights.keys() - {_COUNTER}, model.state_dict().keys()
+    of_file, of_model = _common(keys), _common(names)
+    without = {f"{of_model}{key.removeprefix(of_file)}" for key in keys}
+    return (of_file, of_model) if names.isdisjoint(keys) and not names.isdisjoint(without) else ("", "")
+
+
+def _common(names: Iterable[str]) -> str:
+    """What all names begin with, up to a dot."""
+    paths = [name.split(".")[:-1] for name in names]
+    pairs = zip(min(paths, default=[]), max(paths, default=[]), strict=False)
+    return "".join(f"{part}." for part, _ in itertools.takewhile(lambda pair: pair[0] == pair[1], pairs))
+
+
+def _of_a_part(weights: Mapping[str, Any], model: nn.Module) -> str:
+    """How to get at the model's weights if they are there, by longer names, among others; empty if they are not."""
+    needed = model.state_dict().keys() - _all_stats_names(model)
+    one = next(iter(needed), "")
+    for start in (key.removesuffix(one) for key in weights if key.endswith(f".{one}")):
+        if all(f"{start}{name}" in weights for name in needed):
+            return (
+                f"Those whose names begin with `{start}` are the model's: give a file of them alone, by "
+                f"`torch.save({{name[{len(start)}:]: value for name, value in weights.items() if "
+                f"name.startswith({start!r})}}, path)`."
+            )
+    return ""
+
+
+def _all_stats_names(model: nn.Module) -> set[str]:
+    return {name for layer in stats_names(model).values() for name in layer}
+
+
 _OTHER = "Is it of another project, or were other arguments given to the model?"
 
 
@@ -186,7 +234,7 @@ def _read(path: Path, weights_only: bool) -> dict[str, Any]:
         if not weights_only:
             raise CommandError(f"{path} is no checkpoint: {told(error)}.") from error
         raise CommandError(
-            f"{path} has more in it than tensors and plain values, or is no checkpoint: {_first_line(error)} If you "
+            f"{path} has more in it than tensors and plain values, or is no checkpoint: {_first_line(error)}. If you "
             "trust who made it, add --no-weights-only."
         ) from error
     except Exception as error:
@@ -206,8 +254,9 @@ def _is_bare(content: object) -> bool:
 
 def _first_line(error: Exception) -> str:
     """What cannot be loaded, of PyTorch's page of advice, which is for code."""
-    lines = [line.strip().partition(" Please use `torch.")[0] for line in str(error).splitlines()]
-    return next((line for line in lines if "GLOBAL" in line.upper()), lines[0] if lines else "")
+    lines = str(error).rpartition("WeightsUnpickler error:")[2].splitlines()
+    first = next((line.strip() for line in lines if line.strip()), type(error).__name__)
+    return first.partition(" Please use `torch.")[0].rstrip(".")
 
 
 def _listed(names: Iterable[str]) -> str:

@@ -61,18 +61,16 @@ def _error_of(owner: object, hook: str, *given: str) -> Exception | None:
 
 def loaders_of(source: Any, hook: str, what: str) -> list[Iterable[Any]]:
     """What a data module, a model, or a function of the user's gives to iterate; nothing if it has none of the kind."""
-    if not hasattr(source, hook):
-        if what == "validation":
-            return []
-        if isinstance(source, Iterable):
-            return [source]
-        raise CommandError(
-            f"--data has given a {type(source).__name__}: it must be a LightningDataModule, a DataLoader, or a "
-            "function that returns one."
-        )
     if not overrides(source, hook):
         if what == "validation":
             return []
+        if not hasattr(source, hook) and not isinstance(source, nn.Module):
+            if isinstance(source, Iterable):
+                return [source]
+            raise CommandError(
+                f"--data has given a {type(source).__name__}: it must be a LightningDataModule, a DataLoader, or a "
+                "function that returns one."
+            )
         raise CommandError(
             f"{type(source).__name__} has no `train_dataloader`. Which data? Give --data package.module:DataModule, or "
             "a function that returns a DataLoader of training data."

@@ -49,6 +49,7 @@ def imported(option: str, name: str, source: str | None = None) -> Callable[...,
     Raises:
         CommandError: If there is none.
     """
+    renamed = f" If it has another name now, add {option} package.module:Class." if source else ""
     source = source or option
     module_name, _, attribute = name.rpartition(":" if ":" in name else ".")
     if not module_name or not attribute:
@@ -65,10 +66,11 @@ def imported(option: str, name: str, source: str | None = None) -> Callable[...,
     except Exception as error:
         is_unknown = isinstance(error, ModuleNotFoundError) and f"{module_name}.".startswith(f"{error.name}.")
         hint = " Go to the folder that your training script is in, or add it to PYTHONPATH." if is_unknown else ""
-        raise CommandError(f"{source} {name}: {module_name} cannot be imported: {told(error)}.{hint}") from error
+        why = f"{module_name} cannot be imported: {told(error)}.{hint}{renamed}"
+        raise CommandError(f"{source} {name}: {why}") from error
     for part in attribute.split("."):
         if not hasattr(found, part):
-            raise CommandError(f"{source} {name}: {module_name} has no {attribute}.")
+            raise CommandError(f"{source} {name}: {module_name} has no {attribute}.{renamed}")
         found = getattr(found, part)
     if not callable(found):
         raise CommandError(f"{source} {name} must be a class or a function, got {type(found).__name__}.")

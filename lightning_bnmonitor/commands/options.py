@@ -57,14 +57,16 @@ def add_subject(parser: argparse.ArgumentParser, *, needs_checkpoint: bool, has_
     )
 
 
-def add_num_batches(parser: argparse.ArgumentParser) -> None:
-    """Add the option that says from how many batches exact statistics are taken."""
+def add_num_batches(parser: argparse.ArgumentParser, default: int | Literal["auto"] = "auto", more: str = "") -> None:
+    """Add the option that says from how many batches exact statistics are taken, and what more that means."""
     parser.add_argument(
         "--num-batches",
+        "--num_batches",
         type=number_of_batches,
-        default="auto",
+        default=default,
         metavar="N",
-        help="at most N batches of training data, all, or auto: until the noise is small (default: %(default)s)",
+        help="at most N batches of training data, all, or auto: until the noise of their statistics is small"
+        f"{more} (default: %(default)s)",
     )
 
 
@@ -76,6 +78,20 @@ def add_exclude(parser: argparse.ArgumentParser) -> None:
         metavar="PATTERN",
         help="names of layers to leave alone, as 'backbone.*': those that a callback freezes in training, say",
     )
+
+
+def add_output(parser: argparse.ArgumentParser, *, html: str, fail_on: str, if_what: str) -> None:
+    """Add the options that say what is made of what was found.
+
+    Args:
+        parser: Of a command.
+        html: What the page shows.
+        fail_on: What the exit status can tell.
+        if_what: When it does.
+    """
+    parser.add_argument("--html", type=Path, metavar="FILE", help=f"write TensorBoard's page of {html} to this file")
+    parser.add_argument("--json", action="store_true", help="print JSON")
+    parser.add_argument("--fail-on", choices=[fail_on], help=f"exit with 1 if {if_what}")
 
 
 def number_of_batches(text: str) -> int | Literal["auto"] | None:

@@ -93,6 +93,8 @@ class Batches:
         self._is_validating = is_validating
         self._num_batches = num_batches
         self._label = label
+        self.num_given = 0
+        """Batches that it gave when it was iterated last."""
 
     def __length_hint__(self) -> int:
         lengths = [length_hint(loader) for loader in self._loaders]
@@ -104,8 +106,10 @@ class Batches:
 
         places = itertools.islice(self._places(), self._num_batches)
         total = length_hint(self) or None
+        self.num_given = 0
         with tqdm(places, self._label, total, leave=False, disable=True if self._label is None else None) as bar:
             for loader_index, index, batch in bar:
+                self.num_given += 1
                 yield self._runner.prepared(batch, index, loader_index, self._is_validating)
 
     def _places(self) -> Iterator[tuple[int, int, Any]]:

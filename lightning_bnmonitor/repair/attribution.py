@@ -17,7 +17,7 @@ from lightning_bnmonitor.repair.eval_gap import (
     Attribution,
     Contribution,
     Part,
-    is_gap,
+    is_cause,
 )
 from lightning_bnmonitor.repair.paired_losses import Loss, PairedLosses, difference_of_samples
 from lightning_bnmonitor.repair.passes import Forward, forward_of, generators_as_before
@@ -43,6 +43,7 @@ def attribute_eval_gap(
     :func:`~lightning_bnmonitor.recalibrate`) in all layers. To take it apart, exact statistics are put into one layer
     after another, the one with the largest ``eval_error`` first, and stay there, until the layers that are left explain
     less than 1 % of the gap: a pass over the data for each. What a layer explains is therefore given those before it.
+    A gap that may be chance (up to two standard errors), or is less than 2 % of the loss, is not taken apart.
 
     What no running statistics explain is told by more passes: in eval mode with dropout on, with BatchNorm normalising
     by the batch and all else in eval mode, and in training mode. With ``evaluation``, losses in eval mode are those of
@@ -100,7 +101,8 @@ def attribute_eval_gap(
         errors = {name: report.summary()["eval_error"] for name, report in done.before.items()}
         repaired = {name: error for name, error in errors.items() if name not in done.left_alone}
         gap = evaluated.difference(losses.as_is, losses.exact)
-        apart = _take_apart(evaluated, layers, new, repaired, losses) if is_gap(*gap) else ((), None)
+        is_the_cause = is_cause(*gap, float(losses.as_is.mean()))
+        apart = _take_apart(evaluated, layers, new, repaired, losses) if is_the_cause else ((), None)
     reasons = select(found, in_eval, frozen=False).left_alone
     has_stale = any(reasons.get(name) == STALE for name in repaired)
     return Attribution(

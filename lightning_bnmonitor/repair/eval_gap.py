@@ -19,7 +19,8 @@ OTHER_STATS = "other statistics of the evaluation data"
 OTHER_DATA = "the evaluation data otherwise"
 BY_BATCH = "normalising by the batch"
 MODULES = "dropout, other modules in training mode"
-_MARGIN = 2.0  # standard errors beyond which a part that is no running statistics' is no chance
+_MARGIN = 2.0  # standard errors beyond which a part is no chance
+_SHARE = 0.02  # of the loss that it is a part of: from which on a part is worth a word
 _HIDING = 0.1  # of the largest part: from which on one of opposite sign is said
 
 
@@ -56,7 +57,11 @@ class Part(NamedTuple):
 class Attribution:
     """What :func:`attribute_eval_gap` has found. Printed, it is a cause, a number, what to do, and a table.
 
-    Losses in eval mode are those of the evaluation data, which are ``batches`` themselves if no others were given.
+    Losses in eval mode are those of the evaluation data, which are ``batches`` themselves if no others were given. A
+    part of the loss is spoken of as a cause if it is more than chance (two standard errors) and more than 2 % of the
+    loss that it is a part of: of ``eval_loss`` what running statistics cost; of the larger of ``exact_loss`` and
+    ``train_loss`` all other parts, which lie between these. (What sampling noise of 0.01 leaves after
+    ``recalibrate(..., num_batches="auto")`` moves a loss by up to 1 %.)
     """
 
     eval_loss: float
@@ -92,8 +97,8 @@ class Attribution:
 
     @property
     def is_significant(self) -> bool:
-        """Whether running statistics explain anything: the gap exceeds its own standard error."""
-        return is_gap(self.gap, self.gap_stderr)
+        """Whether running statistics are a cause: the gap is more than chance, and than 2 % of ``eval_loss``."""
+        return is_cause(self.gap, self.gap_stderr, self.eval_loss)
 
     @property
     def worst(self) -> str | None:
@@ -102,10 +107,9 @@ class Attribution:
 
     @property
     def largest(self) -> Part | None:
-        """The largest part of what eval mode is worse than training mode; None if all may be chance."""
+        """The largest part of what eval mode is worse than training mode; None if all may be chance, or are small."""
         own = [Part(RUNNING_STATS, self.gap, self.gap_stderr)] if self.is_significant else []
-        others = [part for part in self.remaining if part.is_significant and part.reduction > 0]
-        return max([*own, *others], key=lambda part: part.reduction, default=None)
+        return max([*own, *self._other_causes], key=lambda part: part.reduction, default=None)
 
     def to_dict(self) -> dict[str, Any]:
         """What was found, in JSON's types: all fields by their names, and ``explanation``, the first words printed."""
@@ -145,6 +149,12 @@ class Attribution:
         align = ("left", *["right"] * (len(headers) - 1))
         table = tabulate(rows, headers=headers, disable_numparse=True, colalign=align)
         return f"{' '.join(_sentences(self))}\n\n{table}"
+
+    @property
+    def _other_causes(self) -> list[Part]:
+        """What no running statistics of training data explain, and is more than chance and than 2 % of the loss."""
+        larger = max(abs(self.exact_loss), abs(self.train_loss))
+        return [part for part in self.remaining if is_cause(part.reduction, part.stderr, larger)]
 
     @property
     def _layers(self) -> list[Contribution]:
@@ -188,9 +198,9 @@ class Attribution:
         )
 
 
-def is_gap(gap: float, stderr: float) -> bool:
-    """Whether there is anything to explain: the gap exceeds its own standard error."""
-    return gap > stderr or gap == math.inf
+def is_cause(reduction: float, stderr: float, loss: float) -> bool:
+    """Whether what a loss falls by is more than chance (two standard errors), and more than 2 % of the loss."""
+    return reduction == math.inf or _SHARE * abs(loss) < reduction > _MARGIN * stderr
 
 
 def _sentences(found: Attribution) -> list[str]:
@@ -204,7 +214,8 @@ def _sentences(found: Attribution) -> list[str]:
         return [first, f"Repair: `{found.repair}`.", _then(found)]
     largest = found.largest
     if largest is None:
-        return [f"Nothing to explain: {_what_exact_ones_do(found)}.", _then(found)]
+        said = _compared("eval mode", found.eval_loss, found.train_loss)
+        return [f"Nothing to explain: {said}", _of_a_small_gap(found)]
     if largest.name == RUNNING_STATS:
         return [*_of_running_stats(found), _then(found), *_opposite(found)]
     cause = _CAUSES[largest.name].format(cost=f"{largest.reduction:.4g} ± {largest.stderr:.2g}")
@@ -235,9 +246,31 @@ _CAUSES = {
 }
 
 
+def _compared(what: str, loss: float, train_loss: float) -> str:
+    """How a loss in eval mode, no part of which is a cause, compares with that in training mode."""
+    worse = loss - train_loss
+    if not math.isfinite(worse):
+        return f"{what} has a loss of {loss:.4g}, training mode of {train_loss:.4g}."
+    if worse > _SHARE * abs(loss):
+        return (
+            f"{what} is {worse:.4g} worse than training mode, but no part of that is both more than chance and "
+            "more than 2 % of the loss."
+        )
+    return f"{what} is as good as training mode."
+
+
+def _of_a_small_gap(found: Attribution) -> str:
+    """What exact running statistics would do where they do not matter."""
+    if found.gap == 0:
+        return "Exact running statistics change nothing."
+    if abs(found.gap) <= _MARGIN * found.gap_stderr:
+        return f"{_what_exact_ones_do(found)}, which may be chance."
+    return f"{_what_exact_ones_do(found)}{', less than 2 % of it' if found.gap > 0 else ''}."
+
+
 def _what_exact_ones_do(found: Attribution) -> str:
     change = "raise" if found.gap < 0 else "lower"
-    return f"exact running statistics {change} the loss by {abs(found.gap):.4g} ± {found.gap_stderr:.2g}"
+    return f"Exact running statistics {change} the loss by {abs(found.gap):.4g} ± {found.gap_stderr:.2g}"
 
 
 def _of_running_stats(found: Attribution) -> Iterable[str]:
@@ -266,27 +299,20 @@ def _of_running_stats(found: Attribution) -> Iterable[str]:
 def _then(found: Attribution) -> str:
     """What is left with exact statistics."""
     left = found.exact_loss - found.train_loss
-    if not math.isfinite(left):
-        return (
-            f"With exact ones, it is {found.exact_loss:.4g} in eval mode and {found.train_loss:.4g} in training mode."
-        )
-    listed = _listed(part for part in found.remaining if part.is_significant and part.reduction > 0)
-    if listed and left > 0:
-        return f"{left:.4g} more than in training mode remain, which no running statistics explain: {listed}."
-    if listed:
-        return f"With exact ones remains what no running statistics explain: {listed}."
+    listed = _listed(found._other_causes)
+    if not listed or not math.isfinite(left):
+        return _compared("With exact ones, eval mode", found.exact_loss, found.train_loss)
     if left > 0:
-        return f"With exact ones, eval mode is {left:.4g} worse than training mode, which may be chance."
-    return "With exact ones, eval mode is as good as training mode."
+        return f"{left:.4g} more than in training mode remain, which no running statistics explain: {listed}."
+    return f"With exact ones remains what no running statistics explain: {listed}."
 
 
 def _besides(found: Attribution, largest: Part) -> Iterable[str]:
     """What else costs something, if it is not running statistics first of all."""
-    listed = _listed(part for part in found.remaining if part.is_significant and part.reduction > 0 and part != largest)
+    listed = _listed(part for part in found._other_causes if part != largest)
     if listed:
         yield f"Besides: {listed}."
-    said = _what_exact_ones_do(found)
-    yield f"{said[0].upper()}{said[1:]}" + (f": `{found.repair}`." if found.is_significant else ".")
+    yield f"{_what_exact_ones_do(found)}: `{found.repair}`." if found.is_significant else _of_a_small_gap(found)
 
 
 def _opposite(found: Attribution) -> Iterable[str]:

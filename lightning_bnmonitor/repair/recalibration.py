@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 import warnings
 from collections.abc import Container, Iterable, Mapping, Sequence
 from typing import Any
@@ -157,7 +158,7 @@ class Recalibration:
         self.misfits = dict(misfits)
         self._old = old
         self._histories = dict(histories)
-        self._precision = f" {precision}" if precision else ""
+        self._precision = precision
         self._told = False
 
     def tell_trackers(self) -> None:
@@ -195,8 +196,9 @@ class Recalibration:
                 errors = [f"{layer.summary()['eval_error']:.4f}" for layer in (before, after)]
                 noise = after.evidence.get("noise_error", float("nan"))
                 rows.append([name, before.verdict, *errors, f"{noise:.4f}", after.verdict, str(after.num_samples)])
-        of = f"{self.num_batches} batch{'es' * (self.num_batches != 1)}"
-        parts = [f"{len(rows)} BatchNorm layer{'s' * (len(rows) != 1)} recalibrated on {of}.{self._precision}"]
+        of = "" if self._precision else f" on {self.num_batches} batch{'es' * (self.num_batches != 1)}"
+        done = f"{len(rows)} BatchNorm layer{'s' * (len(rows) != 1)} recalibrated{of}. {self._precision}"
+        parts = [textwrap.fill(done, 120, break_long_words=False)]
         if rows:
             headers = ["layer", "before", "eval_error", "after", "noise", "now", "samples"]
             align = ("left", "left", "right", "right", "right", "left", "right")
@@ -204,7 +206,7 @@ class Recalibration:
         if self.left_alone:
             off = {name: f", eval_error {error:.4f}" for name, error in self.misfits.items()}
             listed = ", ".join(f"{name} ({why}{off.get(name, '')})" for name, why in self.left_alone.items())
-            parts.append(f"Left alone: {listed}.")
+            parts.append(textwrap.fill(f"Left alone: {listed}.", 120, break_long_words=False))
         return "\n\n".join(parts)
 
 

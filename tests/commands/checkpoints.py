@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from pathlib import Path
 from typing import Any
 
@@ -48,6 +50,12 @@ def bnmonitor(capsys: Any, *arguments: object) -> tuple[int, str, str]:
 
 def read(path: Path, weights_only: bool = True) -> dict[str, Any]:
     return torch.load(path, weights_only=weights_only)
+
+
+def documents(page: Path) -> dict[str, Any]:
+    """The runs in a page that was written, by name: what is known of their windows."""
+    (data,) = re.findall('<script type="application/json" id="bnmonitor-data">(.*?)</script>', page.read_text("utf-8"))
+    return {name: run["history"] for name, run in json.loads(data)["runs"].items()}
 
 
 def differences(one: Any, other: Any, path: str = "") -> list[str]:

@@ -18,8 +18,8 @@ def inputs(seed: int, rows: int = 96) -> Tensor:
     return SHIFT + 2 * torch.randn(rows, FEATURES, generator=torch.Generator().manual_seed(seed))
 
 
-def loader(seed: int = 0, batch_size: int = 16, **options) -> DataLoader:
-    x = inputs(seed)
+def loader(seed: int = 0, batch_size: int = 16, rows: int = 96, **options) -> DataLoader:
+    x = inputs(seed, rows)
     return DataLoader(TensorDataset(x, x.sum(1, keepdim=True)), batch_size, **options)
 
 
@@ -183,6 +183,15 @@ class Shared(Net):
 class BuiltInSetup(LightningModule):
     def setup(self, stage):
         self.net = Net(width=self.trainer.datamodule.hparams.batch_size // 2)
+
+    def training_step(self, batch, batch_idx):
+        return nn.functional.mse_loss(self.net(batch[0]), batch[1])
+
+
+class Wrapped(LightningModule):
+    def __init__(self) -> None:
+        super().__init__()
+        self.net = Net()
 
     def training_step(self, batch, batch_idx):
         return nn.functional.mse_loss(self.net(batch[0]), batch[1])

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from tests.commands import projects
-from tests.commands.checkpoints import bnmonitor, exact_stats, read, seeded, trained
+from tests.commands.checkpoints import bnmonitor, documents, exact_stats, read, seeded, trained
 
 SUBJECT = ("--model", projects.MODEL, "--data", projects.DATA)
 X = projects.inputs(0)
@@ -121,4 +121,57 @@ def test_one_batch_is_too_few(capsys, spoiled):
     status, output, errors = attributed(capsys, spoiled, "--num-batches", 1)
     assert (status, output) == (2, "")
     assert "must give two batches or more" in errors
-    assert attributed(capsys, spoiled, "--num-batches", "auto")[0] == 2
+
+
+def test_as_many_batches_as_make_the_statistics_certain(capsys, spoiled, monkeypatch):
+    """As of `check`: the noise of 8 batches is too large, that of 64 is not; the same batches for all numbers."""
+    monkeypatch.setattr(projects.Data, "train_dataloader", lambda self: projects.loader(0, 64, rows=64 * 1000))
+    status, output, errors = attributed(capsys, spoiled, "--num_batches", "auto", "--no-validation")
+    assert status == 0
+    num_batches = int(re.fullmatch(r"bnmonitor: --num-batches auto: (\d+) batches.\n", errors)[1])
+    assert 8 < num_batches < 1000
+    checked = bnmonitor(capsys, "check", *SUBJECT, "--ckpt_path", spoiled, "--no-validation")[1]
+    assert f"\n{num_batches} batches with {num_batches * 64} samples were looked at" in checked
+    x = projects.inputs(0, 64 * 1000)[: 64 * num_batches]
+    expected = loss_by_hand(read(spoiled)["state_dict"], x)
+    assert printed_loss(output, "eval mode as it is") == pytest.approx(expected, rel=1e-3)
+
+
+def test_the_page_has_the_layers_by_the_same_batches(capsys, spoiled, tmp_path):
+    page = tmp_path / "page.html"
+    plain = attributed(capsys, spoiled, "--num-batches", 3)
+    assert attributed(capsys, spoiled, "--num-batches", 3, "--html", page) == plain
+    (layers,) = documents(page).values()
+    assert layers["layers"]["name"] == ["first", "second"]
+    assert layers["latest"]["layers"][1]["evidence"]["batches"] == 3
+    assert layers["latest"]["layers"][1]["evidence"]["val_batches"] == 3
+    status, output, errors = attributed(capsys, spoiled, "--html", tmp_path / "none" / "page.html")
+    assert (status, output) == (2, "")
+    assert "There is no folder" in errors
+
+
+def sound(spoiled, folder):
+    content = read(spoiled)
+    weights = content["state_dict"]
+    weights.update({name: torch.from_numpy(values).float() for name, values in exact_stats(weights, X).items()})
+    torch.save(content, folder / "sound.ckpt")
+    return folder / "sound.ckpt"
+
+
+def test_it_fails_on_a_gap_if_asked_to(capsys, spoiled, tmp_path):
+    given = ("--no-validation", "--fail-on", "gap")
+    assert attributed(capsys, spoiled, *given)[0] == 1
+    assert attributed(capsys, spoiled, *given, "--json")[0] == 1
+    status, output, errors = attributed(capsys, sound(spoiled, tmp_path), *given)
+    assert (status, errors) == (0, "")
+    assert output.startswith("Nothing to explain: eval mode is as good as training mode. Exact running statistics ")
+    assert "bnmonitor repair" not in output
+
+
+def test_it_does_not_pass_losses_that_are_not_finite(capsys, spoiled, tmp_path, monkeypatch):
+    monkeypatch.setattr(projects.Net, "training_step", lambda self, batch, batch_idx: self(batch[0]).mean() * np.nan)
+    status, output, errors = attributed(capsys, spoiled, "--fail-on", "gap")
+    assert status == 2
+    assert output.startswith("The loss in eval mode is not finite, and not with exact running statistics either.")
+    assert errors == "bnmonitor: The loss is finite in no mode: what running statistics cost is not known.\n"
+    assert attributed(capsys, spoiled)[0] == 0

@@ -10,7 +10,7 @@ import torch
 
 from tests.callbacks.lightning_versions import averaging
 from tests.commands import projects
-from tests.commands.checkpoints import bnmonitor, exact_stats, read, seeded, trained
+from tests.commands.checkpoints import bnmonitor, documents, exact_stats, read, seeded, trained
 
 SUBJECT = ("--model", projects.MODEL, "--data", projects.DATA)
 X = projects.inputs(0)
@@ -120,10 +120,18 @@ def test_the_page(capsys, sick, tmp_path):
     page = tmp_path / "page.html"
     assert checked(capsys, sick, "--html", page)[0] == 0
     assert "warming-up" in page.read_text(encoding="utf-8")
+    assert {"layers"} == set(documents(page))
+
+
+def test_a_page_that_cannot_be_written(capsys, sick, tmp_path, monkeypatch):
     status, output, errors = checked(capsys, sick, "--html", tmp_path / "none" / "page.html")
+    assert (status, output) == (2, "")  # it is known before anything is looked at
+    assert f"There is no folder {tmp_path / 'none'} to write page.html to." in errors
+    assert "is a folder: give a file" in checked(capsys, sick, "--html", tmp_path)[2]
+    status, output, errors = checked(capsys, sick, "--html", "/dev/full")
     assert status == 2
     assert "need attention" in output
-    assert "The page could not be written" in errors
+    assert errors == "bnmonitor: The page could not be written to /dev/full: No space left on device.\n"
 
 
 def test_so_many_batches(capsys, sick):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 
 import pytest
@@ -327,13 +328,26 @@ def test_what_is_given_wrong_is_named(capsys, checkpoint, tmp_path, arguments, s
         ("a: [", "is no YAML"),
         ("a: 1", "it has neither `model` nor `data`"),
         (CLASSES.replace("width", "wdith"), "wdith"),
-        (CLASSES.replace("projects.Net", "projects.Nett"), "has no Nett"),
+        (
+            CLASSES.replace("projects.Net", "projects.Nett"),
+            "has no Nett. If it has another name now, add --model package.module:Class.",
+        ),
+        (
+            CLASSES.replace("tests.commands.projects.Data", "old_project.Data"),
+            "or add it to PYTHONPATH. If it has another name now, add --data package.module:Class.",
+        ),
         (CLASSES.replace("width: 5", "width: broad"), "Give --model a function without arguments that makes it"),
         (CLASSES.replace(projects.__name__, "__main__"), "`--model train:Net`"),
     ],
 )
 def test_a_config_that_is_wrong(capsys, checkpoint, tmp_path, text, sentence):
     assert sentence in refused(capsys, tmp_path, checkpoint, "--config", config(tmp_path, text))
+
+
+def test_a_class_that_has_another_name_now_is_given_besides(capsys, checkpoint, tmp_path):
+    path = config(tmp_path, CLASSES.replace("projects.Net", "projects.Nett"))
+    weights, _ = repaired(capsys, tmp_path, checkpoint, "--config", path, "--model", projects.MODEL)
+    assert_exact(weights, exact_stats(weights, X, batch_size=24))
 
 
 def test_a_checkpoint_of_another_model(capsys, checkpoint, tmp_path):
@@ -353,6 +367,33 @@ def test_a_checkpoint_of_another_model(capsys, checkpoint, tmp_path):
     assert "lacks head.bias, has extra.weight, which the model has not" in errors
 
 
+def test_weights_of_a_part_are_told_how_to_get_at_them(capsys, tmp_path):
+    weights = {f"student.{name}": value for name, value in projects.plain_model().state_dict().items()}
+    weights |= {f"teacher.{name}": value for name, value in projects.Net().state_dict().items()}
+    path = tmp_path / "both.pt"
+    torch.save(weights, path)
+    subject = ("--model", named("plain_model"), "--data", named("training_loader"))
+    errors = refused(capsys, tmp_path, path, *subject)
+    assert "is no checkpoint of this Sequential" in errors
+    assert "Those whose names begin with `student.` are the model's" in errors
+    line = re.search(r"`(torch\.save\(.*\))`", errors)[1]
+    path = tmp_path / "part.pt"
+    exec(line, {"torch": torch, "weights": weights, "path": path})
+    status, _, errors = bnmonitor(capsys, "check", *subject, "--ckpt_path", path)
+    assert (status, errors) == (0, "")
+
+
+def test_names_that_begin_otherwise_and_differ_in_more_are_told_without_that(capsys, tmp_path):
+    weights = {f"module.{name}": value for name, value in projects.plain_model().state_dict().items()}
+    del weights["module.1.weight"]
+    weights["module.other"] = torch.ones(1)
+    torch.save(weights, tmp_path / "other.pt")
+    subject = ("--model", named("plain_model"), "--data", named("training_loader"))
+    errors = refused(capsys, tmp_path, tmp_path / "other.pt", *subject)
+    assert "has `module.0.weight` where Sequential has `0.weight`: all names are matched this way." in errors
+    assert "it lacks 1.weight, has other, which the model has not" in errors
+
+
 def test_a_checkpoint_without_hyperparameters(capsys, tmp_path):
     checkpoint = trained(tmp_path, seeded(projects.NeedsArguments, width=16))
     errors = refused(capsys, tmp_path, checkpoint, "--model", named("NeedsArguments"), *DATA)
@@ -368,6 +409,9 @@ def test_files_that_are_no_checkpoints(capsys, checkpoint, tmp_path):
     for content in (b"", b"nonsense", checkpoint.read_bytes()[:1000]):
         path.write_bytes(content)
         assert "bad.ckpt" in refused(capsys, tmp_path, path, *BOTH)
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:4d7a\nsize 12345\n")
+    errors = refused(capsys, tmp_path, path, *BOTH)
+    assert "or is no checkpoint: Unsupported operand 118. If you trust" in errors
     for saved, sentence in (([1], "holds a list"), ({"epoch": 1}, "has no `state_dict`, but epoch")):
         torch.save(saved, path)
         assert sentence in refused(capsys, tmp_path, path, *BOTH)
@@ -394,6 +438,13 @@ def test_a_checkpoint_that_could_run_code_is_loaded_on_request_alone(capsys, che
     assert bnmonitor(capsys, "repair", *BOTH, "--ckpt_path", path, *output, "--no-weights-only")[0] == 0
     written = read(tmp_path / "repaired.ckpt", weights_only=False)
     assert written["hyper_parameters"]["optimizer"] is projects.squared_error
+
+
+def test_a_plain_model_without_data(capsys, tmp_path):
+    """Which can be iterated, as data can."""
+    torch.save(projects.plain_model().state_dict(), tmp_path / "weights.pt")
+    errors = refused(capsys, tmp_path, tmp_path / "weights.pt", "--model", named("plain_model"))
+    assert "Sequential has no `train_dataloader`. Which data? Give --data" in errors
 
 
 def test_a_model_without_batchnorm(capsys, tmp_path):

@@ -13,7 +13,16 @@ from lightning.pytorch import Trainer
 from lightning_bnmonitor import BatchNormMonitor, PreciseBatchNorm
 from tests.callbacks.lightning_versions import averaging
 from tests.commands import projects
-from tests.commands.checkpoints import assert_exact, bnmonitor, differences, exact_stats, read, seeded, trained
+from tests.commands.checkpoints import (
+    assert_exact,
+    bnmonitor,
+    differences,
+    documents,
+    exact_stats,
+    read,
+    seeded,
+    trained,
+)
 
 SUBJECT = ("--model", projects.MODEL, "--data", projects.DATA)
 X = projects.inputs(0)
@@ -45,7 +54,10 @@ def test_only_running_statistics_differ_and_they_are_exact(capsys, checkpoint, t
     assert old["callbacks"]
     assert checkpoint.read_bytes() == before
     assert "first" in text
-    assert f"Written to {tmp_path / 'repaired.ckpt'}: the weights with exact running statistics" in text
+    assert f"Written to {tmp_path / 'repaired.ckpt'}: the weights with exact running statistics" in " ".join(
+        text.split()
+    )
+    assert max(map(len, text.splitlines())) <= 120
     assert errors == ""
     assert list(tmp_path.iterdir()) == [tmp_path / "repaired.ckpt"]
 
@@ -58,6 +70,73 @@ def test_json_has_what_was_done(capsys, checkpoint, tmp_path):
     layers = done["after"]["layers"]
     assert layers["first"]["running_mean"] == pytest.approx(new["state_dict"]["first.running_mean"].tolist())
     assert set(done["before"]["layers"]) == set(layers) == {"first", "second"}
+
+
+@pytest.fixture
+def of_batches(monkeypatch):
+    """Training data of so many batches, of a size."""
+
+    def give(number, size):
+        monkeypatch.setattr(projects.Data, "train_dataloader", lambda self: projects.loader(0, size, number * size))
+
+    return give
+
+
+def test_the_page_has_before_and_after(capsys, checkpoint, tmp_path, of_batches):
+    of_batches(20, 16)
+    page = tmp_path / "page.html"
+    repaired(capsys, checkpoint, tmp_path, "--exclude", "second", "--html", page)
+    before, after = documents(page).items()
+    assert (before[0], after[0]) == ("the weights, before", "the weights, after")
+    assert [of["latest"]["layers"][0]["words"].split(", ")[0] for _, of in (before, after)] == ["warming-up", "healthy"]
+    assert before[1]["layers"]["name"] == ["first"]
+
+
+def test_the_page_of_averaged_weights_has_both(capsys, tmp_path):
+    checkpoint, page = trained(tmp_path, seeded(projects.Net), averaging("EMAWeightAveraging")()), tmp_path / "p.html"
+    repaired(capsys, checkpoint, tmp_path, "--html", page)
+    averaged, trained_ones = "the averaged weights (`state_dict`)", "the weights in training (`current_model_state`)"
+    assert {f"{what}, {when}" for what in (averaged, trained_ones) for when in ("before", "after")} == set(
+        documents(page)
+    )
+
+
+def test_it_fails_if_a_layer_needs_attention_all_the_same(capsys, checkpoint, tmp_path, of_batches):
+    """Exact statistics are enough for batches of 16; not for those of 4 values per channel, nor for what is left."""
+    given = ("--output", tmp_path / "repaired.ckpt", "--force", "--fail-on", "unhealthy")
+    command = ("repair", *SUBJECT, "--ckpt_path", checkpoint, *given)
+    of_batches(40, 16)
+    status, output, errors = bnmonitor(capsys, *command)
+    assert (status, errors) == (0, "")
+    assert "Exact ones are not enough" not in output
+    status, output, _ = bnmonitor(capsys, *command, "--exclude", "sec*")
+    assert status == 0  # what is excluded is not judged, as by `check`
+    of_batches(40, 4)
+    status, output, _ = bnmonitor(capsys, *command)
+    assert status == bnmonitor(capsys, *command, "--json")[0] == 1
+    said = "Exact ones are not enough for first (tiny-batch), second (tiny-batch): `bnmonitor check` on the new "
+    assert " ".join(output.split()).endswith(f"{said}checkpoint says why.")
+    assert (tmp_path / "repaired.ckpt").exists()
+
+
+def test_it_fails_if_a_layer_that_is_left_alone_needs_attention(capsys, tmp_path, of_batches, monkeypatch):
+    checkpoint = trained(tmp_path, seeded(projects.Frozen))
+    monkeypatch.setattr(projects.Frozen, "__init__", lambda self: (projects.Net.__init__(self), self.first.eval())[0])
+    of_batches(40, 16)
+    subject = ("--model", f"{projects.__name__}:Frozen", "--data", projects.DATA, "--ckpt_path", checkpoint)
+    given = ("--output", tmp_path / "repaired.ckpt", "--fail-on", "unhealthy")
+    status, output, errors = bnmonitor(capsys, "repair", *subject, *given)
+    assert status == 1
+    assert "Exact ones are not enough for first (frozen)" in output
+    assert "--frozen repairs them, too." in errors
+    assert bnmonitor(capsys, "repair", *subject, *given, "--force", "--frozen")[0] == 0
+
+
+def test_it_does_not_pass_what_it_could_not_judge(capsys, checkpoint, tmp_path, of_batches):
+    of_batches(4, 16)
+    errors = refused(capsys, checkpoint, tmp_path / "repaired.ckpt", "--fail-on", "unhealthy")
+    assert errors == "bnmonitor: No layer could be judged: whether they need attention is not known.\n"
+    repaired(capsys, checkpoint, tmp_path)
 
 
 def test_what_is_repaired_twice_does_not_change_any_more(capsys, checkpoint, tmp_path):
@@ -154,6 +233,70 @@ def test_a_file_with_nothing_but_weights(capsys, tmp_path):
     x = X.double()
     torch.testing.assert_close(new["0.running_mean"].double(), x.mean(0), rtol=0, atol=2e-6)
     torch.testing.assert_close(new["0.running_var"].double(), x.var(0), rtol=0, atol=4e-6)
+
+
+def as_of_ddp(model, x):
+    return {f"module.{name}": value for name, value in model.state_dict().items()}
+
+
+def as_compiled(model, x):
+    compiled = torch.compile(model, backend="eager")
+    compiled(x)
+    return compiled.state_dict()
+
+
+def as_compiled_of_ddp(model, x):
+    return {f"module.{name}": value for name, value in as_compiled(model, x).items()}
+
+
+def as_averaged(model, x):
+    return torch.optim.swa_utils.AveragedModel(model).state_dict()
+
+
+@pytest.mark.parametrize(
+    ("saved", "first"),
+    [
+        (as_of_ddp, "module."),
+        (as_compiled, "_orig_mod."),
+        (as_compiled_of_ddp, "module._orig_mod."),
+        (as_averaged, "module."),
+    ],
+)
+def test_names_that_begin_otherwise_stay_as_they_were(capsys, tmp_path, saved, first):
+    torch.manual_seed(0)
+    weights = saved(projects.plain_model(), X)
+    torch.save(weights, tmp_path / "weights.pt")
+    subject = ("--model", f"{projects.__name__}:plain_model", "--data", f"{projects.__name__}:training_loader")
+    new, _, errors = repaired(capsys, tmp_path / "weights.pt", tmp_path, subject=subject)
+    assert set(differences(weights, new)) == stats_of(f"{first}0", f"{first}2", of="")
+    torch.testing.assert_close(new[f"{first}0.running_mean"].double(), X.double().mean(0), rtol=0, atol=2e-6)
+    assert errors == (
+        f"bnmonitor: {tmp_path / 'weights.pt'} has `{first}0.weight` where Sequential has `0.weight`: all names are "
+        "matched this way.\n"
+    )
+
+
+@pytest.mark.parametrize("missing", ["running", "running|num_batches"])
+def test_running_statistics_that_are_missing_are_added_by_the_names_of_the_file(capsys, tmp_path, missing):
+    torch.manual_seed(0)
+    complete = as_of_ddp(projects.plain_model(), X)
+    torch.save({name: complete[name] for name in complete if not re.search(missing, name)}, tmp_path / "weights.pt")
+    subject = ("--model", f"{projects.__name__}:plain_model", "--data", f"{projects.__name__}:training_loader")
+    new, _, errors = repaired(capsys, tmp_path / "weights.pt", tmp_path, subject=subject)
+    assert set(new) == set(complete)
+    assert "lacks the running statistics of 2 BatchNorm layers, as of 0" in errors
+    torch.testing.assert_close(new["module.0.running_mean"].double(), X.double().mean(0), rtol=0, atol=2e-6)
+
+
+def test_a_model_that_has_more_before_its_names_than_the_file(capsys, checkpoint, tmp_path):
+    """The weights of the network alone, and the class around it."""
+    weights = read(checkpoint)["state_dict"]
+    torch.save(dict(weights), tmp_path / "weights.pt")
+    subject = ("--model", f"{projects.__name__}:Wrapped", "--data", projects.DATA)
+    new, _, errors = repaired(capsys, tmp_path / "weights.pt", tmp_path, subject=subject)
+    assert set(differences(dict(weights), new)) == stats_of("first", "second", of="")
+    assert_exact(new, exact_stats(weights, X))
+    assert "has `first.weight` where Wrapped has `net.first.weight`" in errors
 
 
 def test_frozen_layers_are_repaired_on_request(capsys, tmp_path):

@@ -179,7 +179,7 @@ def test_a_misfit_that_comes_of_calls_that_differ_is_told_to(unseen: float, is_k
 
 
 def test_noise_is_not_promised_to_be_all_that_is_left_with_a_smaller_momentum() -> None:
-    told = diagnosed(OFF, ONE_PASS, {"noise_error": 0.29, "num_tracked": 400})
+    told = passed({**OFF, "noise_error": 0.29, "num_tracked": 400})
     assert "which one pass does not show" in told.remedy
     assert "predicted" not in told.remedy
 

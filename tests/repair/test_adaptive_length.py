@@ -133,7 +133,9 @@ def test_recalibrate_takes_as_many_and_says_what_was_reached() -> None:
     result = recalibrate(model, counted(endless(), taken), num_batches="auto")
     assert result.num_batches == len(taken) < 400
     assert_written(model[0], list(itertools.islice(endless(), len(taken))))
-    assert f"recalibrated on {len(taken)} batches. {len(taken)} batches with {sum(taken)} samples" in str(result)
+    said = str(result).partition("\n\n")[0]
+    assert f"1 BatchNorm layer recalibrated. {len(taken)} batches with {sum(taken)} samples" in said
+    assert max(map(len, said.splitlines())) <= 120
     ended = str(recalibrate(model, list(itertools.islice(endless(), 10)), num_batches="auto"))
     assert "not below 0.01: the data ended." in ended
 

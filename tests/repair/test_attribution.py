@@ -119,11 +119,11 @@ def test_a_healthy_trained_model_has_nothing_to_explain():
         net.train()
         found = attribute(net, batches, mean_loss)
         assert found.gap == pytest.approx(gap, abs=1e-5)
-        assert found.is_significant == (found.gap > found.gap_stderr)
         assert abs(gap) < 0.01 * found.eval_loss
-        if gap < stderr * 0.9:
-            assert str(found).startswith("Nothing to explain")
-            assert (found.contributions, found.rest, found.worst) == ((), None, None)
+        assert not found.is_significant
+        assert (found.contributions, found.rest, found.worst) == ((), None, None)
+        assert "Repair" not in str(found)
+        assert found.gap_stderr == pytest.approx(stderr, rel=0.01, abs=1e-6)
     assert not attribute(with_exact_stats, batches, mean_loss).contributions
 
 
@@ -135,31 +135,49 @@ def test_a_gap_of_rounding_alone_is_nothing_to_explain(dtype):
     with torch.no_grad():
         spoil_mean(model.head)
     last_place = torch.finfo(dtype).eps
-    for units, is_significant in ((1, False), (2, True)):
+    signed = [(*batch, (-1) ** index) for index, batch in enumerate(batches)]  # 2 % of the mean loss is nothing, too
+    for units, is_significant in ((1, False), (2, False), (3, True)):
 
         def loss(output, batch, units=units):
             is_spoiled = not torch.allclose(model.head.running_mean, exact, atol=1e-4)
-            return torch.tensor(1.0, dtype=dtype) + is_spoiled * units * last_place
+            return torch.tensor(float(batch[2]), dtype=dtype) + is_spoiled * units * last_place
 
-        found = attribute(model.eval(), batches, loss)
+        found = attribute(model.eval(), signed, loss)
         assert found.gap == units * last_place
         assert found.gap_stderr == pytest.approx(last_place)
         assert found.is_significant == is_significant
         assert found.worst == ("head" if is_significant else None)
 
 
-def test_a_gap_below_its_standard_error_is_nothing_to_explain_and_one_above_is():
+@pytest.mark.parametrize(
+    ("factors", "between", "is_significant"),
+    [((1, -1, 1, -1.2), (-1, 0), False), ((1, 1, 1, -0.5), (1, 2), False), ((1, 1, 1, 0.2), (2, 9), True)],
+)
+def test_a_gap_below_two_standard_errors_is_nothing_to_explain_and_one_above_is(factors, between, is_significant):
     model, batches = healthy(num_batches=4)
     with torch.no_grad():
         spoil_mean(model.head)
-    signs = {False: [1, -1, 1, -1.2], True: [1, 1, 1, 0.9]}
-    for is_significant, factors in signs.items():
-        weighted = [(x, y, factor) for (x, y), factor in zip(batches, factors, strict=True)]
-        found = attribute(model, weighted, lambda output, batch: mean_loss(output, batch) * batch[2])
-        assert (found.gap > found.gap_stderr) == is_significant
-        assert found.is_significant == is_significant
-        assert bool(found.contributions) == is_significant
-        assert str(found).startswith("Nothing to explain") != is_significant
+    weighted = [(x, y, factor) for (x, y), factor in zip(batches, factors, strict=True)]
+    found = attribute(model, weighted, lambda output, batch: mean_loss(output, batch) * batch[2])
+    assert between[0] < found.gap / found.gap_stderr < between[1]
+    assert found.is_significant == is_significant
+    assert bool(found.contributions) == is_significant
+    assert str(found).startswith("Running statistics cost") == is_significant
+
+
+@pytest.mark.parametrize(("offset", "is_significant"), [(0.5, True), (2.0, False)])
+def test_a_gap_below_a_fiftieth_of_the_loss_is_not_taken_apart_and_one_above_is(offset, is_significant):
+    """However certain it is."""
+    model, batches = healthy()
+    with torch.no_grad():
+        spoil_mean(model.head)
+    gap = attribute(model, batches).gap
+    found = attribute(model, batches, lambda output, batch: per_sample(output, batch) + offset * 50 * gap)
+    assert found.gap == pytest.approx(gap, rel=1e-3)
+    assert found.gap > 5 * found.gap_stderr
+    assert found.is_significant == is_significant
+    assert bool(found.contributions) == is_significant
+    assert str(found).startswith("Nothing to explain") != is_significant
 
 
 @pytest.mark.parametrize("is_training", [True, False])

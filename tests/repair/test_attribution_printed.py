@@ -55,7 +55,7 @@ def test_the_sentence_opens_with_the_largest_part_and_its_remedy():
     for case in ("by the batch", "nothing"):
         assert said[case].startswith("Normalising by the batch, which eval mode does not do, is worth ")
         assert "`layer.eval()`" in said[case]
-        assert "Exact running statistics lower the loss by 0.001 ± 0.01." in said[case]
+        assert said[case].endswith("Exact running statistics lower the loss by 0.001 ± 0.01, which may be chance.")
     assert "is worth 1 ± 0.01 of the loss" in said["by the batch"]
     assert "Exact running statistics raise the loss by 0.2 ± 0.01." in said["worse"]
     assert said["modules"].startswith("Dropout or other modules, which act otherwise in training mode, are worth 0.9 ")
@@ -94,11 +94,68 @@ def test_dropout_that_explains_the_running_statistics_is_said():
 
 def test_what_may_be_chance_is_no_cause():
     sentence = assert_printed(CASES["maybe chance"])
-    assert sentence.startswith("Nothing to explain: exact running statistics lower the loss by 0.001 ± 0.01.")
-    assert sentence.endswith("eval mode is 0.375 worse than training mode, which may be chance.")
+    assert sentence == (
+        "Nothing to explain: eval mode is 0.375 worse than training mode, but no part of that is both more than chance "
+        "and more than 2 % of the loss. Exact running statistics lower the loss by 0.001 ± 0.01, which may be chance."
+    )
     for stderr, is_cause in ((0.124, True), (0.126, False)):  # two standard errors
         found = attribution(stderr=stderr, eval_loss=1.5, gap=0.001, gap_stderr=0.01, **NOTHING)
         assert assert_printed(found).startswith("Normalising by the batch") == is_cause
+
+
+def healthy_one(gap, gap_stderr=0.01, **losses):
+    """Losses of about 100, alike in both modes."""
+    known = {"exact_loss": 100.0, "batch_loss": 100.1, "train_loss": 100.2, **losses}
+    return attribution(eval_loss=known["exact_loss"] + gap, gap=gap, gap_stderr=gap_stderr, **known, **NOTHING)
+
+
+@pytest.mark.parametrize(
+    ("found", "said"),
+    [
+        (healthy_one(0.3, 0.25), "Exact running statistics lower the loss by 0.3 ± 0.25, which may be chance."),
+        (healthy_one(1.9), "Exact running statistics lower the loss by 1.9 ± 0.01, less than 2 % of it."),
+        (healthy_one(-0.3, 0.25), "Exact running statistics raise the loss by 0.3 ± 0.25, which may be chance."),
+        (healthy_one(-0.3), "Exact running statistics raise the loss by 0.3 ± 0.01."),
+        (healthy_one(0.0), "Exact running statistics change nothing."),
+        (
+            healthy_one(0.3, batch_loss=99.3, train_loss=99.5),  # 0.7 of other things, and more than chance
+            "Exact running statistics lower the loss by 0.3 ± 0.01, less than 2 % of it.",
+        ),
+    ],
+)
+def test_a_sound_model_is_said_to_be_as_good_in_eval_mode_with_the_number(found, said):
+    assert assert_printed(found) == f"Nothing to explain: eval mode is as good as training mode. {said}"
+    assert (found.largest, found.is_significant) == (None, False)
+
+
+def test_a_difference_of_small_losses_is_no_cause_beside_a_large_one_of_training():
+    """Dropout makes that large: all else is of no interest, but for running statistics."""
+    small = {"has_evaluation": True, "exact_loss": 1.0, "own_loss": 1.0, "exact_train_loss": 0.9}
+    levels = {**small, "batch_loss": 0.9, "train_loss": 70.0}
+    found = attribution(0.001, eval_loss=1.0, **levels, gap=0.0, gap_stderr=0.0, **NOTHING)
+    said = "Nothing to explain: eval mode is as good as training mode. Exact running statistics change nothing."
+    assert assert_printed(found) == said
+    found = attribution(0.001, eval_loss=1.5, **levels, gap=0.5, gap_stderr=0.01)
+    assert assert_printed(found).startswith("Running statistics cost 0.5 ± 0.01 of the loss")
+    assert "With exact ones, eval mode is as good as training mode." in assert_printed(found)
+
+
+def test_losses_that_are_not_finite_in_training_mode_alone_are_not_compared():
+    found = healthy_one(0.0, batch_loss=NAN, train_loss=NAN)
+    said = "Nothing to explain: eval mode has a loss of 100, training mode of nan. "
+    assert assert_printed(found) == f"{said}Exact running statistics change nothing."
+
+
+@pytest.mark.parametrize(("share", "is_cause"), [(0.019, False), (0.021, True)])
+def test_a_part_is_a_cause_from_a_fiftieth_of_the_loss_that_it_is_a_part_of_on(share, is_cause):
+    alike = {"eval_loss": 2.0, "exact_loss": 2.0, "batch_loss": 2.0, "train_loss": 2.0}
+    of_eval_loss = attribution(**alike, gap=2.0 * share, gap_stderr=0.001)
+    assert (of_eval_loss.largest is not None) == of_eval_loss.is_significant == is_cause
+    assert assert_printed(of_eval_loss).startswith("Running statistics cost") == is_cause
+    left = 1.5 * (1 - share)
+    of_exact_loss = attribution(0.001, batch_loss=left, train_loss=left)
+    assert ("no running statistics explain: normalising by the batch" in assert_printed(of_exact_loss)) == is_cause
+    assert ("eval mode is as good as training mode" in assert_printed(of_exact_loss)) != is_cause
 
 
 def test_what_attribute_eval_gap_returns_is_printed_as_its_fields(spoiled):
