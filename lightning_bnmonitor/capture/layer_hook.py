@@ -37,6 +37,7 @@ from lightning_bnmonitor.compat import (
     is_exporting,
     is_stream_capturing,
     never_compiled,
+    normalises_by_batch,
     top_saved_tensor_hooks,
     tracing_state,
     uncompiled,
@@ -135,6 +136,7 @@ class LayerHook(Hook):
         self.calls_in_eval_mode = 0  # those with gradients while the root was in eval mode
         self.first_call = -1  # the earlier the layer was called for the first time, the smaller
         self.own_forward: bool | None = None  # whether outputs are made without a BatchNorm kernel; None if not known
+        self.recomputed = 0  # calls that were to update and were made again in a backward pass
         self.checkpointed = False  # whether a call was (or may be) recomputed, which updates the buffers once more
         # A compiled graph may not append to a list (that recompiles at every call), but it may leave a tuple behind
         # that it found empty.
@@ -233,11 +235,12 @@ class LayerHook(Hook):
     @never_compiled
     def _take(self, module: BatchNorm, x: object, output: object) -> None:
         """A call that is not like the last one."""
+        updating = module.training and module.track_running_stats and module.running_mean is not None
         # Within a backward pass: activation checkpointing makes a call again that was counted when it was made.
         if current_backward() != -1:
             self.checkpointed = True
+            self.recomputed += updating and not (self.gate.paused or self.gate.is_closed)
             return
-        updating = module.training and module.track_running_stats and module.running_mean is not None
         if self.gate.validating and updating and not self.gate.paused:
             self.trained_in_validation = True
         if self.gate.paused or self.gate.is_closed or is_exporting():
@@ -251,6 +254,8 @@ class LayerHook(Hook):
             return
         try:
             kernel = kernel_behind(module, x, output)
+            # A `forward` of its own may normalise by the running statistics in training mode, too.
+            by_batch = module.training and (kernel is None or normalises_by_batch(kernel.node))
             if kernel is None and module.training and self.own_forward is None:
                 self.own_forward = is_made_without_kernel(module, x, output)
             moments = None if self.by_pass else saved_moments(module, x, kernel)
@@ -266,7 +271,7 @@ class LayerHook(Hook):
         if moments is None:
             self.receive_empty(updating)
         else:
-            kind = kind_of(moments, module, module.training, updating, intercepted)
+            kind = kind_of(moments, module, by_batch, updating, intercepted)
             signature = None if kernel is None else signature_of(kind, module, x, output, kernel)
             last = None if signature is None else (signature, kind)
             self.may_be_repeated |= not torch.is_grad_enabled()

@@ -117,6 +117,12 @@ def net_shift(evidence: Evidence) -> float:
     return beyond_chance(evidence.get("val_shift", 0.0), evidence.get("val_noise", math.inf))
 
 
+def excess_scatter(evidence: Evidence) -> float:
+    """By how much calls of evaluation are farther apart than those of training, of a layer that normalises by them."""
+    scatter, of_training = evidence.get("val_scatter", 0.0), evidence.get("train_scatter", math.inf)
+    return math.sqrt(max(scatter**2 - of_training**2, 0.0))
+
+
 def is_ordered(_: Circumstances, evidence: Evidence) -> bool:
     """Whether parts of the window differ, because the data come in an order."""
     if is_of_one_pass(evidence):  # in which no weights move

@@ -38,8 +38,8 @@ def explain_non_finite(evidence: Evidence) -> list[str]:
         )
     if evidence.get("non_finite_running_stats"):
         sentences.append(
-            "The running statistics of {non_finite_running_stats} of {num_features} channels are not finite: eval() "
-            "returns NaN or a constant there, and stays so until they are reset."
+            "The running statistics of {non_finite_running_stats} of {num_features} channels are not finite, or their "
+            "variance is below zero: eval() returns NaN or a constant there, and stays so until they are reset."
         )
     return sentences
 
@@ -126,7 +126,7 @@ def cure_trained_in_eval(evidence: Evidence) -> list[str]:
 def explain_frozen(evidence: Evidence) -> list[str]:
     """Explain ``frozen``."""
     return [
-        "It is in eval mode in training, too: it normalises by its running statistics, which stay as they are.",
+        "It normalises by its running statistics in training, too (eval mode), and these stay as they are.",
         *_still_initial(evidence),
         "Against the statistics of what it receives, that is an error of {eval_error}. Training and eval() agree; "
         "what the next layer receives is not normalised by that much.",
@@ -299,8 +299,8 @@ def explain_healthy(evidence: Evidence) -> list[str]:
     if differs_by_calls(evidence) and evidence.get("unseen_error", 0.0) > WARNING:
         return [_BY_CALLS]
     return [
-        "The running statistics fit what it receives: {act_rmse} off all batches of the window, of which their own "
-        "sampling noise is {noise_error}, and {eval_error} off the last ones, which are known to {now_error}.",
+        "The running statistics fit what it receives in training: {act_rmse} off all batches of the window (their own "
+        "sampling noise is {noise_error}), and {eval_error} off the last ones, which are known to {now_error}.",
     ]
 
 

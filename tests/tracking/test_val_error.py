@@ -432,3 +432,32 @@ def test_weights_that_are_swapped_as_late_as_within_a_validation_step_are_others
         report = tracker.validation_report()
     assert "other-weights" in report["2"].flags
     assert "domain-shift" not in report["2"].flags
+
+
+def test_a_variance_below_zero_is_told_of_as_what_is_not_finite():
+    net = network()
+    with BatchNormTracker(net) as tracker:
+        net[2].running_var[3] = -1.0
+        validate(tracker, net, data(4, 32))
+    report = tracker.report()
+    assert (report["2"].verdict, report["2"].evidence["non_finite_running_stats"]) == ("non-finite", 1)
+    assert report["0"].verdict != "non-finite"
+
+
+@pytest.mark.parametrize(("size", "is_sorted", "is_told"), [(64, False, False), (4, False, True), (64, True, True)])
+def test_without_running_statistics_batches_of_validation_are_compared_with_those_of_training(size, is_sorted, is_told):
+    generator = torch.Generator().manual_seed(0)
+    net = nn.Sequential(nn.BatchNorm1d(C, track_running_stats=False), nn.Linear(C, C))
+    x = torch.randn(512, C, generator=generator)
+    x = x.sort(dim=0)[0] if is_sorted else x
+    with BatchNormTracker(net) as tracker:
+        tracker.reset()
+        train(net, torch.randn(20, 64, C, generator=generator))
+        tracker.close()
+        report = validate(tracker, net, x.split(size))
+    assert (report["0"].flags == ("evaluated-by-batch",)) is is_told
+    assert report["0"].needs_attention is is_told
+    means = torch.stack([part.mean(dim=0) for part in x.split(size)]).double()
+    scatter = (means.var(dim=0, correction=0) / x.double().var(dim=0)).mean().sqrt().item()
+    assert report["0"].evidence["val_scatter"] == pytest.approx(scatter, rel=1e-4)
+    assert report["0"].evidence["train_scatter"] == pytest.approx(1 / 8)
