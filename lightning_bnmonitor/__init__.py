@@ -73,7 +73,7 @@ if TYPE_CHECKING:
     from lightning_bnmonitor.statistics.moments import ChannelMoments, Moments
     from lightning_bnmonitor.tracking.tracker import BatchNormTracker
 
-__version__ = "0.6.0"
+__version__ = "0.7.0"
 __all__ = [
     "Attribution",
     "BatchNormMonitor",

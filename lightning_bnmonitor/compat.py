@@ -209,6 +209,11 @@ def has_unpack_hooks(node: Any) -> bool:
     return not HAS_UNPACK_HOOKS or any(tensor.unpack_hook is not None for tensor in node._raw_saved_tensors)
 
 
+def normalises_by_batch(node: Any) -> bool:
+    """Whether a BatchNorm kernel has normalised by its batch; no if by running statistics, as in eval mode."""
+    return bool(getattr(node, "_saved_training", True))
+
+
 def shape_of_output(node: Any) -> torch.Size | None:
     """The shape of what the operation of an autograd node has returned; None if it cannot be told."""
     described = getattr(node, "_input_metadata", None)  # of what the node receives, which is the gradient of that

@@ -18,8 +18,8 @@ from lightning_bnmonitor.arguments import (
 )
 from lightning_bnmonitor.callbacks.batch_group import BatchGroup, GroupFunction
 from lightning_bnmonitor.callbacks.lightning_package import Callback, LightningModule, Trainer
-from lightning_bnmonitor.callbacks.output import Output
-from lightning_bnmonitor.callbacks.schedule import WindowSchedule, is_training_over
+from lightning_bnmonitor.callbacks.output import Output, without_weights_left
+from lightning_bnmonitor.callbacks.schedule import WindowSchedule, is_of_sample, is_training_over, num_evaluated
 from lightning_bnmonitor.callbacks.unhealthy import OnUnhealthy
 from lightning_bnmonitor.capture.batch_moments import CaptureMode
 from lightning_bnmonitor.compat import swapping_callbacks
@@ -48,8 +48,8 @@ class BatchNormMonitor(Callback):
             the image ``bn/heatmap`` (layers by windows; each of these in at most 1 % of the time), the text
             ``bn/report``, TensorBoard's layout of charts; at the end of ``fit`` the page as a file, to W&B, MLflow and
             Comet. The layout replaces one that was set before the first window has ended; one that is set later stands.
-        validation_batches: Batches of each validation loader in each validation, on each rank, that are compared with
-            training, by a pass over the inputs of each layer; 0 for none.
+        validation_batches: Batches of each validation loader, spread evenly over it, in each validation, on each rank,
+            that are compared with training, by a pass over the inputs of each layer; 0 for none.
         log_key_prefix: What the logged names begin with, not empty.
         on_unhealthy: What to do at a window's end, after a validation that follows it, and after ``validate`` or
             ``test`` alone, if layers need attention: ``"warn"`` of each layer and cause once, ``"ignore"``, or
@@ -180,10 +180,7 @@ class BatchNormMonitor(Callback):
             self._state = state_dict
 
     def report(self) -> Report:
-        """The report of the last finished window; before the first one has ended, of the window so far.
-
-        Empty before ``fit``.
-        """
+        """The report of the last finished window; before the first has ended, of the window so far, if any."""
         if self._report is not None:
             return self._report
         return self._tracker.report() if self._tracker is not None else Report([])
@@ -269,7 +266,9 @@ class BatchNormMonitor(Callback):
         if batch_idx == 0:
             self._tracker.start_validation(dataloader_idx)
             self._has_validated = True
-        elif batch_idx == self._validation_batches:
+        elif is_of_sample(batch_idx, num_evaluated(trainer)[dataloader_idx], self._validation_batches):
+            self._tracker.go_on_with_validation()
+        else:
             self._tracker.stop_validation()
 
     @override
@@ -277,8 +276,7 @@ class BatchNormMonitor(Callback):
         all_ranks = trainer.world_size > 1
         if self._tracker is None or not self._compares(trainer) or not (self._has_validated or all_ranks):
             return
-        loaders = trainer.num_test_batches if trainer.state.fn == "test" else trainer.num_val_batches
-        report = self._tracker.validation_report(all_ranks, num_loaders=len(loaders))
+        report = self._tracker.validation_report(all_ranks, num_loaders=len(num_evaluated(trainer)))
         if _is_alone(trainer):
             if report:
                 self._print(trainer, report, "what was evaluated")
@@ -316,6 +314,8 @@ class BatchNormMonitor(Callback):
 
     @override
     def on_fit_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        if self._tracker is not None and self._tracker.has_other_weights():
+            self._report = without_weights_left(self.report())
         self._print(trainer, self.report(), "running statistics in the last window")
 
     @override
@@ -394,5 +394,5 @@ class BatchNormMonitor(Callback):
 
 
 def _is_alone(trainer: Trainer) -> bool:
-    """Whether ``validate`` or ``test`` was called, which no training precedes."""
+    """Whether ``validate`` or ``test`` was called."""
     return trainer.state.fn in ("validate", "test")

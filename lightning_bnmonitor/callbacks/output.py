@@ -115,3 +115,16 @@ class Output:
     def end(self) -> None:
         """The ``fit`` is over: of all that is shown the history alone is kept."""
         self._dashboard = None
+
+
+def without_weights_left(report: Report) -> Report:
+    """A report of training which says that the model has other weights now, unless it tells of averaged ones, too."""
+    if any(layer.averaged_of is not None for layer in report.values()):
+        return report
+    remark = (
+        "`fit` has left other weights in the model than those that it has trained (averaged ones, perhaps): the "
+        "running statistics are not theirs, and what is said here is not of them. Add `PreciseBatchNorm(restore=True)` "
+        "to the Trainer's callbacks, or recompute the running statistics "
+        "(`lightning_bnmonitor.recalibrate(model, loader)`)."
+    )
+    return Report(report.values(), report.rank, [*report.remarks, remark])

@@ -39,8 +39,9 @@ class PreciseBatchNorm(Callback):
     repairs the weights that are trained before validation, and the averaged ones at the end of ``fit``. A warning says
     which when training starts.
 
-    It acts after all other callbacks but checkpoints, wherever it stands in the list: after
-    :class:`~lightning_bnmonitor.BatchNormMonitor` has ended its window, and after averaged weights are in place. A
+    It acts when the first batch of a validation comes, after all other callbacks but checkpoints, wherever it stands in
+    the list: after :class:`~lightning_bnmonitor.BatchNormMonitor` has ended its window, and after averaged weights are
+    in place, whichever hook has put them there. (Those that ``validation_step`` itself puts in place come too late.) A
     monitor does not count its forward passes, and knows where the running statistics come from.
 
     Args:
@@ -161,8 +162,18 @@ class PreciseBatchNorm(Callback):
         self._frozen = {layer for layer in self._layers if not layer.training}
 
     @override
-    def on_validation_epoch_start(self, trainer: Trainer, pl_module: LightningModule) -> None:
-        # The earliest hook that comes after all callbacks' `on_validation_start`, where a monitor may end its window.
+    def on_validation_batch_start(
+        self, trainer: Trainer, pl_module: LightningModule, batch: Any, batch_idx: int, dataloader_idx: int = 0
+    ) -> None:
+        # The earliest hook that comes after all others in which a validation begins: callbacks and the module itself
+        # may put other weights in place there.
+        self._before_validation(trainer, pl_module)
+
+    @override
+    def on_validation_epoch_end(self, trainer: Trainer, pl_module: LightningModule) -> None:
+        self._before_validation(trainer, pl_module)  # with other ranks, on one that has had no batch
+
+    def _before_validation(self, trainer: Trainer, pl_module: LightningModule) -> None:
         if trainer.state.fn == "fit" and self._has_trained and (trainer.current_epoch + 1) % self._every_n_epochs == 0:
             self._repair(trainer, pl_module)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -105,3 +106,21 @@ def is_training_over(trainer: Trainer, epoch_ended: bool) -> bool:
         return True
     may_stop = num_epochs >= (trainer.min_epochs or 0) and num_steps >= (trainer.min_steps or 0)
     return trainer.should_stop and may_stop
+
+
+def num_evaluated(trainer: Trainer) -> list[int | float]:
+    """Batches of each loader of a validation or test; infinite where that is not known."""
+    return trainer.num_test_batches if trainer.state.fn == "test" else trainer.num_val_batches
+
+
+def is_of_sample(index: int, num_batches: float, wanted: int) -> bool:
+    """Whether a batch is one of so many that are spread evenly over all: data may come sorted, by class say.
+
+    Args:
+        index: Of the batch, counted from 0.
+        num_batches: All batches; if that is infinite, it is the first that are wanted.
+        wanted: How many are, or all there are.
+    """
+    if math.isinf(num_batches):
+        return index < wanted
+    return index < num_batches and index * wanted // num_batches > (index - 1) * wanted // num_batches

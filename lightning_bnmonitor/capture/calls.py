@@ -25,7 +25,7 @@ class CallKind(NamedTuple):
     momentum: float | None
     """The layer's."""
     training: bool
-    """Whether the layer was in training mode."""
+    """Whether the layer normalised by the batch, as far as is known: whether it was in training mode."""
     updating: bool
     """Whether BatchNorm counted the call in ``num_batches_tracked``."""
     path: Path

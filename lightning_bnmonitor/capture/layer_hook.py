@@ -37,6 +37,7 @@ from lightning_bnmonitor.compat import (
     is_exporting,
     is_stream_capturing,
     never_compiled,
+    normalises_by_batch,
     top_saved_tensor_hooks,
     tracing_state,
     uncompiled,
@@ -54,6 +55,7 @@ class Gate:
 
     def __init__(self, root: nn.Module) -> None:
         self.validating = False  # whether calls in eval mode are looked at
+        self.is_validation_new = False  # whether none of it was looked at yet
         self.root = weakref.ref(uncompiled(root))  # a compiled module has no mode of its own
         self.paused = 0  # pauses that are in force
         self.is_closed = False  # whether the window has ended
@@ -62,6 +64,7 @@ class Gate:
         self.parts_before = 0  # those of the steps that have ended
         self.has_groups = False  # whether batches were ever said to be of groups
         self.steps_in_eval_mode = 0  # of the root's optimizers in this window while the root was in eval mode
+        self.has_stepped = False  # whether an optimizer has stepped in this window
         self.is_full = False  # whether as many calls of a layer wait as may
         self.is_guarded = False  # whether running statistics are to be checked after each part of a step
         self.has_warned_of_graph = False  # that is captured
@@ -80,8 +83,9 @@ class Gate:
         self.mark = self.parts + number
 
     def end_part(self) -> None:
-        """A part of a training step has ended."""
+        """A part of a training step has ended, with an optimizer's step."""
         self.mark += _PART
+        self.has_stepped = True
 
     def end_step(self) -> None:
         """A training step has ended."""
@@ -132,6 +136,7 @@ class LayerHook(Hook):
         self.calls_in_eval_mode = 0  # those with gradients while the root was in eval mode
         self.first_call = -1  # the earlier the layer was called for the first time, the smaller
         self.own_forward: bool | None = None  # whether outputs are made without a BatchNorm kernel; None if not known
+        self.recomputed = 0  # calls that were to update and were made again in a backward pass
         self.checkpointed = False  # whether a call was (or may be) recomputed, which updates the buffers once more
         # A compiled graph may not append to a list (that recompiles at every call), but it may leave a tuple behind
         # that it found empty.
@@ -230,11 +235,12 @@ class LayerHook(Hook):
     @never_compiled
     def _take(self, module: BatchNorm, x: object, output: object) -> None:
         """A call that is not like the last one."""
+        updating = module.training and module.track_running_stats and module.running_mean is not None
         # Within a backward pass: activation checkpointing makes a call again that was counted when it was made.
         if current_backward() != -1:
             self.checkpointed = True
+            self.recomputed += updating and not (self.gate.paused or self.gate.is_closed)
             return
-        updating = module.training and module.track_running_stats and module.running_mean is not None
         if self.gate.validating and updating and not self.gate.paused:
             self.trained_in_validation = True
         if self.gate.paused or self.gate.is_closed or is_exporting():
@@ -248,6 +254,8 @@ class LayerHook(Hook):
             return
         try:
             kernel = kernel_behind(module, x, output)
+            # A `forward` of its own may normalise by the running statistics in training mode, too.
+            by_batch = module.training and (kernel is None or normalises_by_batch(kernel.node))
             if kernel is None and module.training and self.own_forward is None:
                 self.own_forward = is_made_without_kernel(module, x, output)
             moments = None if self.by_pass else saved_moments(module, x, kernel)
@@ -263,7 +271,7 @@ class LayerHook(Hook):
         if moments is None:
             self.receive_empty(updating)
         else:
-            kind = kind_of(moments, module, module.training, updating, intercepted)
+            kind = kind_of(moments, module, by_batch, updating, intercepted)
             signature = None if kernel is None else signature_of(kind, module, x, output, kernel)
             last = None if signature is None else (signature, kind)
             self.may_be_repeated |= not torch.is_grad_enabled()

@@ -37,7 +37,7 @@ def advice(verdict: str, layer: Circumstances, evidence: Evidence) -> dict[str, 
         layer: How the layer was called.
         evidence: Its numbers so far.
     """
-    numbers: dict[str, float] = {}
+    numbers: dict[str, float] = {"dimensions": layer.dimensions} if verdict == "tiny-batch" else {}
     if layer.updates_twice and layer.momentum is not None:
         # So that all updates of a call together weigh what was asked for.
         numbers["compensated_momentum"] = 1 - max(1 - layer.momentum, 0.0) ** (1 / layer.updates_per_call)
@@ -87,8 +87,10 @@ def _best_momentum(verdict: str, layer: Circumstances, evidence: Evidence, momen
 
 
 def _batch_size(evidence: Evidence) -> dict[str, float]:
-    """The batch size with which noise would be tolerable; nothing if the data do not give it."""
+    """The batch size with which noise would be tolerable; nothing if the data do not give it, or if it is already."""
     size, noise = evidence["batch_size"], evidence["noise_error"]
+    if noise <= _TOLERABLE:
+        return {}
     window = size * (evidence["batches"] - evidence.get("batches_before", 0.0))
     possible = math.floor(min(window / _MIN_BATCHES, _LARGEST_GROWTH * size))
     if possible < size * (noise / _TOLERABLE) ** 2:

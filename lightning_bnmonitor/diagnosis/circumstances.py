@@ -71,8 +71,12 @@ class Circumstances(NamedTuple):
     """Steps of its optimizers meanwhile."""
     left_out: int = 0
     """Calls that the guard has undone, as a value in them was not finite."""
+    dimensions: int = 2
+    """Of what it receives, besides samples and channels: 2 for images."""
     has_initial_stats: bool = False
     """Whether the module's buffers are the initial zeros and ones."""
+    normalises_in_parts: bool = False
+    """Whether a ``forward`` of its own may update the running statistics several times a call."""
     updates_nothing: bool = False
     """Whether it is known, as it is set up, that no call in training updates its running statistics."""
 
@@ -88,5 +92,6 @@ class Circumstances(NamedTuple):
 
     @property
     def updates_twice(self) -> bool:
-        """Whether calls update the buffers two or more times, as they are recomputed."""
-        return self.checkpointed and self.updates_of_repeated > 1 and float(self.updates_of_repeated).is_integer()
+        """Whether calls update the buffers two or more times, as they are recomputed, or normalise in parts."""
+        may_repeat = self.checkpointed or self.normalises_in_parts
+        return may_repeat and self.updates_of_repeated > 1 and float(self.updates_of_repeated).is_integer()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Mapping
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from lightning_bnmonitor.diagnosis.advice import advice
@@ -13,7 +14,7 @@ from lightning_bnmonitor.diagnosis.flags import FLAGS
 from lightning_bnmonitor.diagnosis.groups import GroupShift, evidence_of, sentence_on
 from lightning_bnmonitor.diagnosis.one_pass import in_words
 from lightning_bnmonitor.diagnosis.rules import is_noisy_by_calls, moves_with_weights, updates_nothing
-from lightning_bnmonitor.diagnosis.sentences import RECALIBRATE_CALL, RECALIBRATE_FROZEN_CALL, Statement
+from lightning_bnmonitor.diagnosis.sentences import Statement
 from lightning_bnmonitor.diagnosis.verdicts import VERDICTS, verdict_on
 
 _UNSEEN = Statement(
@@ -68,21 +69,27 @@ class Diagnosis:
 
     @property
     def notes(self) -> str:
-        """What its flags say, and what to do about that; empty if there are none."""
-        flags = [in_words(FLAGS[flag], self.evidence) for flag in self.flags]
-        texts = (text for flag in flags for text in (flag.explain(self.evidence), flag.prescribe(self.evidence)))
+        """Why it could not be judged, if so, what its flags say, and what to do about that."""
+        said = [*([] if self.is_judged else [VERDICTS[self.verdict]]), *(FLAGS[flag] for flag in self.flags)]
+        texts = (text for each in said for text in (self._explained(each), self._prescribed(each)))
         return self._for_this_layer(_joined(texts))
 
     @property
     def explanation(self) -> str:
-        """What was found and what it means, with this layer's numbers, all of which are in :attr:`evidence`."""
+        """What was found and what it means, with this layer's numbers, all of which are in :attr:`evidence`.
+
+        The cause comes first, also if it is a flag.
+        """
+        flags = self._cause_first([FLAGS[flag] for flag in self.flags])
+        texts = [self._explained(flag) for flag in flags]
+        texts.insert(int(self.cause in self.flags), self._explained_verdict())
+        return _joined(texts)
+
+    def _explained_verdict(self) -> str:
         added = [_UNSEEN] if self.evidence.get("calls_skipped") else []
         added += [_WITH_WEIGHTS] if moves_with_weights(self.evidence) else []
-        statements = [VERDICTS[self.verdict], *added, *(FLAGS[flag] for flag in self.flags)]
-        texts = [in_words(statement, self.evidence).explain(self.evidence) for statement in statements]
-        if self.verdict in ("grouped-batches", "ordered-batches"):
-            texts.insert(1, sentence_on(self.groups))
-        text = _joined(texts)
+        of_groups = sentence_on(self.groups) if self.verdict in ("grouped-batches", "ordered-batches") else ""
+        text = _joined([self._explained(VERDICTS[self.verdict]), of_groups, *map(self._explained, added)])
         windows = self.evidence.get("windows", 1)
         return f"Over the last {windows:.0f} windows: {text[0].lower()}{text[1:]}" if windows > 1 else text
 
@@ -95,12 +102,20 @@ class Diagnosis:
         is_flagged = any(FLAGS[flag].attention(self.evidence) for flag in self.flags)
         if {"always": True, "if wrong": self.needs_attention, "never": not is_flagged}[verdict.attention]:
             statements.insert(0, verdict)
-        said = (in_words(statement, self.evidence).prescribe(self.evidence) for statement in statements)
-        return self._for_this_layer(_joined(said))
+        return self._for_this_layer(_joined(map(self._prescribed, self._cause_first(statements))))
+
+    def _cause_first(self, statements: Sequence[Statement]) -> list[Statement]:
+        return sorted(statements, key=lambda statement: statement.name != self.cause)
+
+    def _explained(self, statement: Statement) -> str:
+        return in_words(statement, self.evidence).explain(self.evidence)
+
+    def _prescribed(self, statement: Statement) -> str:
+        return in_words(statement, self.evidence).prescribe(self.evidence)
 
     def _for_this_layer(self, remedy: str) -> str:
         is_left_alone = updates_nothing(self.evidence)
-        return remedy.replace(RECALIBRATE_CALL, RECALIBRATE_FROZEN_CALL) if is_left_alone else remedy
+        return re.sub(r"(\.recalibrate\(\w+, \w+)\)", r"\1, frozen=True)", remedy) if is_left_alone else remedy
 
 
 def diagnose(
@@ -147,6 +162,8 @@ def _of_calls(layer: Circumstances, evidence: Evidence) -> dict[str, float]:
         numbers["num_updates"] = float(layer.num_tracked)
     if layer.updates_twice and not math.isclose(layer.updates_of_repeated, updates):
         numbers["updates_of_repeated"] = layer.updates_of_repeated
+    if layer.updates_twice and not layer.checkpointed:
+        numbers["parts_per_call"] = updates
     if "ranks" in evidence and not layer.was_called:  # on rank 0: what it has is against what the others received
         numbers["rank_error"] = evidence.get("eval_error", 0.0)
     batches = evidence.get("batches", 0.0) - evidence.get("batches_before", 0.0)

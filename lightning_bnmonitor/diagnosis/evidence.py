@@ -39,6 +39,8 @@ EVIDENCE: Mapping[str, str] = {
     "updates_per_call": "updates of the running statistics for each call that was to update them (1; 2 under "
     "activation checkpointing)",
     "updates_of_repeated": "the same for the calls that activation checkpointing repeats, where it repeats only some",
+    "parts_per_call": "into how many parts a `forward` of its own takes a batch apart, each of which updates the "
+    "running statistics",
     "assumed_updates_per_call": "what updates_per_call was assumed to be, where that was wrong",
     "eval_error": "RMS error of the normalised activation in eval(), with the weights at the window's end",
     "act_rmse": "RMS error that eval() would have made on the values of the whole window",
@@ -105,8 +107,10 @@ EVIDENCE: Mapping[str, str] = {
     "group_noise": "the part of group_shift that is chance; absent where groups came one after another, or with few "
     "batches: weights that move may be the reason then",
     "dead_channels": "channels whose variance is at most a thousandth of eps",
-    "non_finite_channels": "channels with a value or a running statistic that is not finite",
-    "non_finite_running_stats": "channels with a running statistic that is not finite",
+    "non_finite_channels": "channels with a value or a running statistic that is not finite, or a running variance "
+    "below zero",
+    "non_finite_running_stats": "channels with a running statistic that is not finite, or a running variance below "
+    "zero",
     "first_bad_batch": "the first call in the window with a value that is not finite, counted from 1",
     "bad_windows_ago": "how many windows ago that was, if it is what the running statistics are still not finite of",
     "guarded_calls": "calls with a value that is not finite, of all ranks, that the guard has undone: nothing counts "
@@ -131,12 +135,18 @@ EVIDENCE: Mapping[str, str] = {
     "recommended_error": "eval_error predicted with recommended_momentum",
     "recommended_batch_size": "the batch size that the remedy names",
     "compensated_momentum": "the momentum that has, with several updates a call, the effect of the module's",
+    "dimensions": "dimensions of what it receives besides samples and channels: 2 for images",
     "batches_to_go": "batches until the initial values no longer matter",
     "val_error": "RMS error of the normalised activation that the running statistics, as they were in validation, made "
     "on what the layer received there",
     "val_error_noise": "the part of val_error that is chance",
+    "added_error": "what the running statistics of this layer and of those before it are off by themselves, chance "
+    "taken off: the root of the sum of the squares",
     "val_shift": "RMS over channels of the layer's val_shift",
     "val_noise": "the part of val_shift that is chance",
+    "val_scatter": "RMS distance of the means of batches in validation from the mean of all, in standard deviations, "
+    "of a layer that eval() normalises by the batch",
+    "train_scatter": "what that is at most of random batches of the size of those of training",
     "val_non_finite": "channels that received a value in validation that is not finite",
     "val_batches": "calls in validation that were looked at",
     "val_layers_before": "BatchNorm layers before it that were called in validation",
@@ -179,7 +189,7 @@ def distances(
     error = divergence.act_rmse(now[0], now[1], running[0], running[1], eps).numpy()
     shift = divergence.mean_shift(mean, var, running[0], eps).numpy()
     ratio = divergence.log_var_ratio(var, running[1], eps).numpy()
-    broken = (layout.count(~torch.isfinite(running).all(dim=0).numpy()) > 0) & comparable
+    broken = (layout.count(_is_broken(running, eps)) > 0) & comparable
     with np.errstate(all="ignore"):
         return {
             "eval_error": np.where(broken, np.inf, np.sqrt(layout.mean(error**2))),
@@ -231,7 +241,7 @@ def observations(
     # A guard leaves bad batches out: the population is that of the others then, if there are any.
     bad_values = np.isfinite(analysis.first_bad) & ~torch.isfinite(population).all(dim=0).numpy()
     with np.errstate(all="ignore"):
-        bad_running = ~torch.isfinite(running).all(dim=0).numpy() & (layout.spread(has_running_stats) > 0)
+        bad_running = _is_broken(running, eps) & (layout.spread(has_running_stats) > 0)
         columns = {
             "batches": analysis.num_batches,
             "samples_per_batch": analysis.samples_per_batch,
@@ -272,6 +282,12 @@ def observations(
         if not known["batches"]:
             known = {name: value for name, value in known.items() if name in _WITHOUT_BATCHES}
         yield known
+
+
+def _is_broken(running: Tensor, eps: Tensor) -> BoolArray:
+    """Of which channels running statistics make NaN or a constant of what is normalised by them, ``(C,)``."""
+    broken: BoolArray = (~torch.isfinite(running).all(dim=0) | (running[1] + eps < 0)).numpy()
+    return broken
 
 
 def of_padding(padding: Padding) -> Iterator[dict[str, float]]:

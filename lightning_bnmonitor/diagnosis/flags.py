@@ -8,17 +8,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from lightning_bnmonitor.diagnosis import rules
+from lightning_bnmonitor.diagnosis import rules, validation_words
 from lightning_bnmonitor.diagnosis.circumstances import Circumstances
 from lightning_bnmonitor.diagnosis.evidence import WARNING, Evidence
-from lightning_bnmonitor.diagnosis.sentences import RECALIBRATE, RECALIBRATE_CALL, Statement
-
-_OF_COPIES = (
-    "If it is a copy with averaged weights, average or copy the buffers with the weights "
-    "(`AveragedModel(model, use_buffers=True)`), or recompute them "
-    "(`lightning_bnmonitor.recalibrate(averaged, loader)`)."
-)
-_ALONE = f"If the model was loaded, load its running statistics, too, or recompute them ({RECALIBRATE_CALL})."
+from lightning_bnmonitor.diagnosis.sentences import RECALIBRATE, Statement
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,97 +22,6 @@ class Flag(Statement):
     """Whether it holds; None if the window alone does not tell (see :mod:`.validation`)."""
     attention: Callable[[Evidence], bool] = lambda _: False
     """Whether something should be done about it, whatever the verdict."""
-
-
-def _explain_shift(evidence: Evidence) -> list[str]:
-    sentence = (
-        "What it receives in validation"
-        + (" (loader {val_loader}, counted from 0)" if "val_loader" in evidence else "")
-        + " is {val_shift} off what it receives in training (chance explains {val_noise}, in {val_batches} batches)"
-    )
-    error = "Its running statistics are {val_error} off what it receives there."
-    if evidence.get("val_spoiled_before"):
-        return [
-            f"{sentence}. A layer before it is normalised by its batches in training, as eval() cannot do it (its own "
-            "verdict and flags say why): that alone can make such a difference, with the same data.",
-            error,
-        ]
-    if evidence.get("val_shifted_before"):
-        return [f"{sentence}, as in a layer before it.", error]
-    if evidence.get("val_layers_before"):
-        return [
-            f"{sentence}, and no layer before it shows that: dropout, augmentation or normalising by small batches "
-            "before it in training, other frequencies of classes, overfitting, or the inputs.",
-            error,
-        ]
-    return [f"{sentence}. It is the first BatchNorm layer: the inputs differ.", error]
-
-
-def _cure_shift(evidence: Evidence) -> list[str]:
-    if evidence.get("val_spoiled_before"):
-        return ["Begin with that layer."]
-    if evidence.get("val_shifted_before"):
-        return ["Begin with the first layer that has this flag."]
-    prepare = (
-        "Prepare validation data as training data. If they are what the model will be given, recompute the running "
-        f"statistics from data of that kind ({RECALIBRATE_CALL})."
-    )
-    if evidence.get("val_layers_before"):
-        return [
-            "Put dropout behind this layer rather than before it.",
-            prepare,
-            "Where only classes are more or less frequent, leave it.",
-        ]
-    return [prepare]
-
-
-def _explain_other_weights(evidence: Evidence) -> list[str]:
-    error = "its running statistics are {val_error} off what it receives in validation (chance explains "
-    error += "{val_error_noise})"
-    if evidence.get("averaged"):
-        return [f"{error[0].upper()}{error[1:]}: averaged weights need statistics of their own."]
-    if rules.was_called(evidence):
-        return [
-            "Validation ran with other weights or running statistics than training ended with (averaged or swapped "
-            f"weights: EMA, SWA, `WeightAveraging`, schedule-free optimizers): {error}."
-        ]
-    return [f"It is called in validation and was not called in training: {error}."]
-
-
-def _cure_other_weights(evidence: Evidence) -> list[str]:
-    if rules.was_called(evidence) or evidence.get("averaged"):
-        return [
-            "Add `PreciseBatchNorm(restore=True)` to the Trainer's callbacks; or, with those weights in the model, "
-            f"{RECALIBRATE}."
-        ]
-    return [_OF_COPIES, _ALONE]
-
-
-def _explain_unexplained(evidence: Evidence) -> list[str]:
-    if evidence.get("val_alone"):
-        return [
-            "Its running statistics are {val_error} off what it receives here (chance explains {val_error_noise}): "
-            "these data are other than those it was trained with, or its running statistics do not belong to its "
-            "weights."
-        ]
-    return [
-        "In validation eval() is off by {val_error}, more than chance explains ({val_error_noise}). The cause is not "
-        "known: neither this layer nor one before it has shown anything that explains it.",
-        "Against what it receives in training, its running statistics are off by {eval_error}.",
-    ]
-
-
-def _cure_unexplained(evidence: Evidence) -> list[str]:
-    if evidence.get("val_alone"):
-        return [
-            "Evaluate training data in the same way (`trainer.validate(model, train_loader)`). If it is as far off "
-            f"there, load the running statistics that belong to the weights, or recompute them ({RECALIBRATE_CALL}). "
-            "If not, the data differ: prepare them as training data."
-        ]
-    return [
-        "See whether better running statistics help: `print(lightning_bnmonitor.attribute_eval_gap(model, loader, "
-        f"loss))`. If so, {RECALIBRATE}."
-    ]
 
 
 def _explain_last_batch(evidence: Evidence) -> list[str]:
@@ -142,9 +44,12 @@ def _explain_repeats(evidence: Evidence) -> list[str]:
             "Activation checkpointing repeats some of its calls, which update the running statistics "
             "{updates_of_repeated} times, and others once: {updates_per_call} times on average."
         ]
+    why = "activation checkpointing repeats it"
+    if "parts_per_call" in evidence:
+        why = "its own `forward` normalises the batch in parts"
     return [
-        "Each call updates the running statistics {updates_per_call} times, as activation checkpointing repeats it: "
-        "the momentum acts as {effective_momentum}."
+        f"Each call updates the running statistics {{updates_per_call}} times, as {why}: the momentum acts as "
+        "{effective_momentum}."
     ]
 
 
@@ -212,14 +117,42 @@ _TABLE = (
         name="domain-shift",
         rule=None,
         attention=lambda evidence: rules.net_error(evidence) > rules.SERIOUS,
-        explanation=_explain_shift,
-        remedy=_cure_shift,
+        explanation=validation_words.explain_shift,
+        remedy=validation_words.cure_shift,
     ),
     Flag(
         name="double-update",
         rule=lambda layer, _: layer.updates_twice,
         explanation=_explain_repeats,
         remedy=_compensate,
+    ),
+    Flag(
+        name="errors-add-up",
+        rule=None,
+        attention=lambda _: True,
+        explanation=(
+            "The running statistics of this layer and of those before it are behind the weights, by {added_error} all "
+            "together, and each layer enlarges what the one before it has wrong: in validation eval() is off by "
+            "{val_error} (chance explains {val_error_noise}).",
+        ),
+        remedy=(
+            "Add `PreciseBatchNorm(restore=True)` to the Trainer's callbacks, or "
+            f"{RECALIBRATE} before you evaluate. A lower learning rate towards the end of training does the same.",
+        ),
+    ),
+    Flag(
+        name="evaluated-by-batch",
+        rule=None,
+        attention=lambda _: True,
+        explanation=(
+            "Batches of validation are other than those of training, and eval() normalises each by itself: their means "
+            "are {val_scatter} standard deviations off the mean of all, those of random batches of training at most "
+            "{train_scatter}.",
+        ),
+        remedy=(
+            "Evaluate shuffled batches that are as large as those of training; or make the layer with "
+            "`track_running_stats=True`, so that eval() does not depend on the batch, and train anew.",
+        ),
     ),
     Flag(
         name="guarded",
@@ -236,8 +169,8 @@ _TABLE = (
         name="half-frozen",
         rule=lambda layer, evidence: layer.has_frozen_weights and bool(evidence.get("batches")),
         explanation=(
-            "Its weights do not train (`requires_grad=False`), while its running statistics go over to the present "
-            "data: what was trained with the old ones no longer works in eval().",
+            "Its weights do not train (`requires_grad=False`, no gradient, or in no optimizer), while its running "
+            "statistics go over to the present data: what was trained with the old ones no longer works in eval().",
         ),
         remedy=("To keep it as it was, call `layer.eval()` after every `model.train()`.",),
     ),
@@ -278,7 +211,7 @@ _TABLE = (
             "Its running statistics were never updated: they are the initial zeros and ones (`num_batches_tracked` is "
             "zero), {val_error} off what it receives in validation (chance explains {val_error_noise}).",
         ),
-        remedy=lambda evidence: [_ALONE] if evidence.get("val_alone") else [_OF_COPIES, _ALONE],
+        remedy=validation_words.cure_never_updated,
     ),
     Flag(
         name="non-finite-validation",
@@ -303,8 +236,8 @@ _TABLE = (
         name="other-weights",
         rule=None,
         attention=lambda evidence: rules.net_error(evidence) > rules.OF_OTHER_WEIGHTS,
-        explanation=_explain_other_weights,
-        remedy=_cure_other_weights,
+        explanation=validation_words.explain_other_weights,
+        remedy=validation_words.cure_other_weights,
     ),
     Flag(
         name="padded",
@@ -349,8 +282,8 @@ _TABLE = (
         name="unexplained-error",
         rule=None,
         attention=lambda _: True,
-        explanation=_explain_unexplained,
-        remedy=_cure_unexplained,
+        explanation=validation_words.explain_unexplained,
+        remedy=validation_words.cure_unexplained,
     ),
     Flag(
         name="updated-in-validation",
@@ -371,8 +304,8 @@ _TABLE = (
         rule=lambda layer, _: layer.written_outside or layer.updates_per_call < 0,
         explanation=(
             "Something else wrote the running statistics (recalibration, SWA, a loaded checkpoint, a reset, validation "
-            "in training mode): "
-            "what they are made of is known from there on only.",
+            "in training mode, forward passes in training mode outside the training steps): what they are made of is "
+            "known from there on only.",
         ),
     ),
 )

@@ -117,12 +117,20 @@ def net_shift(evidence: Evidence) -> float:
     return beyond_chance(evidence.get("val_shift", 0.0), evidence.get("val_noise", math.inf))
 
 
+def excess_scatter(evidence: Evidence) -> float:
+    """By how much calls of evaluation are farther apart than those of training, of a layer that normalises by them."""
+    scatter, of_training = evidence.get("val_scatter", 0.0), evidence.get("train_scatter", math.inf)
+    return math.sqrt(max(scatter**2 - of_training**2, 0.0))
+
+
 def is_ordered(_: Circumstances, evidence: Evidence) -> bool:
     """Whether parts of the window differ, because the data come in an order."""
     if is_of_one_pass(evidence):  # in which no weights move
         return _parts_differ(evidence)
     if "order_score" in evidence:
-        return _batches_vary(evidence) and evidence["order_score"] > LIMIT
+        # Where its parts do not differ, but its batches do, groups that the inputs show, too, are the better word.
+        has_groups = not _parts_differ(evidence) and evidence.get("group_score", 0.0) > LIMIT
+        return _batches_vary(evidence) and evidence["order_score"] > LIMIT and not has_groups
     is_smooth = evidence.get("smooth_share", 1.0) >= _SMOOTH and not evidence.get("border_jump")
     return _parts_differ(evidence) and not is_smooth
 

@@ -9,10 +9,15 @@ from dataclasses import dataclass
 from string import Formatter
 
 RECALIBRATE_CALL = "`lightning_bnmonitor.recalibrate(model, loader)`"
-RECALIBRATE_FROZEN_CALL = "`lightning_bnmonitor.recalibrate(model, loader, frozen=True)`"
-"""The same, of a layer that updates nothing in training: without ``frozen=True`` it is left alone."""
+"""A diagnosis adds ``frozen=True`` for a layer that updates nothing in training, which is left alone without."""
 RECALIBRATE = f"recompute its running statistics ({RECALIBRATE_CALL})"
-"""What repairs running statistics, in the middle of a sentence. A diagnosis adds ``frozen=True`` where it is needed."""
+"""What repairs running statistics, in the middle of a sentence."""
+OF_COPIES = (
+    "If it is a copy with averaged weights, average or copy the buffers with the weights "
+    "(`AveragedModel(model, use_buffers=True)`), or recompute them "
+    "(`lightning_bnmonitor.recalibrate(averaged, loader)`)."
+)
+"""What to do about a copy whose running statistics nobody updates."""
 
 Sentences = Sequence[str] | Callable[[Mapping[str, float]], Sequence[str]]
 """Sentences with the names of numbers in braces, or a function that chooses them by a layer's evidence."""

@@ -6,18 +6,23 @@ said:
 
 1. ``never-updated``: the running statistics are the initial zeros and ones.
 2. ``other-weights``: running statistics or affine weights are not those that the window ended with (unless with the
-   same weights they fit training, or we have written them and validation differs from training), or the layer was not
-   called in training. Needs attention beyond 0.15.
+   same weights they fit training as well as those did, or we have written them and validation differs from training),
+   or the layer was not called in training. Needs attention beyond 0.15.
 3. ``domain-shift``: validation differs from training by more than 0.1, and by more than three times what the running
    statistics of this layer and those before it are themselves off training (an error in one of them reaches all later
-   layers, enlarged up to three times). Needs attention if ``val_error`` is beyond 0.2, too. Behind a layer that
+   layers, enlarged up to three times; of inputs that move at random, so does what an average is behind them). Needs
+   attention if ``val_error`` is beyond 0.2, too. Behind a layer that
    training normalises by few samples, by groups, by parts of an order, or call by call, that is said to be the reason.
    With other weights than training ended with, nothing is said of it: training does not tell.
 4. Else it is the running statistics: the verdict speaks. Where neither it nor an earlier layer does, and ``val_error``
-   is beyond 0.2: ``unexplained-error``.
+   is beyond 0.2: ``errors-add-up`` if that is no more than three times what they are off by themselves, all together,
+   else ``unexplained-error``.
 
 Where no layer was called in training (``validate`` or ``test`` alone), nothing tells 2 from 3: ``unexplained-error``
 beyond 0.15.
+
+A layer without running statistics has none of these, but ``evaluated-by-batch`` if the batches of validation differ
+from each other by 0.2 more than those of training can: eval() normalises each by itself.
 
 Whatever these are, ``updated-in-validation``: validation has changed them, as it ran in training mode. And the first
 layer that received what is not finite there has ``non-finite-validation``, unless training has spoilt it or one before
@@ -38,7 +43,14 @@ from typing import NamedTuple
 from lightning_bnmonitor.diagnosis.diagnosis import Diagnosis
 from lightning_bnmonitor.diagnosis.evidence import WARNING, Evidence
 from lightning_bnmonitor.diagnosis.flags import FLAGS
-from lightning_bnmonitor.diagnosis.rules import OF_OTHER_WEIGHTS, SERIOUS, net_error, net_shift, was_called
+from lightning_bnmonitor.diagnosis.rules import (
+    OF_OTHER_WEIGHTS,
+    SERIOUS,
+    excess_scatter,
+    net_error,
+    net_shift,
+    was_called,
+)
 
 _REACH = 3.0  # times what running statistics are off by themselves, that later layers may differ from training
 
@@ -96,6 +108,8 @@ def diagnose_validation(layers: Iterable[Validated]) -> list[Diagnosis]:
         if layer.evidence:
             known["val_layers_before"] = float(called)
             called += 1
+        if flag == "errors-add-up":
+            known["added_error"] = wrong
         if flag == "domain-shift":
             known |= {"val_shifted_before": float(shifted), "val_spoiled_before": float(spoiled)}
             shifted += 1
@@ -119,13 +133,15 @@ def _flag(layer: Validated, evidence: Evidence, wrong: float, is_explained: bool
     """What is to be said of a layer that was called in validation."""
     verdict, error = layer.diagnosis.verdict, net_error(evidence)
     is_off = error > WARNING
-    if verdict == "trained-in-eval" or layer.standing == Standing.ABSENT:
-        return None  # whose words say it, or there is nothing to be off
+    if verdict == "no-running-stats":
+        return "evaluated-by-batch" if excess_scatter(evidence) > SERIOUS else None
+    if verdict == "trained-in-eval" or evidence.get("non_finite_running_stats") or layer.standing == Standing.ABSENT:
+        return None  # the verdict says it, or there is nothing to be off
     if is_off and layer.standing == Standing.INITIAL and verdict not in ("stale", "frozen"):
         return "never-updated"
     is_unused = verdict == "unused" and not evidence.get("calls_skipped")
     is_other = layer.standing == Standing.OTHER
-    is_other |= layer.standing == Standing.REWRITTEN and _own_fault(layer, evidence) > WARNING
+    is_other |= layer.standing == Standing.REWRITTEN and _is_spoiled_since(layer, evidence)
     is_other |= _is_of_other_data(layer, evidence)
     if evidence.get("val_alone") and layer.standing in (Standing.TRAINED, Standing.REWRITTEN):
         return "unexplained-error" if error > OF_OTHER_WEIGHTS else None
@@ -137,7 +153,9 @@ def _flag(layer: Validated, evidence: Evidence, wrong: float, is_explained: bool
     shift = error if layer.standing == Standing.REPAIRED else net_shift(evidence)
     if shift > max(WARNING, _REACH * wrong):
         return "domain-shift"
-    return "unexplained-error" if error > SERIOUS and not is_explained else None
+    if error <= SERIOUS or is_explained:
+        return None
+    return "errors-add-up" if error <= _REACH * wrong else "unexplained-error"
 
 
 def _has_non_finite(evidence: Evidence) -> bool:
@@ -152,8 +170,15 @@ def _own_fault(layer: Validated, evidence: Evidence) -> float:
         return 0.0
     if is_other or math.isnan(layer.misfit):
         return net_error(evidence)
-    error = evidence.get("eval_error", 0.0) if layer.standing != Standing.REWRITTEN else layer.misfit
-    return _beyond_noise(error, evidence)
+    if layer.standing == Standing.REWRITTEN:
+        return _beyond_noise(layer.misfit, evidence)
+    return max(_beyond_noise(evidence.get("eval_error", 0.0), evidence), evidence.get("walk_error", 0.0))
+
+
+def _is_spoiled_since(layer: Validated, evidence: Evidence) -> bool:
+    """Whether what was written since fits training badly, and worse than what training had left."""
+    before, after = (_beyond_noise(error, evidence) for error in (evidence.get("eval_error", 0.0), layer.misfit))
+    return after > WARNING and after > math.hypot(before, WARNING)
 
 
 def _is_of_other_data(layer: Validated, evidence: Evidence) -> bool:

@@ -126,10 +126,7 @@ _TABLE = (
         attention="if wrong",
         rule=rules.is_not_updated,
         explanation=wording.explain_frozen,
-        remedy=(
-            f"If what it receives is no longer what its statistics are from, {RECALIBRATE} and train on, as "
-            "what follows has learned with the present ones, or let it learn them (`layer.train()`).",
-        ),
+        remedy=wording.cure_frozen,
     ),
     Verdict(
         name="insufficient-data",

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from lightning_bnmonitor.diagnosis.evidence import WARNING, Evidence
 from lightning_bnmonitor.diagnosis.rules import (
     differs_by_calls,
@@ -13,7 +15,7 @@ from lightning_bnmonitor.diagnosis.rules import (
     moves_with_weights,
     net_error,
 )
-from lightning_bnmonitor.diagnosis.sentences import RECALIBRATE
+from lightning_bnmonitor.diagnosis.sentences import OF_COPIES, RECALIBRATE
 
 _BY_CALLS = (
     "The calls of a step differ, and the running statistics average the variances of calls, without what lies between "
@@ -36,8 +38,8 @@ def explain_non_finite(evidence: Evidence) -> list[str]:
         )
     if evidence.get("non_finite_running_stats"):
         sentences.append(
-            "The running statistics of {non_finite_running_stats} of {num_features} channels are not finite: eval() "
-            "returns NaN or a constant there, and stays so until they are reset."
+            "The running statistics of {non_finite_running_stats} of {num_features} channels are not finite, or their "
+            "variance is below zero: eval() returns NaN or a constant there, and stays so until they are reset."
         )
     return sentences
 
@@ -124,10 +126,23 @@ def cure_trained_in_eval(evidence: Evidence) -> list[str]:
 def explain_frozen(evidence: Evidence) -> list[str]:
     """Explain ``frozen``."""
     return [
-        "It is in eval mode in training, too: it normalises by its running statistics, which stay as they are.",
+        "It normalises by its running statistics in training, too (eval mode), and these stay as they are.",
         *_still_initial(evidence),
         "Against the statistics of what it receives, that is an error of {eval_error}. Training and eval() agree; "
         "what the next layer receives is not normalised by that much.",
+    ]
+
+
+def cure_frozen(evidence: Evidence) -> list[str]:
+    """What to do about ``frozen``."""
+    if _still_initial(evidence):
+        return [
+            "If it is to learn, call `layer.train()` and train anew: better running statistics afterwards do not help.",
+            OF_COPIES,
+        ]
+    return [
+        f"If what it receives is no longer what its statistics are from, {RECALIBRATE} and train on, as what follows "
+        "has learned with the present ones, or let it learn them (`layer.train()`)."
     ]
 
 
@@ -153,9 +168,9 @@ def cure_tiny(evidence: Evidence) -> list[str]:
     """What to do about ``tiny-batch``."""
     if is_of_few_samples(evidence) and evidence["batch_size"] == 1:
         return [
-            "Train with `nn.InstanceNorm2d(channels, affine=True)` in its place, which does in eval() what this layer "
-            "does in training (its weight and bias fit), or with `nn.GroupNorm`, or put more samples in a batch; for "
-            "fine-tuning, freeze it (`layer.eval()` after every `model.train()`)."
+            "Train with `nn.InstanceNorm{dimensions}d(channels, affine=True)` in its place, which does in eval() what "
+            "this layer does in training (its weight and bias fit), or with `nn.GroupNorm`, or put more samples in a "
+            "batch; for fine-tuning, freeze it (`layer.eval()` after every `model.train()`)."
         ]
     return [
         "Put more samples in a batch: at least sixteen values per channel. Where memory forbids that: "
@@ -164,12 +179,21 @@ def cure_tiny(evidence: Evidence) -> list[str]:
     ]
 
 
+_PARTS_DIFFER = (
+    "its batch means differ {ordering_ratio} times as much between parts of the window as between neighbouring batches "
+    "(chance explains up to {ordering_limit}), by {ordering_share} of the variance"
+)
+_BATCHES_DIFFER = (
+    "its batch means vary {grouping_ratio} times as much as those of {batch_size} independent samples would (chance "
+    "explains up to {grouping_limit}), by {grouping_share} of the variance"
+)
+
+
 def explain_ordered(evidence: Evidence) -> list[str]:
     """Explain ``ordered-batches``."""
-    differ = (
-        "its batch means differ {ordering_ratio} times as much between parts of the window as between neighbouring "
-        "batches (chance explains up to {ordering_limit}), by {ordering_share} of the variance"
-    )
+    differ = _PARTS_DIFFER
+    if _is_beyond_chance("grouping", evidence) and not _is_beyond_chance("ordering", evidence):
+        differ = _BATCHES_DIFFER
     if "order_score" in evidence:
         return [
             f"The data come in an order, and the running statistics are those of the last part: {differ}, and so does "
@@ -184,10 +208,9 @@ def explain_ordered(evidence: Evidence) -> list[str]:
 
 def explain_grouped(evidence: Evidence) -> list[str]:
     """Explain ``grouped-batches``."""
-    vary = (
-        "its batch means vary {grouping_ratio} times as much as those of {batch_size} independent samples would "
-        "(chance explains up to {grouping_limit}), by {grouping_share} of the variance"
-    )
+    vary = _BATCHES_DIFFER
+    if _is_beyond_chance("ordering", evidence) and not _is_beyond_chance("grouping", evidence):
+        vary = _PARTS_DIFFER
     if has_unlike_groups(evidence):
         who = "Each batch is of one of {groups} groups, and these differ"
         if evidence["groups"] < 2:
@@ -208,6 +231,10 @@ def explain_grouped(evidence: Evidence) -> list[str]:
         "Either the samples of a batch resemble each other (from one video, patient, class or augmentation), or they "
         f"share something random in the network: the layer's inputs alone do not tell. {removed}",
     ]
+
+
+def _is_beyond_chance(ratio: str, evidence: Evidence) -> bool:
+    return evidence.get(f"{ratio}_ratio", 0.0) > evidence.get(f"{ratio}_limit", math.inf)
 
 
 def cure_order(evidence: Evidence) -> list[str]:
@@ -272,8 +299,8 @@ def explain_healthy(evidence: Evidence) -> list[str]:
     if differs_by_calls(evidence) and evidence.get("unseen_error", 0.0) > WARNING:
         return [_BY_CALLS]
     return [
-        "The running statistics fit what it receives: {act_rmse} off all batches of the window, of which their own "
-        "sampling noise is {noise_error}, and {eval_error} off the last ones, which are known to {now_error}.",
+        "The running statistics fit what it receives in training: {act_rmse} off all batches of the window (their own "
+        "sampling noise is {noise_error}), and {eval_error} off the last ones, which are known to {now_error}.",
     ]
 
 

@@ -64,6 +64,8 @@ def headline(layers: Sequence[LayerReport], rank: int | None) -> str:
 def paragraphs(layers: Iterable[LayerReport]) -> list[Paragraph]:
     """What is to be said of layers: of the first three causes that need attention, then of three that do not.
 
+    Of layers that could not be judged it is said why.
+
     Args:
         layers: The worst first.
     """
@@ -73,8 +75,8 @@ def paragraphs(layers: Iterable[LayerReport]) -> list[Paragraph]:
         key = (layer.verdict, *layer.flags)
         if layer.needs_attention:
             causes.setdefault(key, []).append(layer)
-        elif layer.flags:
-            notes.setdefault(key[1:], []).append(layer)
+        elif layer.flags or not layer.diagnosis.is_judged:
+            notes.setdefault(key[layer.diagnosis.is_judged :], []).append(layer)
     explained = [_of(its, key, lambda each: f"{each.explanation} {each.remedy}") for key, its in causes.items()]
     noted = [_of(its, key, lambda each: each.notes) for key, its in notes.items()]
     return explained[:_CAUSES] + noted[:_CAUSES]

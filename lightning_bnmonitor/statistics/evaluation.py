@@ -28,6 +28,7 @@ import numpy as np
 
 from lightning_bnmonitor.statistics.channel_layout import ChannelLayout, FloatArray
 from lightning_bnmonitor.statistics.pooling import PooledStatistics, error_of_sampling
+from lightning_bnmonitor.statistics.scores import VAR
 
 _OF_ONE_SAMPLE = 1.5  # squared error that the statistics of a single sample make: 1 of the mean, 1/2 of the variance
 
@@ -81,3 +82,24 @@ def evaluation_noise(
             of_error=np.sqrt(sampled + of_training + training.noise_error**2),
             of_shift=np.sqrt(sampled + training.now_error**2),
         )
+
+
+def scatter_of_calls(received: PooledStatistics, layout: ChannelLayout, eps: FloatArray) -> FloatArray:
+    r"""How far the means of an evaluation's calls are from the mean of all, in standard deviations: RMS.
+
+    The root of the share of the variance that lies between calls. Of batches of B random samples it is at most
+    :math:`1 / B` of it, whatever the values and however many positions a sample has.
+
+    Args:
+        received: In evaluation.
+        layout: Which channels are whose.
+        eps: Of each layer, ``(L,)``.
+
+    Returns:
+        ``(L,)``; NaN where a layer was not called.
+    """
+    with np.errstate(all="ignore"):
+        between = received.squares - layout.spread(received.weight[VAR]) * received.value[VAR]
+        share = between / layout.spread(received.num_samples) / (received.population(layout)[VAR] + layout.spread(eps))
+        scatter: FloatArray = np.sqrt(np.maximum(layout.mean(share), 0))
+    return scatter

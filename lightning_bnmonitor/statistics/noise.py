@@ -64,6 +64,8 @@ class RunningStats(NamedTuple):
     """Whether the weights of the window's batches in ``end`` are known, ``(L,)``."""
     last: LastBatch
     """The last of the window's batches."""
+    exact: BoolArray | bool = True
+    """Whether these weights are those of each batch, ``(L,)``, and not a mean of unequal ones: else E is no noise."""
 
 
 class NoiseModel(NamedTuple):
@@ -130,7 +132,8 @@ def noise_of(
     tolerance = spread(running.rounding * (blocks.rounding + 1)) * np.maximum(abs(start), abs(end))
     explained = np.divide(unsmoothed**2, spread(left_out), out=np.zeros_like(unsmoothed), where=spread(left_out) > 0)
     remaining = np.maximum(sums.within - explained, 0) / spread(np.maximum(dof - 1, 1))
-    separable = spread(has_noise) & (tolerance**2 <= 0.01 * spread(left_out) * scale)
+    is_exact = np.broadcast_to(running.exact, running.known.shape)
+    separable = spread(has_noise & is_exact) & (tolerance**2 <= 0.01 * spread(left_out) * scale)
     # A channel that never changes has no noise but that of these sums themselves.
     floor = spread(densities.total) * np.square(ROUNDING * sums.reference)
     earlier = blocks.decay**2 * running.noise
@@ -138,7 +141,7 @@ def noise_of(
         layout=layout,
         scale=scale,
         independent=np.maximum(np.where(separable, remaining, scale), floor),
-        student=np.where(has_noise, dof - 1, dof),
+        student=np.where(has_noise & is_exact, dof - 1, dof),
         unsmoothed=unsmoothed,
         earlier=earlier,
         total=earlier + in_window,

@@ -36,19 +36,26 @@ class AffineWeights:
         """Whether there are any."""
         return bool(self._copies)
 
-    @torch.no_grad()
     def changed(self) -> set[BatchNorm]:
         """Layers whose weight or bias is not what it was. Of those that have moved elsewhere nothing is known."""
-        changed: set[BatchNorm] = set()
+        return self.compared()[0]
+
+    @torch.no_grad()
+    def compared(self) -> tuple[set[BatchNorm], set[BatchNorm]]:
+        """Layers whose weight or bias is not what it was, and those of which all that is known is."""
+        changed, same = set[BatchNorm](), set[BatchNorm]()
         for key, owners in self._owners.items():
             now = [values for layer, name in owners for own, values in _plain(layer) if own == name]
             if len(now) < len(owners) or any((values.device, values.dtype) != key for values in now):
                 continue
             before, after = self._copies[key], _joined(now)
+            if before.shape != after.shape:  # it may be given others
+                continue
             differs = (before != after) & ~(before.isnan() & after.isnan())
             parts = torch.split(differs.cpu(), [layer.num_features for layer, _ in owners])
-            changed.update(layer for (layer, _), part in zip(owners, parts, strict=True) if part.any())
-        return changed
+            for (layer, _), part in zip(owners, parts, strict=True):
+                (changed if part.any() else same).add(layer)
+        return changed, same - changed
 
 
 def has_frozen_weights(layer: BatchNorm) -> bool:
@@ -61,6 +68,8 @@ def _plain(layer: BatchNorm) -> Iterator[tuple[str, Tensor]]:
     attributes = vars(layer)
     parameters = attributes[PARAMETERS]
     for name in ("weight", "bias"):
+        if f"{name}_orig" in parameters:  # pruning computes it anew with each call
+            continue
         # Not by `getattr`: a parametrization computes what is looked up, with random numbers perhaps.
         values: Any = parameters.get(name, attributes.get(name))
         is_plain = type(values) in (Tensor, nn.Parameter) and not is_lazy(values) and not values.is_meta

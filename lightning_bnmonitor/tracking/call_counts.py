@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import NamedTuple
 
@@ -38,6 +39,18 @@ class CallCounts(NamedTuple):
         """All of them."""
         return sum(self.paths.values())
 
+    def updates_of_repeated(self, updates: float, recomputed: int) -> float:
+        """Updates by a call that is made again, if all calls make so many on average and the others make one each.
+
+        Which are is known by what autograd saves. Where that does not tell, and some calls but not all were made again
+        in a backward pass, it is as many as were ``recomputed``.
+        """
+        repeated = self.repeated or (recomputed if recomputed < self.updating else 0)
+        if not repeated:
+            return updates
+        of_repeated = 1 + (updates - 1) * self.updating / repeated
+        return round(of_repeated) if math.isclose(of_repeated, round(of_repeated), rel_tol=1e-9) else of_repeated
+
     def restarted(self) -> CallCounts:
         """Counts of a window that begins."""
         return self._replace(
@@ -60,3 +73,8 @@ class WaitingCalls(NamedTuple):
     """Parts of training steps that had ended before each of those that contribute."""
     groups: tuple[int, ...] = ()
     """The number of the group that each of these is of, 0 if of none; empty if there are no groups."""
+
+
+def effective_momentum(momentum: float, updates: float) -> float:
+    """The momentum of so many updates together."""
+    return momentum if updates == 1 else 1 - (1 - momentum) ** updates

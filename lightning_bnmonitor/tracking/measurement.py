@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lightning_bnmonitor.capture.batch_moments import PATHS
 from lightning_bnmonitor.diagnosis.circumstances import Circumstances
@@ -20,11 +20,12 @@ from lightning_bnmonitor.statistics.channel_layout import ChannelLayout, FloatAr
 from lightning_bnmonitor.statistics.joined_windows import ENOUGH, KeptWindow, fewest, joined, kept_window
 from lightning_bnmonitor.statistics.noise import LastBatch, RunningStats
 from lightning_bnmonitor.statistics.probe import Scores
-from lightning_bnmonitor.tracking.affine import has_frozen_weights
 from lightning_bnmonitor.tracking.buffers import History, Snapshot, snapshots
+from lightning_bnmonitor.tracking.call_counts import effective_momentum
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 from lightning_bnmonitor.tracking.windows import Windows
 
+_DIMENSIONS = {nn.BatchNorm1d: 1, nn.BatchNorm2d: 2, nn.BatchNorm3d: 3}  # besides samples and channels
 _DIFFERENCE = 0.01  # share of the variance by which parts of a window differ, to be compared with those of the next
 
 
@@ -155,7 +156,8 @@ def endings_of(measured: Measurement) -> Iterator[Ending]:
             is_same = start.buffers is None or start.has_same_buffers(state.now)
             updated = start.history if is_same else None
         earlier = fewest(state.layer.earlier, ENOUGH - num_batches)
-        updated = updated if state.circumstances.weights_known else None
+        if not state.circumstances.weights_known:
+            updated = _history_of_updates(state, float(analysis.samples_per_batch[layer]))
         yield Ending(state, updated, ratio, earlier, measured.edges.get(layer))
 
 
@@ -212,6 +214,9 @@ def _running_stats(states: Sequence[LayerState], blocks: Blocks, end: Tensor) ->
             np.array([layer.counts.last_num_samples or math.nan for layer in layers]),
             np.array([layer.counts.momentum or math.nan for layer in layers]),
         ),
+        exact=np.array(
+            [float(its.assumed_updates).is_integer() and not its.normalises_in_parts for its in layers], dtype=bool
+        ),
     )
 
 
@@ -227,6 +232,26 @@ def _estimated_history(layer: TrackedLayer, samples_per_batch: float) -> History
     if layer.module.momentum is not None:
         squares = momentum / (2 - momentum) * (1 - (1 - momentum) ** (2 * calls))
     return History(0.0, squares / samples_per_batch, squares / (samples_per_batch - 1))
+
+
+def _history_of_updates(state: LayerState, samples_per_batch: float) -> History | None:
+    """What running statistics are made of that each call has updated more often than was assumed, but all alike.
+
+    What is left of the initial values is known by the number of updates.
+    """
+    layer, momentum, tracked = state.layer, state.layer.module.momentum, state.now.num_tracked
+    is_known = state.circumstances.updates_twice and momentum == layer.counts.momentum and samples_per_batch > 1
+    if not is_known or layer.start.history is None or momentum is None or tracked is None:
+        return None
+    kept = (1 - momentum) ** (tracked - (layer.start.num_tracked or 0))
+    effective = effective_momentum(momentum, state.circumstances.updates_per_call)
+    squares = effective / (2 - effective) * (1 - kept**2)
+    before = layer.start.history
+    return History(
+        kept * before.initial_weight,
+        kept**2 * before.noise_of_mean + squares / samples_per_batch,
+        kept**2 * before.noise_of_var + squares / (samples_per_batch - 1),
+    )
 
 
 def _side_by_side(buffers: Sequence[Tensor | None], blocks: Blocks, missing: Tensor) -> Tensor:
@@ -257,7 +282,7 @@ def _circumstances(layer: TrackedLayer, now: Snapshot) -> Circumstances:
         assumed_updates=layer.assumed_updates_of_a_call,
         checkpointed=layer.hook.checkpointed,
         written_outside=layer.written_outside,
-        has_frozen_weights=has_frozen_weights(module) and not layer.has_moving_weights,
+        has_frozen_weights=layer.has_fixed_weights,
         own_forward=bool(layer.hook.own_forward),
         interrupted=layer.interrupted,
         num_tracked=now.num_tracked,
@@ -267,7 +292,9 @@ def _circumstances(layer: TrackedLayer, now: Snapshot) -> Circumstances:
         calls_in_eval_mode=layer.hook.calls_in_eval_mode,
         steps_in_eval_mode=layer.gate.steps_in_eval_mode,
         left_out=counts.left_out,
+        dimensions=next((number for kind, number in _DIMENSIONS.items() if isinstance(module, kind)), 2),
         has_initial_stats=now.buffers is not None and now.is_initial,
+        normalises_in_parts=layer.normalises_in_parts,
     )
 
 

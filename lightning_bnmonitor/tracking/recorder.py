@@ -21,7 +21,6 @@ from lightning_bnmonitor.capture.masks import BatchMasks
 from lightning_bnmonitor.capture.model_inputs import inputs_in
 from lightning_bnmonitor.compat import BatchNorm, never_compiled
 from lightning_bnmonitor.diagnosis.circumstances import bad_batch
-from lightning_bnmonitor.diagnosis.validation import Standing
 from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.tracking import collectives
 from lightning_bnmonitor.tracking.affine import AffineWeights, has_frozen_weights
@@ -29,6 +28,7 @@ from lightning_bnmonitor.tracking.assessment import assess
 from lightning_bnmonitor.tracking.buffers import History, Snapshot, snapshots
 from lightning_bnmonitor.tracking.measurement import is_inexact, keep_short_windows
 from lightning_bnmonitor.tracking.places import Places
+from lightning_bnmonitor.tracking.standings import Standings
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 from lightning_bnmonitor.tracking.windows import Windows
 
@@ -69,8 +69,8 @@ class Recorder:
         self._is_told_of_inputs = False  # by whoever runs the training steps
         self._was_told_of_steps = False  # before the state that was restored was saved
         self._last_seen_step = -1  # of which the model's arguments were seen
-        self._affine: AffineWeights | None = None  # as the window has ended, while nothing waits to be merged
-        self._untrained = AffineWeights([])  # of layers whose weights do not train, as the window began
+        self._standings = Standings()
+        self._at_start = AffineWeights([])  # as the window began
         _recorders.add(self)
 
     @property
@@ -84,7 +84,7 @@ class Recorder:
         self.layers = [known.get(module) or self._new_layer(name, module) for name, module in modules.items()]
         self.guard = Guard(modules.values(), self.gate.lock) if self.gate.is_guarded else None
         self._begin([layer for layer in self.layers if layer.module not in known])
-        self._keep_untrained_weights()
+        self._keep_weights()
 
     def mask_hooks(self) -> dict[BatchNorm, MaskHook]:
         """What has to be called after each layer for masks to be seen; nothing if there are none."""
@@ -215,7 +215,7 @@ class Recorder:
         if self.masks is not None:
             was_called = any(layer.num_calls for layer in self.layers)
             self.masks.check_use(was_called, any(layer.counts.paths["traced"] for layer in self.layers))
-        self.look_at_untrained_weights()
+        self.look_at_weights()
         report, endings = assess(self.layers, self.windows, all_ranks=all_ranks)
         for ending in endings:
             layer, known, now = ending.state
@@ -227,25 +227,32 @@ class Recorder:
             if layer.num_calls:
                 layer.hook.by_pass = self._by_pass or is_inexact(ending)
         self.places.window_ended()
-        self._affine = AffineWeights([layer.module for layer in self.layers])
+        self._standings.window_ended(self.layers)
         self._stop_counting()
         return report
 
-    def look_at_untrained_weights(self) -> None:
-        """Find out which weights that do not train have changed in this window, as those of an averaged copy."""
-        moving = self._untrained.changed()
+    def look_at_weights(self) -> None:
+        """Find out whose weights neither train in this window nor follow others, as those of an averaged copy."""
+        changed, same = self._at_start.compared()
         for layer in self.layers:
-            layer.has_moving_weights = layer.module in moving
+            module = layer.module
+            # Nothing has learnt with the running statistics of a layer that begins anew (as SWA ends).
+            stays = module in same and self.gate.has_stepped and not layer.start.is_initial
+            layer.has_fixed_weights = stays or (has_frozen_weights(module) and module not in changed)
+
+    def has_other_weights(self) -> bool:
+        """Whether layers have other weights than the window has ended with, and no statistics of their own."""
+        return self.is_closed and self._standings.are_others()
 
     def begin_window(self) -> None:
         """Begin the next window, after one has ended."""
         keep_short_windows(self.layers, self.windows)
-        self._affine = None
+        self._standings.forget()
         self.gate.steps_in_eval_mode = 0
         self.gate.begin_group(0)
         self.windows.reset()
         self._begin(self.layers)
-        self._keep_untrained_weights()
+        self._keep_weights()
         self.windows.make_room()
         self._reopen()
 
@@ -255,16 +262,25 @@ class Recorder:
         self.put_back()
         seen = {loader for layer in self.layers for loader in layer.validation}
         if not seen or loader in seen:  # it is the first one
-            changed = self._affine.changed() if self._affine is not None else set()
-            is_known = self._affine is not None and self._affine.is_known
-            for layer, now in _with_snapshots(self.layers):
-                layer.keep_for_validation(now, layer.module in changed, is_known and not changed)
-                if are_averaged and layer.val_standing in (Standing.TRAINED, Standing.REWRITTEN):
-                    layer.val_standing = Standing.OTHER
+            self.gate.is_validation_new, self._standings.are_averaged = True, are_averaged
+            for layer in self.layers:
+                layer.hook.trained_in_validation = False
         for layer in self.layers:
             layer.start_validation(loader)
+        self.go_on_with_validation()
+
+    def go_on_with_validation(self) -> None:
+        """Look at what is called in eval mode again."""
         self._forget_last_calls()  # what goes the short way does not ask whether it is within validation
         self.gate.validating = True
+
+    # Not before the first call: weights may be swapped for it as late as in a validation step.
+    @never_compiled
+    @torch.inference_mode(False)
+    def _keep_for_validation(self) -> None:
+        """Keep the running statistics that a validation begins with."""
+        self.gate.is_validation_new = False
+        self._standings.keep(self.layers)
 
     def rewritten(self, histories: Mapping[BatchNorm, History | None]) -> None:
         """Take note that we have just written the running statistics of these layers, and what they are made of.
@@ -277,6 +293,7 @@ class Recorder:
             if not self.is_closed and layer.window is not None:
                 layer.window.forget_weights(layer.index)
             layer.rewritten(now._replace(history=histories[layer.module]), self.is_closed)
+        self._standings.rewritten(here)
 
     def state(self) -> dict[str, Any]:
         """The window so far, as one CPU tensor and primitives."""
@@ -304,7 +321,7 @@ class Recorder:
         """
         self.windows = Windows(has_masks=self.masks is not None)
         self.places.forget()
-        self._affine = None
+        self._standings.forget()
         self.gate.steps_in_eval_mode = state["steps_in_eval_mode"]
         self._was_told_of_steps = state["told_of_steps"]
         self._last_seen_step = self.gate.steps if state["seen_step"] else -1
@@ -321,7 +338,7 @@ class Recorder:
             self.gate.steps_in_eval_mode = 0
             for layer, now in _with_snapshots(self.layers):
                 layer.restart(layer.end if state["closed"] and layer.end is not None else now)
-        self._keep_untrained_weights()
+        self._keep_weights()
         if state["closed"]:
             self._stop_counting()
         differences = {
@@ -339,12 +356,12 @@ class Recorder:
             if not math.isnan(counted := self.places.calls_per_model_call(layer)):
                 layer.calls_per_model_call = counted
 
-    def _keep_untrained_weights(self) -> None:
-        untrained = [layer.module for layer in self.layers if has_frozen_weights(layer.module)]
-        self._untrained = AffineWeights(untrained)
+    def _keep_weights(self) -> None:
+        self.gate.has_stepped = False
+        self._at_start = AffineWeights([layer.module for layer in self.layers])
 
     def _new_layer(self, name: str, module: BatchNorm) -> TrackedLayer:
-        layer = TrackedLayer(name, module, self.gate, self.flush, self._at_fixed_weights)
+        layer = TrackedLayer(name, module, self.gate, self.flush, self._keep_for_validation, self._at_fixed_weights)
         layer.hook.by_pass = self._by_pass
         return layer
 

@@ -14,6 +14,7 @@ from torch import Tensor
 from lightning_bnmonitor.capture.batch_moments import PATHS, BatchMoments
 from lightning_bnmonitor.capture.calls import Call, CallKind
 from lightning_bnmonitor.capture.layer_hook import Gate, LayerHook, group_of, parts_of
+from lightning_bnmonitor.capture.saved import has_own_forward
 from lightning_bnmonitor.compat import BatchNorm, is_capturing
 from lightning_bnmonitor.diagnosis.circumstances import BadBatch
 from lightning_bnmonitor.diagnosis.validation import Standing
@@ -22,7 +23,7 @@ from lightning_bnmonitor.statistics.joined_windows import KeptWindow
 from lightning_bnmonitor.statistics.pooled_calls import PooledCalls
 from lightning_bnmonitor.statistics.window import Batches, Window, Write
 from lightning_bnmonitor.tracking.buffers import FRESH, History, Snapshot
-from lightning_bnmonitor.tracking.call_counts import CallCounts, WaitingCalls
+from lightning_bnmonitor.tracking.call_counts import CallCounts, WaitingCalls, effective_momentum
 
 _ANY_WEIGHT = 0.1  # of calls that update nothing, where that plays no part
 _SAVED_OF_HOOK = ("by_pass", "skipped", "checkpointed", "own_forward", "calls_in_eval_mode")
@@ -40,18 +41,26 @@ class TrackedLayer:
         module: The layer. (The layer alone: a reference to the model would keep that alive.)
         gate: Tells its hook whether a call counts.
         flush: Merges what waits.
+        begin_validation: Called before the first call in a validation is taken, of whatever layer.
         at_fixed_weights: Whether calls that update nothing are kept in the order of time, as those that do are
             otherwise.
     """
 
     def __init__(
-        self, name: str, module: BatchNorm, gate: Gate, flush: Callable[[], None], at_fixed_weights: bool = False
+        self,
+        name: str,
+        module: BatchNorm,
+        gate: Gate,
+        flush: Callable[[], None],
+        begin_validation: Callable[[], None],
+        at_fixed_weights: bool = False,
     ) -> None:
         self._at_fixed_weights = at_fixed_weights
         self.name = name
         self.module = module
         self.gate = gate
         self.flush = flush
+        self.begin_validation = begin_validation
         self.hook = LayerHook(gate, flush, self.receive_empty, self.validate)
         self.validation: dict[int, PooledCalls] = {}  # by the loader of the batches
         self._in_validation = PooledCalls()  # of the present loader
@@ -64,15 +73,15 @@ class TrackedLayer:
         self.steps_before = gate.steps  # when it was made or restored: its step may have begun before that
         self.interrupted = False  # whether the window was resumed from the middle of a step
         self.written_outside = False  # whether something else wrote the buffers before the window began
-        self.assumed_updates = 1  # of the buffers by one call
-        self.next_assumed_updates = 1
+        self.assumed_updates: float = 1  # of the buffers by one call
+        self.next_assumed_updates: float = 1
         self.start = Snapshot()  # the running statistics when the window began,
         self.end: Snapshot | None = None  # when the last one ended,
         self.written: Snapshot | None = None  # and as we have written them since
         self.earlier: Sequence[KeptWindow] = ()  # short windows that this one goes on from
         self.edges: Edges | None = None  # of the window before, if its data may have come in an order,
         self.end_edges: Edges | None = None  # and of the one that has ended
-        self.has_moving_weights = False  # though they are not trained, when last looked at
+        self.has_fixed_weights = False  # whether they neither train nor change otherwise, when last looked at
         self.call_shift = math.nan  # of the last window that had one
         self.bad: BadBatch | None = None  # what the running statistics are not finite of, if it is known
         self.calls_per_model_call = math.nan  # as it was last known
@@ -82,7 +91,7 @@ class TrackedLayer:
         self.counts = self.counts.restarted()
         self.assumed_updates = self.next_assumed_updates
         self.hook.skipped, self.hook.checkpointed, self.hook.is_wide = 0, False, False
-        self.hook.calls_in_eval_mode = 0
+        self.hook.calls_in_eval_mode = self.hook.recomputed = 0
         self.interrupted = False
         known = [old for old in (self.end, self.written) if old is not None and old.has_same_buffers(now)]
         has_ended = self.end is not None and self.end.buffers is not None
@@ -98,7 +107,8 @@ class TrackedLayer:
     def restart(self, now: Snapshot) -> None:
         """Count calls from 0 again in the same window, on these running statistics."""
         self.counts = self.counts.restarted()
-        self.hook.skipped, self.hook.checkpointed, self.hook.calls_in_eval_mode = 0, False, 0
+        self.hook.skipped, self.hook.checkpointed = 0, False
+        self.hook.calls_in_eval_mode = self.hook.recomputed = 0
         self.interrupted = self.written_outside = False
         self.start, self.earlier = now._replace(history=None), ()
         self.edges = self.end_edges = None
@@ -115,13 +125,17 @@ class TrackedLayer:
     def end_window(self, end: Snapshot, updates: float) -> None:
         """Keep what the next window goes on from, and how often a call updated the running statistics in this one.
 
-        A call is taken to update them repeatedly if it was recomputed and that is what they were updated by.
+        A call is taken to update them repeatedly if it was recomputed, or normalises in parts, and that is what they
+        were updated by. Where some were recomputed and it is not known which, all have their mean.
         """
         self.end = end
         if not math.isnan(updates):
             of_repeated = self.updates_of_repeated(updates)
-            repeated = self.hook.checkpointed and of_repeated >= 1 and float(of_repeated).is_integer()
-            self.next_assumed_updates = int(of_repeated) if repeated else 1
+            may_repeat = self.hook.checkpointed or self.normalises_in_parts
+            if not (may_repeat and of_repeated >= 1 and float(of_repeated).is_integer()):
+                self.next_assumed_updates = 1
+            else:
+                self.next_assumed_updates = int(of_repeated) if self.counts.repeated else updates
 
     @property
     def num_calls(self) -> int:
@@ -138,39 +152,18 @@ class TrackedLayer:
         """Look at what is called in validation from now on, as batches of that loader."""
         self.validation[loader] = self._in_validation = PooledCalls()
 
-    def keep_for_validation(self, now: Snapshot, has_own_weights: bool, has_weights_of_training: bool) -> None:
-        """Keep the running statistics that a validation begins with.
-
-        Args:
-            now: These.
-            has_own_weights: Whether weight or bias are others than training has left.
-            has_weights_of_training: Whether those of no layer are, as far as is known.
-        """
-        self.val_running, self.hook.trained_in_validation = now.buffers, False
-        self.val_standing = self._standing(now, has_own_weights, has_weights_of_training)
-
     def end_validation(self) -> None:
         """Drop what was seen in validation."""
         self.validation, self.val_running, self.val_standing = {}, None, Standing.ABSENT
 
     def validate(self, moments: BatchMoments) -> None:
         """Take the moments of one call in validation."""
+        if self.gate.is_validation_new:
+            self.begin_validation()
         if self.module.training:  # it normalises by the batch there, too
             self.val_running, self.val_standing = None, Standing.ABSENT
         with self.gate.lock:
             self._in_validation.add(moments.num_samples, moments.batch_size, moments.mean, moments.spread)
-
-    def _standing(self, now: Snapshot, has_own_weights: bool, has_weights_of_training: bool) -> Standing:
-        if now.buffers is None:
-            return Standing.ABSENT
-        if now.is_initial:
-            return Standing.INITIAL
-        if self.written is not None and self.written.has_same_buffers(now):
-            return Standing.REPAIRED
-        is_rewritten = self.gate.is_closed and self.end is not None and not self.end.has_same_buffers(now)
-        if has_own_weights or (is_rewritten and not has_weights_of_training):
-            return Standing.OTHER
-        return Standing.REWRITTEN if is_rewritten else Standing.TRAINED
 
     def left_behind(self) -> list[LeftBehind]:
         """What compiled graphs have left behind, if it counts, and what takes each. It is not there any more then."""
@@ -260,10 +253,14 @@ class TrackedLayer:
             return float("nan")  # a guard puts back only what was finite before, and its count with it
         return updates / self.counts.updating
 
+    @property
+    def normalises_in_parts(self) -> bool:
+        """Whether a ``forward`` of its own has a BatchNorm kernel in it, but the output is not that of one alone."""
+        return self.hook.own_forward is False and has_own_forward(self.module)
+
     def updates_of_repeated(self, updates: float) -> float:
         """Updates by a call that is made again, if all calls make so many on average and the others make one each."""
-        updating, repeated = self.counts.updating, self.counts.repeated
-        return 1 + (updates - 1) * updating / repeated if repeated else updates
+        return self.counts.updates_of_repeated(updates, self.hook.recomputed)
 
     @property
     def assumed_updates_of_a_call(self) -> float:
@@ -316,6 +313,7 @@ class TrackedLayer:
             "has_end": end.buffers is not None,
             "history_since": written.history and tuple(written.history),
             "has_since": written.buffers is not None,
+            "recomputed": self.hook.recomputed,
             **{field: getattr(self.hook, field) for field in _SAVED_OF_HOOK},
         }
 
@@ -348,6 +346,7 @@ class TrackedLayer:
         self.written = Snapshot(written, None, _history(state["history_since"])) if state["has_since"] else None
         for field in _SAVED_OF_HOOK:
             setattr(self.hook, field, state[field])
+        self.hook.recomputed = state.get("recomputed", 0)  # likewise
 
     def _assume_fresh_if_initial(self) -> None:
         """What no batch has updated yet is made of the initial values alone."""
@@ -368,7 +367,7 @@ class TrackedLayer:
             for kind in kinds
         ]
         if times > 1 and updates[0] and kinds[0].momentum is not None:
-            return (_effective(kinds[0].momentum, updates[0]),) * times
+            return (effective_momentum(kinds[0].momentum, updates[0]),) * times
         before = self.counts.updating * (1 if some_are else self.assumed_updates)
         before += self.counts.repeated * (self.assumed_updates - 1)
         weights = []
@@ -379,12 +378,8 @@ class TrackedLayer:
             elif kind.momentum is None:  # a cumulative average: its k-th update has weight 1/k
                 weights.append(number / ((self.start.num_tracked or 0) + before))
             else:
-                weights.append(_effective(kind.momentum, number))
+                weights.append(effective_momentum(kind.momentum, number))
         return tuple(weights)
-
-
-def _effective(momentum: float, updates: int) -> float:
-    return momentum if updates == 1 else 1 - (1 - momentum) ** updates
 
 
 def _history(saved: Sequence[float] | None) -> History | None:

@@ -261,9 +261,9 @@ class BatchNormTracker:
         """Look at what is called in eval mode from now on, by a pass over each input.
 
         Calls are pooled as they come: until :meth:`validation_report`, this takes 64 bytes a channel and loader.
-        Calls within :meth:`paused` are not looked at. The running statistics are taken as they are now (16 bytes a
-        channel), with the first loader. Whether they, and weight and bias of a layer, are those that training has left
-        is known if the window has ended: call :meth:`close` before weights are swapped.
+        Calls within :meth:`paused` are not looked at. The running statistics are taken as they are with the first call
+        (16 bytes a channel). Whether they, and weight and bias of a layer, are those that training has left is known if
+        the window has ended: call :meth:`close` before weights are swapped.
 
         Args:
             loader: The validation loader whose batches follow, counted from 0. What was seen of it before is dropped,
@@ -273,9 +273,20 @@ class BatchNormTracker:
         self._recorder.start_validation(loader, self._before_averaged is not None)
 
     def stop_validation(self) -> None:
-        """Look at no more of it. Harmless when repeated."""
+        """Look at no more of it, until :meth:`go_on_with_validation`. Harmless when repeated."""
         self._recorder.drain()
         self._recorder.gate.validating = False
+
+    def go_on_with_validation(self) -> None:
+        """Look at what is called in eval mode again, as batches of the last loader that was started."""
+        self._recorder.go_on_with_validation()
+
+    def has_other_weights(self) -> bool:
+        """Whether layers have other weights than the window has ended with, as averaged ones, without a repair since.
+
+        A report tells nothing of them. False while the window is open.
+        """
+        return self._recorder.has_other_weights()
 
     @torch.inference_mode(False)
     def validation_report(self, all_ranks: bool = False, num_loaders: int | None = None) -> Report:
@@ -318,7 +329,7 @@ class BatchNormTracker:
         self.flush()
         recorder = self._recorder
         if not recorder.is_closed:
-            recorder.look_at_untrained_weights()
+            recorder.look_at_weights()
         report, _ = assess(recorder.layers, recorder.windows, ended=recorder.is_closed)
         self._closing = report if recorder.is_closed else None
         return report

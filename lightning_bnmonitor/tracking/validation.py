@@ -26,7 +26,7 @@ from lightning_bnmonitor.report.report import Report
 from lightning_bnmonitor.statistics.blocks import PooledBatches
 from lightning_bnmonitor.statistics.channel_layout import ChannelLayout, FloatArray
 from lightning_bnmonitor.statistics.divergence import act_rmse
-from lightning_bnmonitor.statistics.evaluation import EvaluationNoise, TrainingNoise, evaluation_noise
+from lightning_bnmonitor.statistics.evaluation import EvaluationNoise, TrainingNoise, evaluation_noise, scatter_of_calls
 from lightning_bnmonitor.statistics.pooled_calls import PooledCalls
 from lightning_bnmonitor.statistics.pooling import PooledStatistics, pool
 from lightning_bnmonitor.statistics.scores import MEAN, VAR
@@ -35,7 +35,7 @@ from lightning_bnmonitor.tracking.exchange import answer_of_rank_zero
 from lightning_bnmonitor.tracking.tracked_layer import TrackedLayer
 from lightning_bnmonitor.tracking.windows import layout_of
 
-_OF_LAYERS = 8  # fields of a comparison that have a value for each layer
+_OF_LAYERS = 10  # fields of a comparison that have a value for each layer
 
 
 class Comparison(NamedTuple):
@@ -57,6 +57,10 @@ class Comparison(NamedTuple):
     """What the running statistics were, ``(L,)``: of :class:`~lightning_bnmonitor.diagnosis.validation.Standing`."""
     is_updated: FloatArray
     """Whether the running statistics have changed since, ``(L,)`` of 0 and 1."""
+    scatter: FloatArray
+    """How far the means of its calls are from the mean of all, where eval() normalises by the batch, ``(L,)``."""
+    scatter_of_training: FloatArray
+    """What that is at most of random batches as large as those of training, ``(L,)``."""
     population: FloatArray
     """Mean and unbiased variance, ``(2, C)``."""
     running: FloatArray
@@ -161,6 +165,8 @@ def _worst(layer: int, own: slice, comparisons: Sequence[Comparison]) -> tuple[i
             "val_error_noise": float(comparison.error_noise[layer]),
             "val_shift": float(comparison.shift[layer]),
             "val_noise": float(comparison.shift_noise[layer]),
+            "val_scatter": float(comparison.scatter[layer]),
+            "train_scatter": float(comparison.scatter_of_training[layer]),
             "val_loader": float(loader) if len(comparisons) > 1 else math.nan,
         }
         evidence = {name: value for name, value in known.items() if not math.isnan(value)}
@@ -228,6 +234,7 @@ def _compared(
     noise = _noise(report, layers, statistics, layout)
     standing = np.zeros(layout.num_layers)
     error, shift, misfit = (np.full(layout.num_layers, np.nan) for _ in range(3))
+    scatter, scatter_of_training = _scatters(report, layers, statistics, layout)
     own_forward = {type(layer.module) for layer in layers if layer.hook.own_forward}
     comparison = Comparison(
         *(statistics.weight[MEAN] - statistics.weight[VAR], error, noise.of_error, shift, noise.of_shift),
@@ -235,6 +242,8 @@ def _compared(
             misfit,
             standing,
             np.array([layer.hook.trained_in_validation for layer in layers], dtype=float),
+            scatter,
+            scatter_of_training,
             population,
             running,
         ),
@@ -247,6 +256,22 @@ def _compared(
             error[index], shift[index] = _rms(validated.val_error), _rms(validated.val_shift)
             misfit[index] = _misfit(validated)
     return comparison
+
+
+def _scatters(
+    report: Report, layers: Sequence[TrackedLayer], received: PooledStatistics, layout: ChannelLayout
+) -> tuple[FloatArray, FloatArray]:
+    """Of layers that eval() normalises by the batch: how far calls are apart, and how far those of training may be."""
+    by_batch = [layer.name in report and not report[layer.name].has_running_stats for layer in layers]
+    values = [
+        report[its.name].num_samples / max(report[its.name].num_batches, 1) if its.name in report else 0
+        for its in layers
+    ]
+    with np.errstate(all="ignore"):
+        samples = np.array(values) / (received.num_samples / received.batch_size)
+        of_training = np.where(by_batch, 1 / np.sqrt(samples), np.nan)
+    eps = np.array([layer.module.eps for layer in layers])
+    return np.where(np.isfinite(of_training), scatter_of_calls(received, layout, eps), np.nan), of_training
 
 
 def _misfit(layer: LayerReport) -> float:

@@ -141,7 +141,7 @@ def test_what_is_trained_is_told_as_without_averaging(tmp_path):
     fit([alone], tmp_path, val_check_interval=0.5)
     average = averaging("WeightAveraging")(use_buffers=True)
     fit([beside, average], tmp_path, val_check_interval=0.5)
-    assert beside.report().to_dict() == alone.report().to_dict()
+    assert {**beside.report().to_dict(), "remarks": []} == alone.report().to_dict()
     looking = BatchNormMonitor(on_unhealthy="ignore")
     fit([average, looking], tmp_path, val_check_interval=0.5)
     report = looking.report()
@@ -149,6 +149,22 @@ def test_what_is_trained_is_told_as_without_averaging(tmp_path):
         assert (report[name].verdict, report[name].flags) == (layer.verdict, layer.flags)
         assert report[name].evidence == pytest.approx(layer.evidence, rel=1e-6, abs=1e-12)  # merged at other times
         torch.testing.assert_close(report[name].numbers, layer.numbers, equal_nan=True)
+
+
+@pytest.mark.parametrize("is_repaired", [False, True])
+@pytest.mark.parametrize("validates", [False, True])
+def test_weights_that_nobody_has_looked_at_are_said_to_be_what_fit_has_left(tmp_path, capsys, validates, is_repaired):
+    monitor, average = BatchNormMonitor(on_unhealthy="ignore"), averaging("EMAWeightAveraging")(decay=0.97)
+    precise = [PreciseBatchNorm(restore=True)] if is_repaired else []
+    fit([monitor, average, *precise], tmp_path, limit_val_batches=None if validates else 0)
+    is_said = not (validates or is_repaired)
+    assert ("has left other weights in the model" in " ".join(capsys.readouterr().out.split())) == is_said
+    assert len(monitor.report().remarks) == is_said
+
+
+def test_weights_that_training_has_left_are_not_said_to_be_others(tmp_path):
+    fit([monitor := BatchNormMonitor(on_unhealthy="ignore")], tmp_path, limit_val_batches=0)
+    assert monitor.report().remarks == ()
 
 
 def test_averaged_weights_without_statistics_of_their_own_need_attention_once(tmp_path):

@@ -19,6 +19,7 @@ from tests.callbacks.precise_fits import (
     MOMENTUM,
     STATS,
     ByStep,
+    Net,
     Trace,
     fit,
     is_exact,
@@ -80,6 +81,24 @@ def test_averaged_weights_have_their_own_exact_statistics(tmp_path, name, use_bu
     assert all(is_exact(saved(path)["state_dict"]) for path in files)
     assert same(model.state_dict(), other.state_dict(), STATS) == []
     one.check(two)  # training has its own statistics, whatever those of the averaged weights are
+
+
+class Swaps(Net):
+    """Puts other weights in place for validation by itself, in the last hook before its first batch."""
+
+    def on_validation_epoch_start(self):
+        self.own = [parameter.detach().clone() for parameter in self.parameters()]
+        for parameter in self.parameters():
+            parameter.data.mul_(1.5).add_(0.1)
+
+    def on_validation_epoch_end(self):
+        for parameter, own in zip(self.parameters(), self.own, strict=True):
+            parameter.data.copy_(own)
+
+
+def test_weights_that_the_module_itself_swaps_have_their_own_exact_statistics(tmp_path):
+    _, model = fit(tmp_path, PreciseBatchNorm(ALL, restore=True), model=Swaps())
+    assert [is_exact(state) for state in model.validated] == [True] * 2
 
 
 # ------------------------------------------------------------------------------------------------------------ restoring

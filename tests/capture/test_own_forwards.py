@@ -101,6 +101,25 @@ def test_a_forward_with_an_eps_of_its_own_is_read_by_that() -> None:
     assert layer.verdict != "stale"  # its updates are not counted, but made
 
 
+class ByRunningStats(nn.BatchNorm2d):
+    """Normalises by its running statistics, in training mode, too."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        own = self.running_mean, self.running_var, self.weight, self.bias
+        return F.relu(F.batch_norm(x, *own, False, 0.0, self.eps))
+
+
+def test_a_forward_that_normalises_by_running_statistics_is_frozen_and_not_stale() -> None:
+    model = nn.Sequential(nn.Conv2d(3, 3, 1), ByRunningStats(3))
+    with BatchNormTracker(model) as tracker:
+        for x in BATCHES:
+            model(x).sum().backward()
+    layer = tracker.report()["1"]
+    assert layer.verdict == "frozen"
+    assert "not-updating" not in layer.flags  # it was not to
+    assert layer.num_batches == len(BATCHES)
+
+
 def test_where_hooks_cannot_be_told_a_layer_is_not_said_to_be_checkpointed(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(saved, "HAS_UNPACK_HOOKS", False)  # as before torch 2.10
     model = nn.Sequential(nn.Conv2d(3, 3, 1), OtherEps(3))

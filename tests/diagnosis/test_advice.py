@@ -115,6 +115,13 @@ def test_the_batch_size_recommended_to_a_noisy_layer_is_one_that_the_data_give(n
     assert evidence.get("recommended_batch_size") == expected
 
 
+def test_no_larger_batches_are_recommended_where_noise_is_tolerable():
+    for noise, is_recommended in ((0.0801, True), (0.08, False), (0.054, False)):
+        diagnosis = diagnosed({"noise_error": noise, "eval_error": 0.3, "batches": 1000.0})
+        assert diagnosis.verdict == "noisy"
+        assert ("recommended_batch_size" in diagnosis.evidence) == is_recommended
+
+
 def test_what_no_data_give_is_not_recommended():
     diagnosis = diagnosed({"noise_error": 0.5, "batches": 8.0, "jitter": 1.0})
     assert diagnosis.verdict == "noisy"

@@ -6,6 +6,7 @@ import math
 
 import pytest
 import torch
+from torch import nn
 from torch.optim.swa_utils import update_bn
 
 from lightning_bnmonitor.diagnosis.diagnosis import diagnose
@@ -268,6 +269,63 @@ def test_of_calls_that_update_unequally_often_each_has_its_weight(monitored, mom
         pairs = [(weights[3 * k] + weights[3 * k + 1], weights[3 * k + 2]) for k in range(130)]
         noise = sum(a**2 + b**2 for a, b in pairs) * 1.5 / 32
         assert report.evidence["noise_error"] == pytest.approx(math.sqrt(noise), rel=0.06)
+    words_are_sound(report.diagnosis)
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_what_is_left_of_the_initial_values_is_known_also_of_a_window_with_other_updates_than_assumed(
+    monitored, reentrant
+):
+    layer = norm(64, momentum=0.004)
+    one = monitored(layer)
+    one.window(samples(40, 32, 64, offset=2.0), checkpointed(layer, reentrant))
+    report = one.window(samples(40, 32, 64, seed=1, offset=2.0), checkpointed(layer, reentrant))
+    assert (report.verdict, report.flags) == ("warming-up", ("double-update",))
+    assert report.evidence["initial_weight"] == pytest.approx(0.996**160, rel=1e-6)
+    words_are_sound(report.diagnosis)
+
+
+def test_which_calls_are_made_again_need_not_be_known(monitored):
+    layer = norm(200)
+    one, repeated = monitored(layer), checkpointed(layer, True)  # whose calls record no graph, as the others
+
+    def step(x):
+        with torch.no_grad():
+            layer(x[:32])
+        repeated(x[32:])
+
+    report = one.window(samples(40, 64, 200), step)
+    assert (report.verdict, report.flags) == ("insufficient-data", ("double-update",))
+    report = one.window(samples(40, 64, 200, seed=1), step)
+    assert (report.verdict, report.flags, report.num_batches) == ("healthy", ("double-update",), 80)
+    assert (report.evidence["updates_per_call"], report.evidence["updates_of_repeated"]) == (1.5, 2)
+    for z in (report.z_mean, report.z_var):  # all have the mean weight, which is not that of each
+        assert z.square().mean().sqrt().item() == pytest.approx(1.1, abs=0.15)
+    words_are_sound(report.diagnosis)
+
+
+class Ghost(nn.BatchNorm1d):
+    """Normalises batches in parts of 16."""
+
+    def forward(self, x):
+        return torch.cat([super(Ghost, self).forward(part) for part in x.split(16)])
+
+
+def test_a_forward_that_normalises_in_parts_is_judged_by_all_its_updates(monitored):
+    layer = Ghost(200, momentum=0.05)
+    one = monitored(layer)
+
+    def step(x):
+        layer(x.clone().requires_grad_()).sum().backward()
+
+    report = one.window(samples(40, 32, 200), step)
+    assert (report.verdict, report.flags) == ("insufficient-data", ("double-update",))
+    report = one.window(samples(40, 32, 200, seed=1), step)
+    assert (report.verdict, report.flags) == ("healthy", ("double-update",))
+    assert "its own `forward` normalises the batch in parts" in report.explanation
+    assert report.evidence["effective_momentum"] == pytest.approx(1 - 0.95**2)
+    for z in (report.z_mean, report.z_var):
+        assert z.square().mean().sqrt().item() == pytest.approx(1, abs=0.15)
     words_are_sound(report.diagnosis)
 
 

@@ -26,7 +26,7 @@ def layer(symptoms=None, standing=Standing.TRAINED, misfit=0.0, error=0.05, shif
 
 
 def flags_of(*layers):
-    return [tuple(sorted(set(its.flags) & set(VALIDATION))) for its in diagnose_validation(layers)]
+    return [tuple(sorted(set(its.flags) & {*VALIDATION, "errors-add-up"})) for its in diagnose_validation(layers)]
 
 
 VALIDATION = ("never-updated", "other-weights", "domain-shift", "unexplained-error")
@@ -241,3 +241,50 @@ def test_words_are_sound(flag, verdict, position):
     assert diagnosis.flags == (flag,)
     words_are_sound(diagnosis)
     assert FLAGS[flag].attention(diagnosis.evidence)
+
+
+def test_errors_of_running_statistics_that_add_up_are_not_blamed_on_the_data():
+    off = {"eval_error": 0.09, "now_error": 0.0, "noise_error": 0.0}
+    *_, last = described = diagnose_validation([layer(off), layer(off), layer(off, error=0.45, shift=0.45)])
+    assert [its.flags for its in described] == [(), (), ("errors-add-up",)]
+    assert (last.cause, last.needs_attention) == ("errors-add-up", True)
+    assert last.evidence["added_error"] == pytest.approx(0.09 * math.sqrt(3))
+    assert last.explanation.startswith("The running statistics of this layer and of those before it")
+    words_are_sound(last)
+    limit = 3 * 0.09 * math.sqrt(3)
+    assert flags_of(layer(off), layer(off), layer(off, error=total(limit * 0.999))) == [(), (), ("errors-add-up",)]
+    assert flags_of(layer(off), layer(off), layer(off, error=total(limit * 1.001))) == [(), (), ("unexplained-error",)]
+
+
+def test_inputs_that_move_at_random_are_no_other_data():
+    moving = {"eval_error": 0.05, "now_error": 0.0, "noise_error": 0.0, "drift_error": 0.12}
+    assert flags_of(layer(moving, error=0.3, shift=0.3)) == [("domain-shift",)]
+    assert flags_of(layer(moving | {"walk_error": 0.11}, error=0.3, shift=0.3)) == [("errors-add-up",)]
+
+
+@pytest.mark.parametrize(("misfit", "flags"), [(0.7, ()), (0.705, ()), (0.75, ("other-weights",))])
+def test_what_was_written_since_is_named_if_it_is_worse_than_what_training_has_left(misfit, flags):
+    lagging = SYMPTOMS["lagging"] | {"eval_error": 0.7, "now_error": 0.0, "noise_error": 0.0}
+    assert flags_of(layer(lagging, Standing.REWRITTEN, misfit, error=0.7)) == [flags]
+
+
+NO_STATS = SYMPTOMS["no-running-stats"]
+
+
+def test_batches_of_validation_that_scatter_more_than_those_of_training_are_told_where_eval_normalises_by_them():
+    def validated(net, symptoms=NO_STATS):
+        numbers = {"val_scatter": math.hypot(net, 0.1), "train_scatter": 0.1, "val_batches": 5.0}
+        (diagnosis,) = diagnose_validation([Validated(diagnosed(symptoms), numbers, Standing.ABSENT, math.nan)])
+        return diagnosis
+
+    assert (validated(0.199).flags, validated(0.199).needs_attention) == ((), False)
+    told = validated(0.201)
+    assert (told.flags, told.cause, told.needs_attention) == (("evaluated-by-batch",), "evaluated-by-batch", True)
+    assert "`track_running_stats=True`" in told.remedy
+    words_are_sound(told)
+    assert validated(0.9, {}).flags == ()
+
+
+def test_running_statistics_that_are_not_finite_are_not_said_to_be_those_of_other_data():
+    broken = {**UNUSED, "non_finite_channels": 3.0, "non_finite_running_stats": 3.0}
+    assert flags_of(layer(broken, error=190.0)) == [()]

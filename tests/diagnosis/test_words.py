@@ -78,6 +78,19 @@ def test_a_flag_adds_a_sentence_with_its_numbers(flag):
     words_are_sound(flagged)
 
 
+@pytest.mark.parametrize("flag", ["small-last-batch", "domain-shift", "updated-in-validation", "rank-0-only"])
+def test_the_cause_comes_first_also_if_it_is_a_flag(flag):
+    evidence = telling_evidence() | {"last_batch_samples": 2.0, "samples_per_batch": 64.0}
+    evidence |= {"val_error": 0.5, "val_error_noise": 0.01}
+    diagnosis = Diagnosis("healthy", ("not-updating", flag), True, evidence)
+    assert diagnosis.cause == flag
+    assert diagnosis.explanation.startswith(FLAGS[flag].explain(evidence))
+    assert Diagnosis("healthy", (), False, evidence).explanation in diagnosis.explanation
+    both = Diagnosis("noisy", ("half-frozen", flag), True, evidence)
+    assert both.explanation.startswith(VERDICTS["noisy"].explain(evidence))
+    assert both.remedy.startswith(VERDICTS["noisy"].prescribe(evidence))
+
+
 def test_a_layer_that_is_outrun_is_told_how_far_it_is_behind_and_why_that_is_not_seen():
     diagnosis = diagnosed({"drift_error": 0.3, "walk_error": 0.345, "effective_momentum": 0.123, "noise_error": 0.06})
     assert diagnosis.verdict == "lagging"
@@ -249,8 +262,32 @@ def test_nothing_to_do_is_not_said_beside_what_is_to_be_done():
 @pytest.mark.parametrize("none", [{}, {"batches": 0.0}, {"updates_per_call": 0.0}])
 def test_what_updates_nothing_is_recalibrated_as_frozen(none, flag):
     known = telling_evidence() | {"call_shift": 0.3, "call_shift_index": 1.0, "calls_per_step": 2.0} | none
-    call = "recalibrate(model, loader, frozen=True)" if none else "recalibrate(model, loader)"
+    call = r"recalibrate\(model, (?:evaluation_)?loader" + (r", frozen=True\)" if none else r"\)")
     for verdict in ("stale", "healthy", "lagging", "non-finite"):
         diagnosis = Diagnosis(verdict, (flag,), True, known)
         for text in (diagnosis.remedy, diagnosis.notes):
-            assert text.count("recalibrate(model") == text.count(call)
+            assert text.count("recalibrate(model") == len(re.findall(call, text))
+
+
+def test_a_layer_that_has_never_learned_anything_is_not_told_to_be_recomputed():
+    frozen = diagnosed(SYMPTOMS["frozen"])
+    assert "recalibrate(model, loader, frozen=True)" in frozen.remedy
+    initial = diagnosed(SYMPTOMS["frozen"] | {"has_initial_stats": True})
+    assert "recalibrate(model" not in initial.remedy
+    assert "`layer.train()` and train anew" in initial.remedy
+    assert "copy the buffers with the weights" in initial.remedy
+
+
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_the_norm_that_is_recommended_takes_what_the_layer_takes(dimensions):
+    one_sample = {"batch_size": 1.0, "samples_per_batch": 400.0, "independent_values": 2.0, "dimensions": dimensions}
+    assert f"`nn.InstanceNorm{dimensions}d(channels, affine=True)`" in diagnosed(one_sample).remedy
+
+
+@pytest.mark.parametrize(("group_score", "verdict"), [(7.0, "grouped-batches"), (1.0, "ordered-batches")])
+def test_of_batches_that_differ_where_parts_do_not_what_is_said_is_beyond_chance(group_score, verdict):
+    batches_differ = {"grouping_ratio": 7.2, "grouping_share": 0.4, "ordering_ratio": 2.35, "ordering_limit": 3.0}
+    diagnosis = diagnosed(batches_differ | {"order_score": 2.4, "group_score": group_score})
+    assert diagnosis.verdict == verdict
+    assert "7.2 times" in diagnosis.explanation
+    assert "2.35" not in diagnosis.explanation

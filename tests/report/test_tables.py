@@ -207,10 +207,17 @@ def test_what_the_flags_of_layers_that_need_no_attention_say_comes_last_and_once
 
 
 def test_a_report_without_sick_layers_explains_none():
-    report = Report([with_error("one", 0.5), unused("two")])
+    report = Report([with_error("one", 0.5), with_error("two", 0.5)])
     assert len(str(report).split("\n\n")) == 2
     assert report.to_markdown().count("\n\n") == 1
     assert "li" not in Cells(report._repr_html_()).tags
+
+
+def test_a_report_says_why_a_layer_could_not_be_judged():
+    report = Report([with_error("one", 0.5), unused("two"), unused("three")])
+    _, _, text = str(report).split("\n\n")
+    assert text == "two, three: unused. It was not called in this window while the model was in training mode."
+    assert f"- **two, three**: {text.partition(': ')[2]}" in report.to_markdown()
 
 
 @pytest.mark.parametrize("n", [1, 2, 4, 6, 9])

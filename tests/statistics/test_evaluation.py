@@ -11,7 +11,7 @@ import torch
 
 from lightning_bnmonitor.statistics.blocks import PooledBatches
 from lightning_bnmonitor.statistics.channel_layout import ChannelLayout
-from lightning_bnmonitor.statistics.evaluation import TrainingNoise, evaluation_noise
+from lightning_bnmonitor.statistics.evaluation import TrainingNoise, evaluation_noise, scatter_of_calls
 from lightning_bnmonitor.statistics.pooled_calls import PooledCalls
 from lightning_bnmonitor.statistics.pooling import PooledStatistics
 
@@ -168,3 +168,22 @@ def test_of_one_call_the_floor_is_rather_too_large():
 def test_without_training_neighbouring_calls_tell_what_the_sampling_of_evaluation_makes(batch, positions, share):
     error, _, _, fallbacks = realised("normal", batch, positions, share, 1e-3, calls=8, num_batches=1000, windows=4)
     assert np.sqrt((fallbacks**2).mean()) == pytest.approx(error, rel=0.25)
+
+
+def test_the_scatter_of_calls_is_that_of_their_means():
+    rng = np.random.default_rng(5)
+    batches = [rng.normal(k % 3, 2, (n, 4)) for k, n in enumerate([8, 3, 5, 8, 1])]
+    statistics, layout = received(pooled(*batches))
+    values = np.concatenate(batches)
+    square = sum(len(x) * (x.mean(axis=0) - values.mean(axis=0)) ** 2 for x in batches) / len(values)
+    expected = np.sqrt((square / (values.var(axis=0, ddof=1) + EPS)).mean())
+    np.testing.assert_allclose(scatter_of_calls(statistics, layout, np.array([EPS])), [expected], rtol=1e-9)
+
+
+@pytest.mark.parametrize("size", [2, 16])
+@pytest.mark.parametrize("draw", ["normal", "lognormal"])
+def test_batches_of_random_samples_scatter_by_their_size(size, draw):
+    rng = np.random.default_rng(6)
+    batches = [getattr(rng, draw)(size=(size, 300)) for _ in range(64)]
+    statistics, layout = received(pooled(*batches))
+    assert scatter_of_calls(statistics, layout, np.array([0.0]))[0] == pytest.approx(size**-0.5, rel=0.05)

@@ -58,3 +58,43 @@ def test_a_resumed_window_tells_from_there_on() -> None:
         assert tracker.report()["teacher.1"].flags == ("half-frozen",)
         train(model, 0.1)
         assert tracker.report()["teacher.1"].flags == ()
+
+
+@pytest.mark.parametrize(
+    ("how", "is_new"),
+    [*((how, False) for how in ("no gradient", "detached", "no rate", "in no optimizer")), ("no gradient", True)],
+)
+def test_weights_that_nothing_trains_are_half_frozen_whatever_keeps_them(how: str, is_new: bool) -> None:
+    torch.manual_seed(0)
+    backbone, head = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8)), nn.Linear(8, 1)
+    for _ in range(0 if is_new else 100):
+        backbone(torch.randn(16, 4))
+    rates = [{"params": head.parameters()}]
+    if how != "in no optimizer":
+        rates.append({"params": backbone.parameters(), "lr": 0.0 if how == "no rate" else 0.1})
+    optimizer = torch.optim.SGD(rates, lr=0.1)
+    model = nn.ModuleList([backbone, head])
+    with BatchNormTracker(model) as tracker:
+        for _ in range(40):
+            optimizer.zero_grad()
+            with torch.set_grad_enabled(how != "no gradient"):
+                features = backbone(torch.randn(16, 4))
+            head(features.detach() if how == "detached" else features).square().mean().backward()
+            optimizer.step()
+        layer = tracker.close()["0.1"]
+    assert layer.flags == (() if is_new else ("half-frozen",))
+    assert ("`layer.eval()`" in layer.remedy) != is_new
+
+
+def test_weights_are_not_said_to_stay_before_an_optimizer_has_stepped() -> None:
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 8), nn.BatchNorm1d(8))
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    with BatchNormTracker(model) as tracker:
+        for steps in (0, 1):
+            tracker.reset()
+            for _ in range(12):  # as gradients are accumulated
+                model(torch.randn(16, 4)).square().mean().backward()
+            for _ in range(steps):
+                optimizer.step()
+            assert tracker.close()["1"].flags == ()

@@ -67,8 +67,9 @@ def test_the_error_is_that_of_the_activations_that_the_running_statistics_made(c
         mean, var = (getattr(net[0], name).double().numpy().copy() for name in ("running_mean", "running_var"))
         net.eval()
         tracker.start_validation()
+        net(validation[0])
         net[0].running_mean.add_(torch.inf)  # what they become later has no part in it
-        for x in validation:
+        for x in validation[1:]:
             net(x)
         report = tracker.validation_report()
     layer = report["0"]
@@ -410,3 +411,53 @@ def test_a_part_in_eval_mode_whose_statistics_are_still_initial_is_told_so():
         layer = tracker.close()["0"]
     assert (layer.verdict, layer.needs_attention) == ("frozen", True)
     assert "still the initial zeros and ones" in layer.explanation
+
+
+@pytest.mark.parametrize("is_repaired", [False, True])
+def test_weights_that_are_swapped_as_late_as_within_a_validation_step_are_others(is_repaired):
+    torch.manual_seed(0)
+    net, batches = network(), data(40, 1)
+    with BatchNormTracker(net) as tracker:
+        train(net, batches, lr=0.05)
+        tracker.close()
+        if is_repaired:
+            recalibrate(net, batches)
+        net.eval()
+        tracker.start_validation()
+        with torch.no_grad():
+            for parameter in net.parameters():
+                parameter.mul_(0.5)
+            for x in data(10, 2):
+                net(x)
+        report = tracker.validation_report()
+    assert "other-weights" in report["2"].flags
+    assert "domain-shift" not in report["2"].flags
+
+
+def test_a_variance_below_zero_is_told_of_as_what_is_not_finite():
+    net = network()
+    with BatchNormTracker(net) as tracker:
+        net[2].running_var[3] = -1.0
+        validate(tracker, net, data(4, 32))
+    report = tracker.report()
+    assert (report["2"].verdict, report["2"].evidence["non_finite_running_stats"]) == ("non-finite", 1)
+    assert report["0"].verdict != "non-finite"
+
+
+@pytest.mark.parametrize(("size", "is_sorted", "is_told"), [(64, False, False), (4, False, True), (64, True, True)])
+def test_without_running_statistics_batches_of_validation_are_compared_with_those_of_training(size, is_sorted, is_told):
+    generator = torch.Generator().manual_seed(0)
+    net = nn.Sequential(nn.BatchNorm1d(C, track_running_stats=False), nn.Linear(C, C))
+    x = torch.randn(512, C, generator=generator)
+    x = x.sort(dim=0)[0] if is_sorted else x
+    with BatchNormTracker(net) as tracker:
+        tracker.reset()
+        train(net, torch.randn(20, 64, C, generator=generator))
+        tracker.close()
+        report = validate(tracker, net, x.split(size))
+    assert (report["0"].flags == ("evaluated-by-batch",)) is is_told
+    assert report["0"].needs_attention is is_told
+    means = torch.stack([part.mean(dim=0) for part in x.split(size)]).double()
+    scatter = (means.var(dim=0, correction=0) / x.double().var(dim=0)).mean().sqrt().item()
+    assert report["0"].evidence["val_scatter"] == pytest.approx(scatter, rel=1e-4)
+    assert report["0"].evidence["train_scatter"] == pytest.approx(1 / 8)

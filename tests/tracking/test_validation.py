@@ -15,7 +15,7 @@ from lightning.pytorch.loggers import TensorBoardLogger
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.data import DataLoader, TensorDataset
+from torch.utils.data import DataLoader, IterableDataset, TensorDataset
 
 from lightning_bnmonitor import BatchNormMonitor, BatchNormTracker, PreciseBatchNorm, recalibrate
 
@@ -320,14 +320,40 @@ def loader(num, seed, shift=0.0):
     return DataLoader(TensorDataset(torch.cat(data(num, seed, shift))), batch_size=BATCH)
 
 
-def fit(tmp_path, *callbacks, shift=0.0, validation=None, model=None, **options):
+def fit(tmp_path, *callbacks, shift=0.0, training=None, validation=None, model=None, **options):
     torch.manual_seed(0)
     model = model or Net()
     defaults = {"max_epochs": 2, "logger": False, "enable_checkpointing": False, "accelerator": "cpu"}
     quiet = {"enable_progress_bar": False, "enable_model_summary": False, "default_root_dir": tmp_path}
     trainer = Trainer(callbacks=list(callbacks), **(defaults | quiet | options))
-    trainer.fit(model, loader(32, 1), validation or loader(20, 2, shift))
+    trainer.fit(model, training or loader(32, 1), loader(20, 2, shift) if validation is None else validation)
     return trainer, model
+
+
+def spread(batches, num):
+    """So many batches, the first of as many equal parts each."""
+    return [batches[math.ceil(part * len(batches) / num)] for part in range(num)]
+
+
+def test_validation_data_that_come_sorted_do_not_differ_from_training_for_that(tmp_path):
+    values = torch.cat(data(48, 3)) + torch.linspace(-2, 2, 48 * BATCH)[:, None]
+    training = DataLoader(TensorDataset(values), BATCH, shuffle=True)
+    validation = DataLoader(TensorDataset(values), BATCH)
+    fit(tmp_path, monitor := BatchNormMonitor(), training=training, validation=validation)
+    layer = monitor.report()["net.0"]
+    assert layer.evidence["val_batches"] == 16
+    assert "domain-shift" not in layer.flags
+    assert layer.evidence["val_shift"] < 0.1
+
+
+def test_of_data_of_unknown_length_the_first_batches_are_compared(tmp_path):
+    class Stream(IterableDataset):
+        def __iter__(self):
+            return iter([(x,) for x in data(20, 2)])
+
+    _, model = fit(tmp_path, monitor := BatchNormMonitor(), validation=DataLoader(Stream(), batch_size=None))
+    layer = monitor.report()["net.0"]
+    np.testing.assert_allclose(layer.validation[0], moments(model.received[-20:][:16])[0], rtol=1e-5)
 
 
 @pytest.mark.parametrize("value", [-1, True, 2.0, "all"])
@@ -350,8 +376,8 @@ def test_at_most_so_many_batches_of_each_validation_are_compared(tmp_path, num, 
     _, model = fit(tmp_path, monitor := BatchNormMonitor(validation_batches=num), shift=2.0, **options)
     layer = monitor.report()["net.0"]
     assert layer.evidence["val_batches"] == expected
-    of_last = model.received[-min(20, options.get("limit_val_batches", 20)) :][:expected]
-    np.testing.assert_allclose(layer.validation[0], moments(of_last)[0], rtol=1e-5)
+    of_last = model.received[-min(20, options.get("limit_val_batches", 20)) :]
+    np.testing.assert_allclose(layer.validation[0], moments(spread(of_last, expected))[0], rtol=1e-5)
     assert "domain-shift" in layer.flags
 
 
@@ -366,11 +392,11 @@ def test_as_many_batches_are_compared_as_asked_for(tmp_path):
 
 
 @pytest.mark.parametrize("num", [16, 4])
-def test_the_first_batches_of_each_loader_are_compared_and_a_shifted_one_is_named(tmp_path, num):
+def test_batches_of_each_loader_are_compared_and_a_shifted_one_is_named(tmp_path, num):
     loaders = [loader(20, 2), loader(20, 3, shift=3.0)]
     _, model = fit(tmp_path, monitor := BatchNormMonitor(validation_batches=num), validation=loaders)
     layer = monitor.report()["net.0"]
-    of_second = model.received[-20:][:num]
+    of_second = spread(model.received[-20:], num)
     np.testing.assert_allclose(layer.validation[0], moments(of_second)[0], rtol=1e-5)
     assert layer.evidence["val_batches"] == num
     assert "domain-shift" in layer.flags
@@ -462,7 +488,7 @@ def test_compiled_models_also_where_another_hook_breaks_the_graph_at_a_layer(tmp
     model.net.compile(backend="aot_eager")
     _, model = fit(tmp_path, monitor := BatchNormMonitor(), model=model, shift=2.0, inference_mode=inference_mode)
     layer = monitor.report()["net.0"]
-    expected = torch.cat(data(20, 2, 2.0)[:16]).double()
+    expected = torch.cat(spread(data(20, 2, 2.0), 16)).double()
     np.testing.assert_allclose(layer.validation[0], expected.mean(dim=0), rtol=1e-5)
     training = torch.cat(data(32, 1)).double()
     np.testing.assert_allclose(layer.population_mean, training.mean(dim=0), rtol=1e-5)
