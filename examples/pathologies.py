@@ -1,4 +1,4 @@
-"""Every verdict and flag that one process can produce, by a training that deserves it, and what the remedy does.
+"""Every verdict and flag that small trainings in one process give, by one that deserves it, and what the remedy does.
 
 Each training is that of one small network on synthetic data; one thing is wrong with it. The verdict is that of its
 last epoch, or of what comes after it: a validation, or a look at the trained network. Then the training is repeated
@@ -50,7 +50,8 @@ from lightning_bnmonitor.report.history import History
 
 NUM_TRAIN, NUM_EVAL, EPOCHS = 2048, 1024, 4
 RESUMED_AT = 3 * 64 + 20  # batches; in the fourth epoch
-OF_SEVERAL_PROCESSES = ("rank-0-only",)
+# Needs several processes; comes of many layers and a learning rate at the edge, and not in each such training.
+WITHOUT_TRAINING = ("rank-0-only", "errors-add-up")
 _TOLERANCE = 0.05  # by which the loss of two trainings may differ for no reason
 
 
@@ -80,6 +81,8 @@ class Training:
     order: Literal["shuffled", "sorted", "grouped", "by source"] = "shuffled"
     """By source: each batch is of one, of which the monitor is told."""
     batch_size: int = 32
+    evaluated_by: int = NUM_EVAL
+    """Samples in a batch of what is held out."""
     epochs: int = EPOCHS
     lr: float = 0.05
     between_groups: float = 0.0
@@ -137,7 +140,8 @@ class Training:
         looks.start_validation()
         net.eval()
         with torch.no_grad():
-            logits = net(self.disturb(held_out.x, self.epochs, 1.0))
+            batches = self.disturb(held_out.x, self.epochs, 1.0).split(self.evaluated_by)
+            logits = torch.cat([net(x) for x in batches])
         validated = looks.validation_report()
         looks.detach()
         if report is None and self.seen != "training":
@@ -526,6 +530,12 @@ CASES = (
         loss_falls=True,
     ),
     Case(
+        *("without running statistics, validated by 4", "evaluated-by-batch"),
+        *(Training(net=Stateless, evaluated_by=4, seen="validation"), "with them"),
+        lambda training, layer: replace(training, net=Net),
+        loss_falls=True,
+    ),
+    Case(
         *("NaN in validation data", "non-finite-validation"),
         *(Training(disturb=nan_in_evaluation, seen="validation"), "no NaN"),
         lambda training, layer: replace(training, disturb=Training().disturb),
@@ -561,7 +571,7 @@ CASES = (
 def without_cause(cases: Iterable[Case]) -> list[str]:
     """Verdicts and flags that none of these causes must be given, though one process suffices."""
     given = {name for case in cases for name in case.expected.split(", ")}
-    return [name for name in (*VERDICTS, *FLAGS) if name not in given and name not in OF_SEVERAL_PROCESSES]
+    return [name for name in (*VERDICTS, *FLAGS) if name not in given and name not in WITHOUT_TRAINING]
 
 
 def main() -> None:
@@ -606,7 +616,7 @@ def main() -> None:
     print(
         f"\n{named} of {len(CASES)} causes are named, {helped} of {remedies} remedies help.\n"
         f"Of {len(VERDICTS)} verdicts and {len(FLAGS)} flags there is a cause for all but "
-        f"{', '.join(OF_SEVERAL_PROCESSES)}, which takes several processes."
+        f"{', '.join(WITHOUT_TRAINING)}, which small trainings in one process do not give."
     )
     if args.figure is not None:
         draw(Report(epochs[-1]), args.figure)

@@ -9,6 +9,11 @@ from lightning_bnmonitor.diagnosis.sentences import OF_COPIES, RECALIBRATE, RECA
 _ALONE = f"If the model was loaded, load its running statistics, too, or recompute them ({RECALIBRATE_CALL})."
 
 
+def _moves(evidence: Evidence) -> bool:
+    """Whether what the layer receives moved in training, so that what it is after the last step is not known."""
+    return max(evidence.get("drift_error", 0.0), evidence.get("walk_error", 0.0)) > 0
+
+
 def explain_shift(evidence: Evidence) -> list[str]:
     """Explain ``domain-shift``."""
     sentence = (
@@ -26,9 +31,10 @@ def explain_shift(evidence: Evidence) -> list[str]:
     if evidence.get("val_shifted_before"):
         return [f"{sentence}, as in a layer before it.", error]
     if evidence.get("val_layers_before"):
+        by_weights = "weights that moved in the last steps (a high learning rate), " if _moves(evidence) else ""
         return [
-            f"{sentence}, and no layer before it shows that: dropout, augmentation or normalising by small batches "
-            "before it in training, other frequencies of classes, overfitting, or the inputs.",
+            f"{sentence}, and no layer before it shows that: {by_weights}dropout, augmentation or normalising by small "
+            "batches before it in training, other frequencies of classes, overfitting, or the inputs.",
             error,
         ]
     return [f"{sentence}. It is the first BatchNorm layer: the inputs differ.", error]
@@ -45,7 +51,12 @@ def cure_shift(evidence: Evidence) -> list[str]:
         "statistics from data of that kind (`lightning_bnmonitor.recalibrate(model, evaluation_loader)`)."
     )
     if evidence.get("val_layers_before"):
+        by_weights = (
+            "Evaluate training data in the same way (`trainer.validate(model, train_loader)`). If it is as far off "
+            f"there, {RECALIBRATE}. If not:"
+        )
         return [
+            *([by_weights] if _moves(evidence) else []),
             "Put dropout behind this layer rather than before it.",
             prepare,
             "Where only classes are more or less frequent, leave it.",
