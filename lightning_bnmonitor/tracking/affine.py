@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Iterable, Iterator, Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -45,16 +47,19 @@ class AffineWeights:
         """Layers whose weight or bias is not what it was, and those of which all that is known is."""
         changed, same = set[BatchNorm](), set[BatchNorm]()
         for key, owners in self._owners.items():
-            now = [values for layer, name in owners for own, values in _plain(layer) if own == name]
+            layers = dict.fromkeys(layer for layer, _ in owners)
+            plain = {(layer, name): values for layer in layers for name, values in _plain(layer)}
+            now = [plain[owner] for owner in owners if owner in plain]
             if len(now) < len(owners) or any((values.device, values.dtype) != key for values in now):
                 continue
             before, after = self._copies[key], _joined(now)
             if before.shape != after.shape:  # it may be given others
                 continue
             differs = (before != after) & ~(before.isnan() & after.isnan())
-            parts = torch.split(differs.cpu(), [layer.num_features for layer, _ in owners])
-            for (layer, _), part in zip(owners, parts, strict=True):
-                (changed if part.any() else same).add(layer)
+            starts = [0, *itertools.accumulate(layer.num_features for layer, _ in owners)][:-1]
+            has_changed = np.logical_or.reduceat(differs.cpu().numpy(), starts)
+            for (layer, _), is_other in zip(owners, has_changed, strict=True):
+                (changed if is_other else same).add(layer)
         return changed, same - changed
 
 
