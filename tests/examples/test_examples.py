@@ -67,7 +67,7 @@ def test_every_pathology_is_named_and_every_remedy_helps_and_all_can_be_looked_a
     figure = tmp_path / "figure.png"
     output = printed("pathologies.py", "--seed", 5, "--logdir", tmp_path, "--figure", figure)
     assert "43 of 43 causes are named, 37 of 37 remedies help." in output
-    assert Image.open(figure).width == 1124
+    assert Image.open(figure).width == 1146
     events = EventAccumulator(str(tmp_path / "pathologies" / "version_0")).Reload()
     assert events.Images("bn/heatmap")[-1].step == 4
     assert [event.step for event in events.Scalars("bn/unhealthy_layers")] == [1, 2, 3, 4]
